@@ -1,0 +1,74 @@
+"""What a drafter is. Implement `Drafter` and `DraftSession`; everything else in this folder is one such pair."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from specgen.types import TokenTree
+
+
+@dataclass(frozen=True, slots=True)
+class DraftHints:
+    """What a session may know besides the ids. `prediction` is the text the caller expects, as token ids."""
+
+    prediction: tuple[int, ...] = ()
+
+
+class DraftSession(ABC):
+    """One sequence's drafting state. Touched from the engine's thread alone, between `open` and `close`."""
+
+    @abstractmethod
+    def propose(self, max_nodes: int) -> TokenTree:
+        """Guess what follows the ids committed so far: a tree of at most `max_nodes` nodes, possibly empty.
+
+        Must depend on nothing but what the session was given: never on the clock or on the target's random draws.
+        May be called again without a commit in between, and must then answer the same.
+        """
+
+    @abstractmethod
+    def commit(self, tokens: Sequence[int]) -> None:
+        """Take note of tokens that were committed, in order. Called with every committed token exactly once."""
+
+    def close(self) -> None:
+        """Give back what the session holds. Called exactly once, whatever happened."""
+
+
+class Drafter(ABC):
+    """A source of trees, shared by all sequences of an engine.
+
+    What is raised by a session or a drafter switches that drafter off for the requests concerned; the requests go on.
+    """
+
+    @abstractmethod
+    def open(self, prompt: Sequence[int], hints: DraftHints) -> DraftSession:
+        """A session for one sequence whose prompt is `prompt`."""
+
+    def propose(self, sessions: Sequence[DraftSession], max_nodes: Sequence[int]) -> list[TokenTree]:
+        """One tree per session, of at most `max_nodes[i]` nodes.
+
+        Override it to draft for the whole batch at once; the default asks one session after the other.
+        """
+        return [session.propose(most) for session, most in zip(sessions, max_nodes, strict=True)]
+
+    def check(self) -> None:
+        """Raise RuntimeError if anything is held that no open session owns. Tests call it after every run."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterSetup:
+    """What a drafter factory is given when an engine is built.
+
+    options: what the user wrote for this drafter. A factory refuses unknown ones by name.
+    load_model: turns a path or a model into a packed model that the drafter may own, with `kv_tokens` of KV.
+    """
+
+    vocab_size: int
+    tokenizer: Any = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    load_model: Callable[..., Any] | None = None
+
+
+DrafterFactory: TypeAlias = Callable[[DrafterSetup], Drafter]

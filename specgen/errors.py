@@ -1,0 +1,64 @@
+"""Every error specgen raises on purpose. All derive from `SpecgenError`; each message names the value and the choices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class SpecgenError(Exception):
+    """Base of all errors raised by specgen."""
+
+
+class InvalidRequest(SpecgenError, ValueError):
+    """A request that cannot be served as it stands; the engine goes on with the others.
+
+    `param` names the offending field, as in OpenAI's error object.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """The prompt leaves no room for a single new token in the engine's context."""
+
+
+class UnknownName(InvalidRequest):
+    """A name that nothing offers: a drafter, a context stage, an option."""
+
+    def __init__(self, kind: str, name: object, known: Iterable[str], *, param: str | None = None) -> None:
+        choices = ", ".join(sorted(known)) or "none"
+        super().__init__(f"unknown {kind} {name!r}; choices: {choices}", param=param)
+
+
+class UnsupportedModel(SpecgenError):
+    """The model cannot be verified exactly; the message names the layer and what can be done instead."""
+
+
+class DrafterMismatch(SpecgenError):
+    """A drafter that does not fit the target, for instance one with another vocabulary."""
+
+
+class PluginError(SpecgenError):
+    """A plugin that cannot be loaded or breaks the contract of a hook."""
+
+
+class DuplicateName(PluginError):
+    """Two plugins offer one name; the message names both distributions."""
+
+
+class RequestFailed(SpecgenError):
+    """A request that was accepted and could not be finished, for instance because its logits processor raised."""
+
+
+class RequestCancelled(RequestFailed):
+    """The request was cancelled before it finished."""
+
+
+class EngineClosed(SpecgenError):
+    """The engine was closed; open a new one."""
+
+
+class OutOfPages(SpecgenError):
+    """The KV pool has no free page left. The scheduler answers it by preemption; users never see it."""

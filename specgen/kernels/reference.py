@@ -1,0 +1,39 @@
+"""Plain torch for every kernel: the law that the fast paths are tested against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def tree_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of `rows` queries over `keys` keys, grouped heads, in the queries' dtype with a float32 softmax.
+
+    query: [heads, rows, key_dim]; key: [kv_heads, keys, key_dim]; value: [kv_heads, keys, value_dim].
+    visible: bool[rows, keys], `None` when every row sees every key.
+    softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
+    sinks: [heads], a learned score that takes part in the softmax and is then dropped (gpt-oss).
+    Returns [heads, rows, value_dim].
+    """
+    groups = query.shape[0] // key.shape[0]
+    key = key.repeat_interleave(groups, dim=0)
+    value = value.repeat_interleave(groups, dim=0)
+    scores = query @ key.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is None:
+        return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
+    sink = sinks.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)
+    weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1, dtype=torch.float32)
+    return weights[..., :-1].to(query.dtype) @ value

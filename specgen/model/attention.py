@@ -1,0 +1,233 @@
+"""Attention for packed forwards, at the seams that transformers offers.
+
+DIRECT    The model calls transformers' `AttentionInterface`. Our function reads the pool, segment by segment.
+GATHERED  The same, for models that transform what the cache gives back (MLA expands latents): the cache returns the
+          rows of all segments side by side, our function reads each segment's part.
+DENSE     The model computes attention itself: the cache returns all segments side by side, and a dense mask keeps
+          them apart.
+
+In all three `PackedCache.update` writes the new rows to the pool, and every row sees the same keys.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, Cache, PreTrainedModel
+
+from specgen.errors import UnsupportedModel
+from specgen.kernels.reference import tree_attention
+from specgen.kv.pool import KVPool
+from specgen.kv.segment import Segment
+
+_PACKED_HEADS_ROWS = 64
+_names = (f"specgen-{number}" for number in itertools.count())
+
+
+class Seam(Enum):
+    """How a packed forward reaches a model's attention; see the module's docstring."""
+
+    DIRECT = "direct"
+    GATHERED = "gathered"
+    DENSE = "dense"
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """How far back a layer looks: `window` tokens including itself, or the tokens of its own `chunk`; `None` = all."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+    def oldest(self, position: int) -> int:
+        """The first position that a row at `position` may see."""
+        if self.window is not None:
+            return max(0, position - self.window + 1)
+        return 0 if self.chunk is None else position // self.chunk * self.chunk
+
+    def allows(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether positions `query` may see positions `key`, by broadcasting; causality is not looked at."""
+        allowed = torch.ones(torch.broadcast_shapes(query.shape, key.shape), dtype=torch.bool)
+        if self.window is not None:
+            allowed &= key > query - self.window
+        if self.chunk is not None:
+            allowed &= key // self.chunk == query // self.chunk
+        return allowed
+
+
+EVERYTHING = Reach()
+
+
+class Batch:
+    """The segments of one packed forward, with what all layers share: slots and masks. Lives for one forward."""
+
+    def __init__(self, segments: Sequence[Segment], pool: KVPool, *, gathered: bool) -> None:
+        self.segments = segments
+        self.pool = pool
+        self.gathered = gathered
+        self.rows = sum(len(segment.tokens) for segment in segments)
+        writes = [s.table.span(s.end - len(s.tokens), s.end) for s in segments]
+        self.write = writes[0] if len(writes) == 1 else _concatenated(writes)
+        self._views: dict[tuple[int, Reach], tuple[slice | Tensor, Tensor | None]] = {}
+
+    def view(self, index: int, reach: Reach) -> tuple[slice | Tensor, Tensor | None]:
+        """Slots that segment `index` reads, and bool[rows, keys] of what each row sees; `None` = everything."""
+        cached = self._views.get((index, reach))
+        if cached is None:
+            segment = self.segments[index]
+            start = 0 if self.gathered else min(segment.table.length, reach.oldest(segment.first_position))
+            mask = _mask(segment, start, reach)
+            mask = None if mask is None else mask.to(self.pool.device)
+            cached = self._views[index, reach] = segment.table.span(start, segment.end), mask
+        return cached
+
+
+def _concatenated(spans: Sequence[slice | Tensor]) -> Tensor:
+    return torch.cat([torch.arange(s.start, s.stop) if isinstance(s, slice) else s for s in spans])
+
+
+def _mask(segment: Segment, start: int, reach: Reach) -> Tensor | None:
+    prefix, tail, rows = segment.table.length, segment.tail, len(segment.tokens)
+    if rows == tail == 1 and reach.oldest(segment.first_position) <= start:
+        return None
+    visible = segment.visible
+    if visible is None:
+        visible = torch.ones(tail, tail, dtype=torch.bool).tril()[tail - rows :]
+    mask = torch.cat([torch.ones(rows, prefix - start, dtype=torch.bool), visible], dim=1)
+    if reach != EVERYTHING:
+        keys = torch.tensor([*range(start, prefix), *segment.positions])
+        mask &= reach.allows(keys[-rows:, None], keys[None, :])
+    return mask
+
+
+class PackedCache(Cache):
+    """The cache object that a packed forward hands to the model: it writes new KV to the pool."""
+
+    is_compileable = False
+
+    def __init__(self, batch: Batch) -> None:
+        super().__init__(layers=[])
+        self.batch = batch
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write [1, kv_heads, rows, dim] to the pool; return what the model is to attend to."""
+        batch = self.batch
+        keys, values = batch.pool.keys[layer_idx], batch.pool.values[layer_idx]
+        keys[batch.write] = key_states[0].transpose(0, 1)
+        values[batch.write] = value_states[0].transpose(0, 1)
+        if not batch.gathered:
+            return key_states, value_states
+        spans = [segment.table.span(0, segment.end) for segment in batch.segments]
+        return _gather(keys, spans), _gather(values, spans)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Zero: positions are always given, so no model needs it."""
+        return 0
+
+
+def _gather(store: Tensor, spans: Sequence[slice | Tensor]) -> Tensor:
+    return torch.cat([store[span] for span in spans]).transpose(0, 1).unsqueeze(0)
+
+
+def dense_mask(batch: Batch, dtype: torch.dtype) -> Tensor:
+    """[1, 1, rows, keys of all segments]: 0 where a row sees a key, the dtype's minimum elsewhere."""
+    keys = sum(segment.end for segment in batch.segments)
+    mask = torch.full((batch.rows, keys), torch.finfo(dtype).min, dtype=dtype, device=batch.pool.device)
+    row = column = 0
+    for index, segment in enumerate(batch.segments):
+        _, visible = batch.view(index, EVERYTHING)
+        block = mask[row : row + len(segment.tokens), column : column + segment.end]
+        if visible is None:
+            block.zero_()
+        else:
+            block.masked_fill_(visible, 0)
+        row, column = row + len(segment.tokens), column + segment.end
+    return mask[None, None]
+
+
+class PackedAttention:
+    """The attention function of one model, registered with transformers under a name of its own."""
+
+    def __init__(self, model: PreTrainedModel, reaches: Sequence[Reach]) -> None:
+        self._model = model
+        self._reaches = reaches
+        self._batch: Batch | None = None
+        self._name = next(_names)
+        itself = weakref.ref(self)
+        AttentionInterface.register(self._name, lambda *args, **kwargs: itself()(*args, **kwargs))  # type: ignore[misc]
+        weakref.finalize(self, AttentionInterface._global_mapping.pop, self._name, None)
+
+    @contextmanager
+    def over(self, batch: Batch) -> Iterator[None]:
+        """Route the model's attention here for one forward; the user's own calls keep their implementation."""
+        config = self._model.config
+        before = config._attn_implementation
+        self._batch = batch
+        config._attn_implementation = self._name
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
+            self._batch = None
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """transformers' attention function: query [1, heads, rows, dim]; returns [1, rows, heads, value_dim]."""
+        layer, batch = module.layer_idx, self._batch
+        if batch is None or not isinstance(layer, int) or position_bias is not None:
+            raise UnsupportedModel(f"layer {layer} ({type(module).__name__}): a learned position bias cannot be packed")
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        outputs = []
+        row = column = 0
+        for index, segment in enumerate(batch.segments):
+            span, visible = batch.view(index, self._reaches[layer])
+            if batch.gathered:
+                keys, values = (t[0, :, column : column + segment.end] for t in (key, value))
+            else:
+                keys, values = (t[layer][span].transpose(0, 1) for t in (batch.pool.keys, batch.pool.values))
+            queries = query[0, :, row : row + len(segment.tokens)]
+            row, column = row + len(segment.tokens), column + segment.end
+            if softcap is None and s_aux is None:
+                outputs.append(_sdpa(queries, keys, values, visible, scale))
+            else:
+                outputs.append(
+                    tree_attention(queries, keys, values, visible, scale=scale, softcap=softcap, sinks=s_aux)
+                )
+        packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        return packed.transpose(0, 1).unsqueeze(0), None
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+    heads, rows, _ = query.shape
+    groups = heads // key.shape[0]
+    if rows <= _PACKED_HEADS_ROWS:
+        # Query heads of one group become rows over their shared key head, so that keys are never copied.
+        query = query.reshape(key.shape[0], groups * rows, -1)
+        visible = None if visible is None else visible.repeat(groups, 1)
+    elif groups > 1:
+        key, value = key.repeat_interleave(groups, dim=0), value.repeat_interleave(groups, dim=0)
+    mask = None if visible is None else visible[None]
+    output = F.scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=mask, scale=scale)
+    return output.reshape(heads, rows, -1)

@@ -1,0 +1,109 @@
+"""A Hugging Face causal LM behind one packed forward: no padding, KV in a pool, logits only where they are wanted."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specgen.kv.pool import PAGE_SIZE, KVPool
+from specgen.kv.segment import Segment
+from specgen.model.architecture import inspect_layers
+from specgen.model.attention import Batch, PackedAttention, PackedCache, Seam, dense_mask
+from specgen.model.seam_check import choose_seam
+
+_FULL_CONTEXTS = 16
+_LONGEST_CONTEXT = 1 << 20
+
+
+class Target:
+    """A model that scores rows of many sequences in one forward.
+
+    Loading proves that the packed forward says what the model says alone, on a small tree; a model for which it does
+    not is refused. The model itself is left as it was found between forwards.
+
+    kv_tokens: tokens the KV pool holds; `None` takes a quarter of the free memory, at most 16 full contexts.
+    max_context: most tokens of one sequence; `None` takes what the model's positions allow.
+    Raises UnsupportedModel, naming the layer and what to do instead.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, kv_tokens: int | None = None, max_context: int | None = None) -> None:
+        self.model = model.eval()
+        config = model.config.get_text_config(decoder=True)
+        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        self.device = model.device
+        self.architecture = inspect_layers(model)
+        self.forwards = 0
+        self.rows = 0
+        self._attention = PackedAttention(model, self.architecture.reaches)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        context = min(n for n in (_position_limit(config), max_context, _LONGEST_CONTEXT) if n is not None)
+        self.pool = KVPool(
+            self.architecture.shapes,
+            max(2, -(-(kv_tokens or self._affordable_tokens(context)) // PAGE_SIZE)),
+            dtype=self.architecture.dtype,
+            device=self.device,
+        )
+        self.context_length = min(context, self.pool.capacity)
+        self.seam = Seam.DIRECT
+        self.seam = choose_seam(self)
+        self.forwards = self.rows = 0
+
+    @torch.inference_mode()
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """Score all rows in one forward and write their KV behind each segment's prefix.
+
+        The tables must own the slots (`BlockTable.reserve`). Returns float32[wanted rows, vocab], segment by segment.
+        """
+        batch = Batch(segments, self.pool, gathered=self.seam is not Seam.DIRECT)
+        wanted = _wanted_rows(segments)
+        tokens = [token for segment in segments for token in segment.tokens]
+        positions = [p for segment in segments for p in segment.positions[segment.tail - len(segment.tokens) :]]
+        ids, position_ids = torch.tensor([[tokens], [positions]], device=self.device)
+        dense = self.seam is Seam.DENSE
+        self.forwards += 1
+        self.rows += batch.rows
+        with nullcontext() if dense else self._attention.over(batch):
+            logits: Tensor = self.model(
+                input_ids=ids,
+                position_ids=position_ids,
+                past_key_values=PackedCache(batch),
+                attention_mask=dense_mask(batch, self.architecture.dtype) if dense else None,
+                use_cache=True,
+                **({"logits_to_keep": wanted} if self._keeps_logits else {}),
+            ).logits[0]
+        return (logits if self._keeps_logits else logits[wanted]).float()
+
+    def _affordable_tokens(self, context: int) -> int:
+        per_token = KVPool.bytes_per_token(self.architecture.shapes, self.architecture.dtype)
+        return min(_FULL_CONTEXTS * context, max(PAGE_SIZE, _free_memory(self.device) // 4 // per_token))
+
+
+def _wanted_rows(segments: Sequence[Segment]) -> Tensor:
+    starts = accumulate((len(segment.tokens) for segment in segments), initial=0)
+    return torch.tensor(
+        [start + row for start, segment in zip(starts, segments, strict=False) for row in segment.logits],
+        dtype=torch.int64,
+    )
+
+
+def _position_limit(config: object) -> int | None:
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        limit = getattr(config, name, None)
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return None
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+

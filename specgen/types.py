@@ -1,0 +1,219 @@
+"""The shared vocabulary.
+
+target      the user's model
+drafter     what guesses ahead
+tree        the guess: a chain is a tree, no guess is the empty tree
+root        the last committed token
+row         one token in the packed forward
+walk        verification of a tree against the target
+accepted    tree tokens that the walk took
+bonus       the token the walk ends on, the target's own
+committed   accepted + bonus
+acceptance length   committed tokens per verify step, bonus included
+p, q        the target's processed distribution, a drafter's
+
+Everything here is frozen and complete when built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import msgspec
+import torch
+
+from specgen.errors import InvalidRequest
+
+LogitsProcessor: TypeAlias = Callable[[torch.LongTensor, torch.FloatTensor], torch.FloatTensor]
+"""(ids int64[1, n], logits float32[1, vocab]) -> float32[1, vocab]: transformers' own protocol, used unchanged."""
+
+StoppingCriterion: TypeAlias = Callable[[torch.LongTensor, torch.FloatTensor], Any]
+"""(ids int64[1, n], logits float32[1, vocab]) -> truth: transformers' protocol for a single sequence."""
+
+Message: TypeAlias = Mapping[str, Any]
+Prompt: TypeAlias = "str | list[int] | list[Message]"
+FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
+
+MAX_TREE_NODES = 63
+"""So that a row's ancestors, the root included, fit one 64-bit mask."""
+
+
+class Speculation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How one request drafts.
+
+    drafters: names in order of preference; `None` means all that the engine has.
+    max_nodes: most tree nodes per step, 0 to 63; 0 turns drafting off.
+    adaptive: take only nodes that pay by the measured cost of rows. `False` takes all that are offered.
+    """
+
+    drafters: tuple[str, ...] | None = None
+    max_nodes: int = MAX_TREE_NODES
+    adaptive: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_nodes <= MAX_TREE_NODES:
+            raise InvalidRequest(
+                f"speculation.max_nodes is {self.max_nodes}; it must be 0 to {MAX_TREE_NODES}", param="speculation"
+            )
+
+    @classmethod
+    def of(cls, value: Literal["auto", "off"] | Mapping[str, Any] | Speculation) -> Speculation:
+        """Read what a user may write: `"auto"`, `"off"`, a mapping of the fields, or a `Speculation`.
+
+        Raises InvalidRequest for anything else.
+        """
+        if isinstance(value, Speculation):
+            return value
+        if value == "auto":
+            return cls()
+        if value == "off":
+            return cls(max_nodes=0)
+        if isinstance(value, Mapping):
+            try:
+                return msgspec.convert(dict(value), cls)
+            except msgspec.ValidationError as error:
+                known = ", ".join(cls.__struct_fields__)
+                raise InvalidRequest(f"speculation: {error}; fields: {known}", param="speculation") from None
+        raise InvalidRequest(
+            f"speculation is {value!r}; choices: 'auto', 'off', or a mapping of drafters, max_nodes, adaptive",
+            param="speculation",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTree:
+    """A drafter's guess: node i holds `tokens[i]` under node `parents[i]`, -1 being the root (the last committed token).
+
+    Always `parents[i] < i`, and no two children of one node hold the same token. `confidence[i]` is the drafter's
+    estimate, 0 to 1, that the node is right given that its parent is; all ones where the drafter has none.
+    """
+
+    tokens: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+    confidence: tuple[float, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+EMPTY_TREE = TokenTree()
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Log-probabilities of one committed token under the unprocessed model: its own and the `top` most likely."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """What a walk took: `committed` = accepted tokens in order, then the bonus; `nodes` are the accepted tree nodes.
+
+    `finish` is set when a stop rule ended the walk at the last committed token.
+    """
+
+    committed: tuple[int, ...]
+    nodes: tuple[int, ...]
+    logprobs: tuple[Logprob, ...] = ()
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Why a sequence ended; `stop` is the token id or the string that ended it, if one did."""
+
+    reason: FinishReason
+    stop: int | str | None = None
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one step added to one sequence. `text` is safe to show: it never ends inside a character or a stop string."""
+
+    request_id: str
+    index: int
+    tokens: tuple[int, ...]
+    text: str
+    logprobs: tuple[Logprob, ...] = ()
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculativeStats:
+    """Acceptance of one sequence, under vLLM's per-request names. Lengths include the bonus token.
+
+    A step is a verify step: one forward that committed tokens. Steps without a draft count too, so
+    `mean_acceptance_length` is committed tokens per target forward after the prompt.
+    """
+
+    num_spec_steps: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_draft_tokens: int = 0
+    per_step_accepted: tuple[int, ...] = ()
+    per_step_drafted: tuple[int, ...] = ()
+    by_drafter: Mapping[str, DrafterStats] = field(default_factory=dict)
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Committed tokens per verify step, bonus included; 0 before the first step."""
+        steps = self.num_spec_steps
+        return (self.num_accepted_draft_tokens + steps) / steps if steps else 0.0
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """Accepted draft tokens over verified draft tokens; 0 when nothing was drafted."""
+        return self.num_accepted_draft_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
+
+    @property
+    def acceptance_histogram(self) -> tuple[int, ...]:
+        """`histogram[k]` = verify steps that accepted exactly k draft tokens."""
+        longest = max(self.per_step_accepted, default=-1)
+        return tuple(self.per_step_accepted.count(k) for k in range(longest + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterStats:
+    """One drafter's share in one request: nodes it offered, nodes of it verified, tokens of it accepted, whether it
+    was switched off by an error."""
+
+    offered: int = 0
+    verified: int = 0
+    accepted: int = 0
+    disabled: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one request, under OpenAI's names. `cached_tokens` of the prompt were not computed again."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt plus completion."""
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished generation. `ids` holds the committed tokens, the stop token included; `text` stops before a stop
+    string and skips special tokens."""
+
+    request_id: str
+    index: int
+    text: str
+    ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop: int | str | None
+    usage: Usage
+    stats: SpeculativeStats
+    seed: int
+    logprobs: tuple[Logprob, ...] = ()
