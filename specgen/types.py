@@ -19,12 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import msgspec
 import torch
 
 from specgen.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from specgen.params import SamplingParams
 
 LogitsProcessor: TypeAlias = Callable[[torch.LongTensor, torch.FloatTensor], torch.FloatTensor]
 """(ids int64[1, n], logits float32[1, vocab]) -> float32[1, vocab]: transformers' own protocol, used unchanged."""
@@ -134,14 +137,15 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What one step added to one sequence. `text` is safe to show: it never ends inside a character or a stop string."""
+    """What one step added to one sequence. `text` is safe to show: it never ends inside a character or a stop string.
+    `result` is set with the last output of a sequence."""
 
     request_id: str
     index: int
     tokens: tuple[int, ...]
     text: str
     logprobs: tuple[Logprob, ...] = ()
-    finish: Finish | None = None
+    result: Result | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,3 +221,19 @@ class Result:
     stats: SpeculativeStats
     seed: int
     logprobs: tuple[Logprob, ...] = ()
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to be continued `params.n` times. Built by the API, complete when built.
+
+    ids: the prompt, at least one token. prediction: what the caller expects to follow, as ids.
+    seed: 0 to 2**64 - 1; sample i of the request draws from the stream (seed, i).
+    """
+
+    id: str
+    ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    prediction: tuple[int, ...] = ()

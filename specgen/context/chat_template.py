@@ -1,0 +1,58 @@
+"""Messages or text to token ids, as the target's own tokenizer does it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+
+from specgen.context.stage import Context, ContextStage, read_options
+from specgen.errors import InvalidRequest
+
+NAME = "chat-template"
+
+
+class _NoOptions(msgspec.Struct):
+    pass
+
+
+def chat_template(tokenizer: Any, options: Mapping[str, Any]) -> ContextStage:
+    """The stage that every prompt needs: messages through the chat template, text through the tokenizer, ids as they
+    are. It has no options."""
+    read_options(NAME, options, _NoOptions)
+    return ChatTemplate(tokenizer)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """`tokenizer` is a transformers tokenizer, or None when only ids can be served."""
+
+    tokenizer: Any
+
+    def __call__(self, context: Context) -> Context:
+        """The same prompt with ids. Raises InvalidRequest when the tokenizer cannot make them."""
+        if context.ids is not None:
+            return context
+        if self.tokenizer is None:
+            raise InvalidRequest("there is no tokenizer; send the prompt as token ids", param="prompt")
+        if context.messages is not None:
+            return replace(context, ids=self._render(list(context.messages)))
+        if context.text is not None:
+            return replace(context, ids=tuple(self.tokenizer(context.text)["input_ids"]))
+        raise InvalidRequest("the prompt has neither messages nor text nor ids", param="prompt")
+
+    def _render(self, messages: list[Any]) -> tuple[int, ...]:
+        if not messages:
+            raise InvalidRequest("messages is empty; send at least one", param="messages")
+        if getattr(self.tokenizer, "chat_template", "the tokenizer's own way") is None:
+            raise InvalidRequest("the tokenizer has no chat template; send text or token ids", param="messages")
+        try:
+            # Template and tokenizer in one call: some tokenizers have no text form of a conversation.
+            encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        except Exception as error:
+            # A template is a program of the model's author, run on what the user sent: whatever it raises concerns
+            # this request alone.
+            raise InvalidRequest(f"the chat template refuses the messages: {error}", param="messages") from error
+        return tuple(encoded["input_ids"])

@@ -1,0 +1,69 @@
+"""The stages of one engine, in the order that its config gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from specgen.context.stage import Context, ContextStage, ContextStageFactory
+from specgen.errors import ContextLengthExceeded, InvalidRequest, PluginError, RequestFailed, SpecgenError, UnknownName
+
+StageChoice: TypeAlias = "str | tuple[str, Mapping[str, Any]]"
+"""A stage's name, or its name and its options."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContextPipeline:
+    """Named stages, run one after the other."""
+
+    stages: tuple[tuple[str, ContextStage], ...]
+
+    @classmethod
+    def build(
+        cls, choices: Iterable[StageChoice], offered: Mapping[str, ContextStageFactory], tokenizer: Any
+    ) -> ContextPipeline:
+        """Make the stages that `choices` names, in that order.
+
+        Raises UnknownName for a name that nothing offers; what a factory raises about its options comes through.
+        """
+        stages = []
+        for choice in choices:
+            name, options = (choice, {}) if isinstance(choice, str) else choice
+            if name not in offered:
+                raise UnknownName("context stage", name, offered, param="context")
+            stages.append((name, offered[name](tokenizer, options)))
+        return cls(tuple(stages))
+
+    def run(self, context: Context) -> tuple[int, ...]:
+        """The prompt's token ids, at least one.
+
+        Raises InvalidRequest where the prompt cannot be served, ContextLengthExceeded where it is too long, and
+        RequestFailed naming the stage where a stage breaks.
+        """
+        for name, stage in self.stages:
+            context = _run(name, stage, context)
+        if context.ids is None:
+            names = ", ".join(name for name, _ in self.stages) or "none"
+            raise InvalidRequest(f"no context stage made token ids of the prompt; stages: {names}", param="context")
+        if not context.ids:
+            raise InvalidRequest("the prompt has no tokens; send at least one", param="prompt")
+        if len(context.ids) > context.max_prompt_tokens:
+            raise ContextLengthExceeded(
+                f"the prompt has {len(context.ids)} tokens; at most {context.max_prompt_tokens} fit. "
+                "Shorten it or list the context stage 'truncate'",
+                param="prompt",
+            )
+        return context.ids
+
+
+def _run(name: str, stage: ContextStage, context: Context) -> Context:
+    try:
+        answer = stage(context)
+    except SpecgenError:
+        raise
+    except Exception as error:
+        raise RequestFailed(f"context stage {name!r} raised {type(error).__name__}: {error}") from error
+    if not isinstance(answer, Context):
+        raise PluginError(f"context stage {name!r} returned {type(answer).__name__}; it must return a Context")
+    return answer

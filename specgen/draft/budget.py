@@ -1,0 +1,184 @@
+"""How much to draft: measured cost of rows against the chance that a node survives.
+
+Every number here is learned while the engine runs; none changes what is generated, only how fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from specgen.types import TokenTree
+
+_SMOOTHING = 0.15
+_ROW_PRIOR = 0.01
+_OUTLIER = 4.0
+
+
+class RowCost:
+    """Seconds that a forward over n rows takes on this machine, now.
+
+    Steps are averaged in groups of similar size (powers of two) and interpolated between them; where nothing was
+    measured yet, one row more is taken to cost a hundredth of the forward.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[int, tuple[float, float]] = {}
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """A forward over `rows` rows took `seconds`."""
+        group = rows.bit_length()
+        if group not in self._groups:
+            self._groups[group] = (float(rows), seconds)
+            return
+        mean_rows, mean = self._groups[group]
+        seconds = min(seconds, _OUTLIER * mean)
+        self._groups[group] = (
+            mean_rows + _SMOOTHING * (rows - mean_rows),
+            mean + _SMOOTHING * (seconds - mean),
+        )
+
+    def seconds(self, rows: int) -> float:
+        """Expected seconds of a forward over `rows` rows; never less than for fewer rows. 1 before any measurement."""
+        points = sorted(self._groups.values())
+        if not points:
+            return 1.0 + _ROW_PRIOR * rows
+        first_rows, first = points[0]
+        if rows <= first_rows:
+            return first
+        for (low_rows, low), (high_rows, high) in pairwise(points):
+            if rows <= high_rows:
+                high = max(low, high)
+                return low + (high - low) * (rows - low_rows) / max(high_rows - low_rows, 1e-9)
+        last_rows, last = points[-1]
+        return last * (1.0 + _ROW_PRIOR * (rows - last_rows))
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Hits of trials, old ones fading."""
+
+    hits: float = 0.0
+    trials: float = 0.0
+
+    def add(self, hit: bool) -> None:
+        self.hits = self.hits * _FADE + hit
+        self.trials = self.trials * _FADE + 1.0
+
+    def mean(self, prior: float, weight: float) -> float:
+        return (self.hits + weight * prior) / (self.trials + weight)
+
+
+_FADE = 0.98
+_BINS = 12
+_PRIOR_WEIGHT = 4.0
+
+
+class Calibration:
+    """How often a drafter's node of a given confidence is right given that its parent is.
+
+    `parent` is the calibration over all sequences, which this one refines; it learns from every trial as well.
+    """
+
+    def __init__(self, parent: Calibration | None = None) -> None:
+        self._parent = parent
+        self._tallies = [_Tally() for _ in range(_BINS + 1)]
+
+    def survival(self, confidence: float) -> float:
+        """Observed share of right nodes at this confidence, leaning on the confidence itself while there is little."""
+        prior = self._parent.survival(confidence) if self._parent else confidence
+        return self._tallies[round(confidence * _BINS)].mean(prior, _PRIOR_WEIGHT)
+
+    def calibrated(self, tree: TokenTree) -> TokenTree:
+        """The same tree with observed survival in place of the drafter's confidence."""
+        known = {confidence: self.survival(confidence) for confidence in set(tree.confidence)}
+        return TokenTree(tree.tokens, tree.parents, tuple(known[confidence] for confidence in tree.confidence))
+
+    def observe(self, tree: TokenTree, committed: Sequence[int]) -> int:
+        """Learn from what was committed: every node whose parent lies on the committed path was right or wrong.
+
+        Nodes count whether or not they were verified, so drafters go on learning while nothing of theirs is taken.
+        Returns how many committed tokens the tree held.
+        """
+        on_path = {-1: 0}
+        longest = 0
+        for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
+            depth = on_path.get(parent)
+            if depth is None or depth >= len(committed):
+                continue
+            hit = committed[depth] == token
+            self._learn(tree.confidence[node], hit)
+            if hit:
+                on_path[node] = depth + 1
+                longest = max(longest, depth + 1)
+        return longest
+
+    def _learn(self, confidence: float, hit: bool) -> None:
+        self._tallies[round(confidence * _BINS)].add(hit)
+        if self._parent:
+            self._parent._learn(confidence, hit)
+
+
+def survivals(tree: TokenTree) -> list[float]:
+    """Chance that each node is accepted: the product of the confidences on its path."""
+    found: list[float] = []
+    for parent, confidence in zip(tree.parents, tree.confidence, strict=True):
+        found.append(confidence * (found[parent] if parent >= 0 else 1.0))
+    return found
+
+
+def worthwhile(trees: Sequence[TokenTree], base_rows: int, cost: RowCost) -> list[list[int]]:
+    """For each tree the nodes to verify: those that make committed tokens per second, over the whole batch, largest.
+
+    Nodes are taken in order of survival, so a node never comes without its parent. `base_rows` are verified anyway.
+    Every tree's sequence commits one token whatever is drafted.
+    """
+    offers = sorted(
+        ((-survival, node, index) for index, tree in enumerate(trees) for node, survival in enumerate(survivals(tree)))
+    )
+    tokens = float(len(trees))
+    best, taken = tokens / cost.seconds(base_rows), 0
+    for count, (survival, _, _) in enumerate(offers, 1):
+        tokens -= survival
+        rate = tokens / cost.seconds(base_rows + count)
+        if rate > best:
+            best, taken = rate, count
+    chosen: list[list[int]] = [[] for _ in trees]
+    for _, node, index in offers[:taken]:
+        chosen[index].append(node)
+    return chosen
+
+
+class Pace:
+    """Whether a drafter that costs time is worth asking in one sequence, with back-off where it is not."""
+
+    def __init__(self) -> None:
+        self._gain = 0.0
+        self._seconds = 0.0
+        self._calls = 0
+        self._pause = 0
+        self._next_pause = _FIRST_PAUSE
+
+    def ready(self) -> bool:
+        """Ask the drafter in this step? Counts a step of the pause if not."""
+        if self._pause:
+            self._pause -= 1
+            return False
+        return True
+
+    def observe(self, gained: int, seconds: float, token_seconds: float) -> None:
+        """`gained` tokens came of a proposal that took `seconds`; a token is worth `token_seconds`."""
+        weight = max(_SMOOTHING, 1.0 / (self._calls + 1))
+        self._calls += 1
+        self._gain += weight * (gained - self._gain)
+        self._seconds += weight * (seconds - self._seconds)
+        if self._calls < _TRIALS or self._gain * token_seconds >= self._seconds:
+            self._next_pause = max(_FIRST_PAUSE, self._next_pause // 2) if self._calls >= _TRIALS else _FIRST_PAUSE
+            return
+        self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, _LONGEST_PAUSE)
+
+
+_TRIALS = 4
+_FIRST_PAUSE = 8
+_LONGEST_PAUSE = 256

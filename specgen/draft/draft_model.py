@@ -1,0 +1,212 @@
+"""A smaller causal LM of the same vocabulary drafts a tree (Leviathan et al. 2023; tree growth as in EAGLE-2, Li et
+al. 2024): one packed forward per depth for the whole batch, the most confident nodes grow, the best nodes are offered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specgen.draft.budget import survivals
+from specgen.draft.drafter import Drafter, DrafterSetup, DraftHints, DraftSession
+from specgen.draft.options import read
+from specgen.errors import DrafterMismatch, InvalidRequest, OutOfPages
+from specgen.kv.pool import BlockTable, KVPool
+from specgen.kv.segment import Segment
+from specgen.tree import path, select
+from specgen.types import EMPTY_TREE, TokenTree
+
+_ROWS_PER_FORWARD = 512
+_LEAST_SURVIVAL = 0.1
+
+
+class PackedModel(Protocol):
+    """What this drafter needs of a model: the packed forward over a pool of its own."""
+
+    pool: KVPool
+    vocab_size: int
+    context_length: int
+
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """float32[wanted rows, vocab]."""
+
+
+class DraftModel(Drafter):
+    """Options: `model` (path or loaded model, required), `depth` of the tree, `width`: nodes grown per depth."""
+
+    def __init__(self, setup: DrafterSetup) -> None:
+        options = dict(setup.options)
+        source = options.pop("model", None)
+        numbers = read("draft-model", options, {"depth": (5, 1, 16), "width": (3, 1, 8)})
+        if source is None or setup.load_model is None:
+            raise InvalidRequest("drafter 'draft-model' needs the option model: a path or a loaded model", param="model")
+        self.depth, self.width = numbers["depth"], numbers["width"]
+        self.model: PackedModel = setup.load_model(source, tokenizer=setup.tokenizer)
+        self.vocab_size = setup.vocab_size
+        self._open = 0
+        if self.model.vocab_size != setup.vocab_size:
+            raise DrafterMismatch(
+                f"drafter 'draft-model' has a vocabulary of {self.model.vocab_size}, the target of {setup.vocab_size}; "
+                "choose a draft model that shares the target's tokenizer"
+            )
+
+    def open(self, prompt: Sequence[int], hints: DraftHints) -> DraftSession:
+        """A session with a table of its own in the draft model's pool; the prompt is read at the first proposal."""
+        self._open += 1
+        return _Session(self, prompt)
+
+    def closed(self) -> None:
+        """A session was closed."""
+        self._open -= 1
+
+    def propose(self, sessions: Sequence[DraftSession], max_nodes: Sequence[int]) -> list[TokenTree]:
+        """Grow one tree per session, all of them together in each forward."""
+        growths = [session.grow() for session in sessions if isinstance(session, _Session)]
+        alive = [growth for growth in growths if growth.session.reserve(self.depth * self.width)]
+        self._read(alive)
+        for _ in range(1, self.depth):
+            alive = [growth for growth in alive if growth.pick(self.width)]
+            if not alive:
+                break
+            logits = self.model.forward([growth.segment() for growth in alive])
+            for growth, rows in zip(alive, logits.split([len(g.picked) for g in alive]), strict=True):
+                growth.extend(rows, self.width)
+        return [growth.best(most) for growth, most in zip(growths, max_nodes, strict=True)]
+
+    def check(self) -> None:
+        """Raise RuntimeError if pages are held though no session is open."""
+        self.model.pool.check()
+        if not self._open and self.model.pool.free_pages != self.model.pool.pages:
+            raise RuntimeError("draft model: pages are held without a session")
+
+    def _read(self, growths: Sequence[_Growth]) -> None:
+        """Bring every session's KV up to its last committed token; its logits are the first level of the tree."""
+        behind = list(growths)
+        while behind:
+            room = max(1, _ROWS_PER_FORWARD // len(behind))
+            segments = [growth.session.unread(room) for growth in behind]
+            rows = iter(self.model.forward(segments))
+            for growth, segment in zip(behind, segments, strict=True):
+                growth.session.table.commit(len(segment.tokens))
+                if segment.logits:
+                    growth.extend(next(rows)[None], self.width)
+            behind = [growth for growth in behind if growth.session.is_behind]
+
+
+class _Session(DraftSession):
+    def __init__(self, drafter: DraftModel, prompt: Sequence[int]) -> None:
+        self._drafter = drafter
+        self.ids = list(prompt)
+        self.table: BlockTable = drafter.model.pool.open()
+        self._growth: _Growth | None = None
+
+    def propose(self, max_nodes: int) -> TokenTree:
+        return self._drafter.propose([self], [max_nodes])[0]
+
+    def commit(self, tokens: Sequence[int]) -> None:
+        """Keep the rows of the committed path that the last growth has computed; the rest is read again later."""
+        if self._growth and not self.is_behind:
+            self.table.commit(0, self._growth.rows_along(tokens))
+        self._growth = None
+        self.ids.extend(tokens)
+
+    def close(self) -> None:
+        self.table.release()
+        self._drafter.closed()
+
+    def grow(self) -> _Growth:
+        self._growth = _Growth(self)
+        return self._growth
+
+    @property
+    def is_behind(self) -> bool:
+        return self.table.length < len(self.ids)
+
+    def reserve(self, tree_rows: int) -> bool:
+        """Own slots for all ids and a tree's rows; False when the pool or the context has no room."""
+        if not self.is_behind:
+            # The last id is read again: its logits are needed and were not kept.
+            self.table.length = len(self.ids) - 1
+        if len(self.ids) + self._drafter.depth > self._drafter.model.context_length:
+            return False
+        try:
+            self.table.reserve(len(self.ids) + tree_rows)
+        except OutOfPages:
+            return False
+        return True
+
+    def unread(self, most: int) -> Segment:
+        start = self.table.length
+        stop = min(len(self.ids), start + most)
+        wanted = (stop - start - 1,) if stop == len(self.ids) else ()
+        return Segment(self.table, self.ids[start:stop], range(start, stop), None, wanted)
+
+
+class _Growth:
+    """A tree while it grows under one session's last id. `row` numbers the nodes whose KV was computed."""
+
+    def __init__(self, session: _Session) -> None:
+        self.session = session
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.confidence: list[float] = []
+        self.row: dict[int, int] = {}
+        self.picked = [-1]
+
+    @property
+    def tree(self) -> TokenTree:
+        return TokenTree(tuple(self.tokens), tuple(self.parents), tuple(self.confidence))
+
+    def extend(self, logits: Tensor, width: int) -> None:
+        """Hang the `width` likeliest tokens under each picked node, given its row of logits."""
+        probabilities, tokens = torch.softmax(logits, dim=-1).topk(width)
+        for parent, chances, ids in zip(self.picked, probabilities.tolist(), tokens.tolist(), strict=True):
+            for chance, token in zip(chances, ids, strict=True):
+                self.tokens.append(token)
+                self.parents.append(parent)
+                self.confidence.append(min(1.0, chance))
+
+    def pick(self, width: int) -> list[int]:
+        """Choose the likeliest nodes of the deepest level to grow next; none when nothing there is likely."""
+        survival = survivals(self.tree)
+        previous = set(self.picked)
+        level = [node for node, parent in enumerate(self.parents) if parent in previous and node not in self.row]
+        level.sort(key=lambda node: (-survival[node], node))
+        self.picked = sorted(node for node in level[:width] if survival[node] >= _LEAST_SURVIVAL)
+        return self.picked
+
+    def segment(self) -> Segment:
+        """The picked nodes as rows that see the rows of their ancestors."""
+        table = self.session.table
+        for node in self.picked:
+            self.row[node] = len(self.row)
+        levels = {row: len(path(self.tree, node)) for node, row in self.row.items()}
+        visible = torch.zeros(len(self.picked), len(self.row), dtype=torch.bool)
+        for index, node in enumerate(self.picked):
+            visible[index, [self.row[ancestor] for ancestor in path(self.tree, node)]] = True
+        positions = [table.length - 1 + levels[row] for row in range(len(self.row))]
+        tokens = [self.tokens[node] for node in self.picked]
+        return Segment(table, tokens, positions, visible, range(len(tokens)))
+
+    def rows_along(self, committed: Sequence[int]) -> list[int]:
+        """Tail rows of the nodes that hold `committed`, as far as they were computed."""
+        rows: list[int] = []
+        node = -1
+        for token in committed:
+            below = (n for n, (t, p) in enumerate(zip(self.tokens, self.parents, strict=True)) if (p, t) == (node, token))
+            node = next(below, -2)
+            if node not in self.row:
+                break
+            rows.append(self.row[node])
+        return rows
+
+    def best(self, max_nodes: int) -> TokenTree:
+        """The `max_nodes` likeliest nodes."""
+        if not self.tokens:
+            return EMPTY_TREE
+        survival = survivals(self.tree)
+        order = sorted(range(len(survival)), key=lambda node: (-survival[node], node))
+        return select(self.tree, order[:max_nodes])

@@ -1,0 +1,170 @@
+"""The loop: plan, propose, score, walk, commit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence as Many
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from specgen.draft.drafter import Drafter, DraftHints
+from specgen.draft.drafting import Drafting
+from specgen.errors import OutOfPages, RequestCancelled
+from specgen.kv.segment import Segment
+from specgen.model.target import Target
+from specgen.sampling import Sampler
+from specgen.scheduler import Scheduler, Turn
+from specgen.sequence import Sequence, StopRules
+from specgen.text import TextCursor
+from specgen.types import EMPTY_TREE, Finish, Request, StepOutput, TokenTree
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """How one sequence of a request draws, ends and speaks; made by whoever builds the request."""
+
+    sampler: Sampler
+    stops: StopRules
+    cursor: TextCursor
+
+
+@dataclass(slots=True)
+class Counters:
+    """What an engine has done since it was built. Counts, not seconds: they are the same on every machine."""
+
+    steps: int = 0
+    committed: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+
+
+class EngineCore:
+    """Runs requests step by step over one target. Not thread-safe: one thread owns it."""
+
+    def __init__(
+        self,
+        target: Target,
+        drafters: Mapping[str, Drafter],
+        *,
+        max_running: int = 16,
+        max_prompt_rows: int = 512,
+    ) -> None:
+        self.target = target
+        self.drafting = Drafting(drafters, target.vocab_size)
+        self.scheduler = Scheduler(target.pool, max_running=max_running, max_prompt_rows=max_prompt_rows)
+        self.counters = Counters()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def add(self, request: Request, samples: Many[Sample]) -> None:
+        """Queue one sequence per sample."""
+        hints = DraftHints(request.prediction)
+        for index, sample in enumerate(samples):
+            drafts = self.drafting.open(request.ids, hints, request.params.speculation)
+            self.scheduler.add(
+                Sequence(
+                    request,
+                    index,
+                    sampler=sample.sampler,
+                    stops=sample.stops,
+                    cursor=sample.cursor,
+                    drafts=drafts,
+                    table=self.target.pool.open(),
+                )
+            )
+
+    def cancel(self, request_id: str, finish: Finish | None = None) -> list[StepOutput]:
+        """End all sequences of a request where they stand; none if it is finished or unknown."""
+        ours = [s for s in (*self.scheduler.running, *self.scheduler.waiting) if s.request.id == request_id]
+        reason = finish or Finish("cancelled", error=RequestCancelled(f"request {request_id} was cancelled"))
+        return [self._close(sequence, sequence.end(reason)) for sequence in ours]
+
+    def step(self) -> list[StepOutput]:
+        """One forward over everything that runs; what it added to each sequence that drew."""
+        turns = self.scheduler.plan()
+        trees = self._propose(turns)
+        segments = [turn.sequence.rows(turn.chain, tree) for turn, tree in zip(turns, trees, strict=True)]
+        logits = self._score(segments)
+        self.counters.steps += 1
+        return [
+            output
+            for turn, tree, rows in zip(turns, trees, logits, strict=True)
+            if (output := self._settle(turn, tree, rows)) is not None
+        ]
+
+    def check(self) -> None:
+        """Raise RuntimeError if anything is held that no sequence owns. Cheap; tests call it after every step."""
+        self.target.pool.check()
+        for drafter in self.drafting.drafters.values():
+            drafter.check()
+        if not self.busy and self.target.pool.free_pages != self.target.pool.pages:
+            raise RuntimeError("KV pool: pages are held though no sequence is left")
+
+    def _propose(self, turns: Many[Turn]) -> list[TokenTree]:
+        """The tree of each turn, as far as there are pages for it; empty where the prompt is not through."""
+        drawing = [turn.sequence for turn in turns if turn.complete]
+        trees = iter(
+            self.drafting.propose(
+                [sequence.drafts for sequence in drawing],
+                [sequence.deepest_draft for sequence in drawing],
+                base_rows=sum(turn.chain for turn in turns),
+            )
+        )
+        return [_housed(turn, next(trees)) if turn.complete else EMPTY_TREE for turn in turns]
+
+    def _score(self, segments: Many[Segment]) -> list[tuple[Tensor, list[int]]]:
+        """Per segment: the logits of its wanted rows, and their argmax."""
+        started = time.perf_counter()
+        logits = self.target.forward(segments)
+        best = logits.argmax(dim=-1).tolist()
+        self.drafting.cost.observe(sum(len(s.tokens) for s in segments), time.perf_counter() - started)
+        rows = []
+        start = 0
+        for segment in segments:
+            stop = start + len(segment.logits)
+            rows.append((logits[start:stop], best[start:stop]))
+            start = stop
+        return rows
+
+    def _settle(self, turn: Turn, tree: TokenTree, rows: tuple[Tensor, list[int]]) -> StepOutput | None:
+        """Walk and commit one turn. A sequence whose own code raises ends with the error; the others go on."""
+        sequence = turn.sequence
+        if not turn.complete:
+            sequence.table.commit(turn.chain)
+            return None
+        logits, best = rows
+        try:
+            walked = sequence.walk(tree, logits, best if sequence.sampler.is_argmax else None)
+        except Exception as error:  # processors and stopping criteria are the caller's code
+            return self._close(sequence, sequence.end(Finish("error", error=error)))
+        output = sequence.commit(turn.chain, len(tree), *walked)
+        self.counters.committed += len(output.tokens)
+        self.counters.drafted += len(tree)
+        self.counters.accepted += len(output.tokens) - 1
+        self.drafting.commit(sequence.drafts, tree, output.tokens)
+        return self._close(sequence, output) if output.result else output
+
+    def _close(self, sequence: Sequence, output: StepOutput) -> StepOutput:
+        self.scheduler.remove(sequence)
+        self.drafting.close(sequence.drafts)
+        if output.result:
+            reason = output.result.finish_reason
+            self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
+        return output
+
+
+def _housed(turn: Turn, tree: TokenTree) -> TokenTree:
+    """The tree if the pool has room for its rows, else none: drafting never takes a page that a sequence needs."""
+    table = turn.sequence.table
+    try:
+        table.reserve(table.length + turn.chain + len(tree))
+    except OutOfPages:
+        return EMPTY_TREE
+    return tree
+
+

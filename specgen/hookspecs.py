@@ -1,0 +1,87 @@
+"""Every hook a plugin can implement. Mark an implementation with `hookimpl`; plugins/README.md shows each one in use.
+
+The first four offer something: they are called when an engine or the command line is built, on the thread that builds
+it, and maybe again when plugins are listed, so they answer at once and always alike. The last three observe: they are
+called on the engine's thread, between two steps, so what is slow in them slows every request. An observer that raises
+is caught, counted and logged once per plugin; the requests go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import pluggy
+
+from specgen.context.stage import ContextStageFactory
+from specgen.draft.drafter import DrafterFactory
+from specgen.types import LogitsProcessor, Result, StepOutput
+
+if TYPE_CHECKING:
+    import typer
+
+PROJECT = "specgen"
+"""pluggy's project name and the entry-point group."""
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+LogitsProcessorFactory: TypeAlias = Callable[..., LogitsProcessor]
+"""`factory(tokenizer, **options) -> LogitsProcessor`.
+
+Called once for each sequence that asks for the processor by name, so the processor may keep state. `options` are what
+the request says; declare them as keywords, then Python itself refuses the unknown ones.
+"""
+
+
+@hookspec
+def context_stages() -> Mapping[str, ContextStageFactory]:
+    """Offer stages between a request and its token ids, by the name a config uses for them.
+
+    Called when an engine is built. The order of stages is the config's, never the hooks'.
+    """
+    return {}
+
+
+@hookspec
+def drafters() -> Mapping[str, DrafterFactory]:
+    """Offer drafters by the name a config or a request uses for them.
+
+    Called when an engine is built; a factory is called once per engine, and only if its drafter is wanted.
+    """
+    return {}
+
+
+@hookspec
+def logits_processors() -> Mapping[str, LogitsProcessorFactory]:
+    """Offer logits processors by the name a request uses for them.
+
+    Called when an engine is built; a factory is called for each sequence that asks for its processor. Processors see
+    exactly the calls that decoding without drafts would make.
+    """
+    return {}
+
+
+@hookspec
+def register_commands(cli: typer.Typer) -> None:
+    """Add commands to the command line: `@cli.command()`.
+
+    Called once when `specgen` starts, on the main thread. Import what is heavy inside the command.
+    """
+
+
+@hookspec
+def on_request(request: Any) -> None:
+    """See a request that the engine accepted, before its first step. Called on the engine's thread; only read it."""
+
+
+@hookspec
+def on_step(outputs: Sequence[StepOutput]) -> None:
+    """See what one step added, one output per sequence that gained tokens. Called on the engine's thread after each
+    step."""
+
+
+@hookspec
+def on_finish(result: Result) -> None:
+    """See a finished sequence with its usage and acceptance statistics. Called on the engine's thread, once for each
+    sequence."""

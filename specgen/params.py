@@ -1,0 +1,174 @@
+"""What one request may ask of the sampler and of the stop rules, checked when it is built."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+from transformers import GenerationConfig
+
+from specgen.errors import InvalidRequest, UnknownName
+from specgen.types import LogitsProcessor, Speculation, StoppingCriterion
+
+_SAMPLING_ONLY = ("top_k", "top_p", "min_p", "typical_p")
+_FROM_GENERATION_CONFIG = ("temperature", *_SAMPLING_ONLY)
+_MAX_SEED = 2**64
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of one request. `None` means: what the model's `generation_config.json` says, else off.
+
+    Sampling. temperature 0 is greedy and what a model without sampling defaults gets; asking for top_k, top_p, min_p
+    or typical_p without a temperature means temperature 1. They act in transformers' order and with transformers'
+    arithmetic. top_k 0 is off. seed makes a request repeatable: the text is a function of the seed, the sample's
+    index and the prompt, whatever drafts and whoever shares the batch.
+
+    Penalties. repetition_penalty acts on prompt and output (transformers), presence_penalty and frequency_penalty
+    on the output (OpenAI).
+
+    Tokens. logit_bias adds to logits; allowed_token_ids and banned_token_ids restrict the draw; bad_words bans
+    strings; no_repeat_ngram_size bans repeating n-grams; min_tokens bans ending earlier.
+
+    Ends. stop strings and stop_token_ids end the text, as do the model's own end tokens unless ignore_eos;
+    max_tokens bounds the output, `None` leaves it to the context length. stopping_criteria are transformers'.
+
+    processors: `transformers.LogitsProcessor` objects or alike, after the penalties and before the temperature.
+    With several sequences (n, or a list of prompts) each gets its own copy.
+    plugin_processors: name -> options of processors that plugins offer.
+    logprobs: log-probabilities of committed tokens under the unprocessed model, with that many alternatives, 0 to 20.
+    prediction: text that the caller expects to see, drafted where it fits.
+
+    Raises InvalidRequest naming the field, its value and the choices.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    banned_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    no_repeat_ngram_size: int | None = None
+    min_tokens: int = 0
+    max_tokens: int | None = None
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    stopping_criteria: tuple[StoppingCriterion, ...] = ()
+    seed: int | None = None
+    n: int = 1
+    logprobs: int | None = None
+    processors: tuple[LogitsProcessor, ...] = ()
+    plugin_processors: Mapping[str, Mapping[str, Any]] | None = None
+    speculation: Speculation = Speculation()
+    prediction: str | tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> SamplingParams:
+        """Build from keywords as users write them: lists for tuples, one string for `stop`, "off" for speculation."""
+        known = cls.__struct_fields__
+        for name in options:
+            if name not in known:
+                raise UnknownName("option", name, known, param=name)
+        values = dict(options)
+        if isinstance(values.get("stop"), str):
+            values["stop"] = (values["stop"],)
+        if "speculation" in values:
+            values["speculation"] = Speculation.of(values["speculation"])
+        for name, value in values.items():
+            values[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**{name: value for name, value in values.items() if value is not None})
+
+    def __post_init__(self) -> None:
+        _number(self, "temperature", 0.0, math.inf)
+        _number(self, "top_p", 0.0, 1.0, open_low=True)
+        _number(self, "typical_p", 0.0, 1.0, open_low=True)
+        _number(self, "min_p", 0.0, 1.0)
+        _number(self, "repetition_penalty", 0.0, math.inf, open_low=True)
+        _number(self, "presence_penalty", -2.0, 2.0)
+        _number(self, "frequency_penalty", -2.0, 2.0)
+        _integer(self, "top_k", 0)
+        _integer(self, "no_repeat_ngram_size", 0)
+        _integer(self, "min_tokens", 0)
+        _integer(self, "max_tokens", 1)
+        _integer(self, "seed", 0, _MAX_SEED - 1)
+        _integer(self, "n", 1, 128)
+        _integer(self, "logprobs", 0, 20)
+        for name in ("stop", "bad_words"):
+            _strings(self, name)
+        for name in ("processors", "stopping_criteria"):
+            if not all(callable(item) for item in getattr(self, name)):
+                raise InvalidRequest(f"{name} must hold callables", param=name)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequest(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}", param="min_tokens")
+        for token, bias in (self.logit_bias or {}).items():
+            if not isinstance(token, int) or not isinstance(bias, int | float) or not math.isfinite(bias):
+                raise InvalidRequest(f"logit_bias {token!r}: {bias!r} is not token id: finite number", param="logit_bias")
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Raise InvalidRequest if any token id lies outside the vocabulary."""
+        for name in ("logit_bias", "allowed_token_ids", "banned_token_ids", "stop_token_ids"):
+            check_ids(getattr(self, name) or (), vocab_size, name)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise InvalidRequest("allowed_token_ids is empty; no token could be drawn", param="allowed_token_ids")
+
+    def resolved(self, defaults: GenerationConfig) -> SamplingParams:
+        """The same with every default of `generation_config.json` filled in: `temperature` and so on are set after it.
+
+        As in transformers, its temperature and filters count only where it says `do_sample`; anything the request
+        says itself wins.
+        """
+        filled: dict[str, Any] = {}
+        asked = self.temperature is not None or any(getattr(self, name) is not None for name in _SAMPLING_ONLY)
+        if defaults.do_sample and self.temperature != 0:
+            for name in _FROM_GENERATION_CONFIG:
+                if getattr(self, name) is None and (value := getattr(defaults, name, None)) is not None:
+                    filled[name] = value
+        if self.temperature is None and "temperature" not in filled:
+            filled["temperature"] = 1.0 if asked or defaults.do_sample else 0.0
+        for name in ("repetition_penalty", "no_repeat_ngram_size"):
+            if getattr(self, name) is None and (value := getattr(defaults, name, None)) is not None:
+                filled[name] = value
+        return msgspec.structs.replace(self, **filled)
+
+
+def check_ids(ids: Iterable[Any], vocab_size: int, param: str) -> None:
+    """Raise InvalidRequest, naming the first that is not a token id of a vocabulary of `vocab_size`."""
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            raise InvalidRequest(f"{param} holds {token!r}; token ids are 0 to {vocab_size - 1}", param=param)
+
+
+def _number(params: SamplingParams, name: str, low: float, high: float, *, open_low: bool = False) -> None:
+    value = getattr(params, name)
+    if value is None:
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
+        raise InvalidRequest(
+            f"{name} is {value!r}; it must be a number {'above' if open_low else 'from'} {low:g} to {high:g}", param=name
+        )
+
+
+def _integer(params: SamplingParams, name: str, low: int, high: int | None = None) -> None:
+    value = getattr(params, name)
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        bound = f"{low} to {high}" if high is not None else f"at least {low}"
+        raise InvalidRequest(f"{name} is {value!r}; it must be a whole number, {bound}", param=name)
+
+
+def _strings(params: SamplingParams, name: str) -> None:
+    for value in getattr(params, name):
+        if not isinstance(value, str) or not value:
+            raise InvalidRequest(f"{name} holds {value!r}; it must hold non-empty strings", param=name)

@@ -1,0 +1,87 @@
+"""Ids to text as they come: never half a character, never text that may still turn out to be a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_CONTEXT_TOKENS = 6
+
+
+class Decoder(Protocol):
+    """The one method of a tokenizer that is used here."""
+
+    def decode(self, token_ids: list[int], **kwargs: bool) -> str:
+        """Ids to text."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextCursor:
+    """Where the text of one sequence stands. Frozen: `advance` answers a new one, so a walk can be thrown away.
+
+    window: the ids since the last clean character border, behind a few ids before it that decode to `shown`.
+    held: text not released yet because a stop string may begin in it.
+    """
+
+    decoder: Decoder | None
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special: bool = True
+    window: tuple[int, ...] = ()
+    shown: str = ""
+    held: str = ""
+
+    @classmethod
+    def after(cls, prompt: Sequence[int], decoder: Decoder | None, **options: object) -> TextCursor:
+        """The cursor behind a prompt, whose last ids decide how the first new one is spelt."""
+        tail = tuple(prompt[-_CONTEXT_TOKENS:])
+        cursor = cls(decoder, window=tail, **options)  # type: ignore[arg-type]
+        return replace(cursor, shown=cursor._decode(tail))
+
+    def advance(self, tokens: Sequence[int]) -> tuple[TextCursor, str, str | None]:
+        """Take `tokens` in: the new cursor, the text that may be shown now, and the stop string that is complete.
+
+        With several tokens the stop string may lie anywhere in them; the text ends before it, or with it if
+        `include_stop`.
+        """
+        if self.decoder is None:
+            return self, "", None
+        window = self.window + tuple(tokens)
+        text = self._decode(window)
+        if text.endswith(_REPLACEMENT) or len(text) < len(self.shown):
+            return replace(self, window=window), "", None
+        held = self.held + text[len(self.shown) :]
+        recent = window[-_CONTEXT_TOKENS:]
+        moved = replace(self, window=recent, shown=self._decode(recent))
+        if found := _first(held, self.stop):
+            at, string = found
+            return replace(moved, held=""), held[: at + len(string) * self.include_stop], string
+        safe = len(held) - _may_begin(held, self.stop)
+        return replace(moved, held=held[safe:]), held[:safe], None
+
+    def flush(self) -> str:
+        """What is still held when the sequence ends otherwise, half characters included."""
+        return self.held + self._decode(self.window)[len(self.shown) :]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        if self.decoder is None:
+            return ""
+        return self.decoder.decode(
+            list(ids), skip_special_tokens=self.skip_special, clean_up_tokenization_spaces=False
+        )
+
+
+def _first(text: str, strings: Sequence[str]) -> tuple[int, str] | None:
+    """The stop string that is complete first, and where it begins."""
+    found = [(text.find(string) + len(string), text.find(string), string) for string in strings if string in text]
+    return min(found)[1:] if found else None
+
+
+def _may_begin(text: str, strings: Sequence[str]) -> int:
+    """Length of the longest end of `text` that is a beginning of one of `strings`."""
+    return max(
+        (n for string in strings for n in range(1, len(string)) if text.endswith(string[:n])),
+        default=0,
+    )
