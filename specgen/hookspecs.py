@@ -9,13 +9,13 @@ is caught, counted and logged once per plugin; the requests go on.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import pluggy
 
 from specgen.context.stage import ContextStageFactory
 from specgen.draft.drafter import DrafterFactory
-from specgen.types import LogitsProcessor, Result, StepOutput
+from specgen.types import LogitsProcessor, Request, Result, StepOutput
 
 if TYPE_CHECKING:
     import typer
@@ -71,7 +71,7 @@ def register_commands(cli: typer.Typer) -> None:
 
 
 @hookspec
-def on_request(request: Any) -> None:
+def on_request(request: Request) -> None:
     """See a request that the engine accepted, before its first step. Called on the engine's thread; only read it."""
 
 

@@ -10,8 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final, Literal, overload
 
 import pluggy
@@ -26,7 +25,6 @@ from specgen.hookspecs import PROJECT, LogitsProcessorFactory
 ALLOW_LIST: Final = "SPECGEN_PLUGINS"
 """Environment variable: the distributions that may load, separated by commas. Empty: none; unset: all."""
 
-_BUILT_INS = "specgen.builtin"
 _DISTRIBUTION = "specgen-llm"
 _KINDS: Final[Mapping[str, str]] = {
     "context_stages": "context stage",
@@ -179,9 +177,11 @@ def load_plugins(*, only: Collection[str] | None = None, required: Collection[st
     Raises PluginError if it is `required`, if a required one is not installed or not allowed, and for a plugin that
     breaks the contract of a hook.
     """
+    # Imported here, since specgen and its built-ins import this module.
+    from specgen import __version__, builtin
+
     plugins = Plugins()
-    # Imported here, since the built-ins import the packages that plugins extend.
-    plugins.register(import_module(_BUILT_INS), _DISTRIBUTION, version=_own_version())
+    plugins.register(builtin, _DISTRIBUTION, version=__version__)
     points = sorted((_normal(_distribution(point)[0]), point) for point in entry_points(group=PROJECT))
     installed = {name for name, _ in points}
     allowed = _allowed(installed, only)
@@ -220,13 +220,6 @@ def _distribution(point: EntryPoint) -> tuple[str, str]:
 def _normal(name: str) -> str:
     """One spelling for a distribution's name, as package indexes compare them."""
     return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def _own_version() -> str:
-    try:
-        return version(_DISTRIBUTION)
-    except PackageNotFoundError:
-        return ""
 
 
 def _invoke(implementation: pluggy.HookImpl, arguments: Mapping[str, object]) -> object:

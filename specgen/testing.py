@@ -111,7 +111,7 @@ class DrafterContract(ABC):
         drafter.check()
 
     def test_nothing_is_held_after_close(self) -> None:
-        """`check` stays silent after a session that was never asked, and after one that was closed while another runs."""
+        """`check` stays silent after a session that was never asked, and one that was closed while another runs."""
         drafter = self.drafter()
         drafter.check()
         idle, busy = (drafter.open(self.prompts[0], self.hints) for _ in range(2))

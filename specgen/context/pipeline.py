@@ -29,7 +29,7 @@ class ContextPipeline:
         """
         stages = []
         for choice in choices:
-            name, options = (choice, {}) if isinstance(choice, str) else choice
+            name, options = _read(choice)
             if name not in offered:
                 raise UnknownName("context stage", name, offered, param="context")
             stages.append((name, offered[name](tokenizer, options)))
@@ -55,6 +55,17 @@ class ContextPipeline:
                 param="prompt",
             )
         return context.ids
+
+
+def _read(choice: StageChoice) -> tuple[str, Mapping[str, Any]]:
+    match choice:
+        case str():
+            return choice, {}
+        case [str(name), Mapping() as options]:
+            return name, options
+    raise InvalidRequest(
+        f"context holds {choice!r}; it must be a stage's name or a pair of name and options", param="context"
+    )
 
 
 def _run(name: str, stage: ContextStage, context: Context) -> Context:

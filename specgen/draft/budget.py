@@ -173,12 +173,13 @@ class Pace:
         self._calls += 1
         self._gain += weight * (gained - self._gain)
         self._seconds += weight * (seconds - self._seconds)
-        if self._calls < _TRIALS or self._gain * token_seconds >= self._seconds:
+        if self._calls < _TRIALS or (self._gain + _NEGLIGIBLE) * token_seconds >= self._seconds:
             self._next_pause = max(_FIRST_PAUSE, self._next_pause // 2) if self._calls >= _TRIALS else _FIRST_PAUSE
             return
         self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, _LONGEST_PAUSE)
 
 
 _TRIALS = 4
+_NEGLIGIBLE = 0.01
 _FIRST_PAUSE = 8
 _LONGEST_PAUSE = 256

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from specgen.errors import UnsupportedModel
 from specgen.kv.pool import LayerShape
-from specgen.model.attention import Reach
+from specgen.model.attention import EVERYTHING, Reach
 
-_REACHES = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 _ALTERNATIVE = "run it with transformers' own generate"
+_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Per layer: the shape of one token's KV and how far back the layer looks."""
+    """What a packed forward must know of a model.
+
+    shapes: one token's KV in each layer of the pool.
+    stores: for each layer of the model, the pool layer it writes to, or reads from when it shares an earlier layer's
+        KV; `None` for a layer without attention.
+    reaches: for each layer of the model, how far back it looks.
+    vocab_size: length of a row of logits.
+    """
 
     shapes: tuple[LayerShape, ...]
+    stores: tuple[int | None, ...]
     reaches: tuple[Reach, ...]
     dtype: torch.dtype
+    vocab_size: int
 
 
 def refuse(model: PreTrainedModel, reason: str) -> UnsupportedModel:
@@ -39,29 +50,83 @@ def inspect_layers(model: PreTrainedModel) -> Architecture:
     ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
     try:
         output = model(input_ids=ids, use_cache=True)
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except Exception as error:  # a model's own code may raise anything
         raise refuse(model, f"a forward over two tokens fails ({type(error).__name__}: {error})") from error
     cache = getattr(output, "past_key_values", None)
-    if not isinstance(cache, Cache):
-        what = "state-space layers with their own cache" if hasattr(output, "cache_params") else "no KV cache"
-        raise refuse(model, f"keeps {what}, which cannot be rolled back after a rejected draft")
-    shapes, reaches = [], []
-    for index, layer in enumerate(cache.layers):
-        kind = type(layer).__name__
-        keys: Tensor | None = getattr(layer, "keys", None)
-        if kind not in _REACHES:
-            raise refuse(model, f"layer {index} is a {kind}, which cannot be rolled back after a rejected draft")
-        if keys is None:
-            raise refuse(model, f"layer {index} keeps no KV of its own (shared KV layers are not packed)")
-        shapes.append(LayerShape(keys.shape[1], keys.shape[3], layer.values.shape[3]))
-        reaches.append(_reach(model, index, getattr(layer, "sliding_window", None)))
-    return Architecture(tuple(shapes), tuple(reaches), keys.dtype)
-
-
-def _reach(model: PreTrainedModel, layer: int, window: int | None) -> Reach:
-    if window is None:
-        return Reach()
+    if type(cache) is not DynamicCache:
+        state = "no KV cache" if cache is None else f"a {type(cache).__name__}"
+        raise refuse(model, f"{first_layer(model)} keeps {state}: what it keeps of the text cannot be rolled back")
     config = model.config.get_text_config(decoder=True)
+    shapes: list[LayerShape] = []
+    stores: list[int | None] = []
+    reaches: list[Reach] = []
+    for index, layer in enumerate(cache.layers):
+        if type(layer).__name__ == "DummyLayer":
+            source = _shared_layer(config, index)
+            stores.append(None if source is None else stores[source])
+            reaches.append(EVERYTHING if source is None else reaches[source])
+            continue
+        keys: Tensor | None = getattr(layer, "keys", None)
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or keys is None:
+            raise refuse(model, f"layer {index} ({_kind(config, index)}) {_state(layer)}")
+        stores.append(len(shapes))
+        shapes.append(LayerShape(keys.shape[1], keys.shape[3], layer.values.shape[3]))
+        reaches.append(_reach(model, config, index, getattr(layer, "sliding_window", None)))
+    dtypes = {layer.keys.dtype for layer in cache.layers if layer.keys is not None}
+    if len(dtypes) != 1:
+        raise refuse(model, f"its layers keep KV of {len(dtypes)} data types ({', '.join(map(str, dtypes))})")
+    return Architecture(tuple(shapes), tuple(stores), tuple(reaches), dtypes.pop(), output.logits.shape[-1])
+
+
+def first_layer(model: PreTrainedModel) -> str:
+    """Name the model's first layer by its class, for messages."""
+    stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module))
+    stack = next(stacks, None)
+    return f"layer 0 ({type(stack[0] if stack is not None else model).__name__})"
+
+
+def context_limit(model: PreTrainedModel) -> int | None:
+    """The longest text for which the packed forward is the model's own; `None` when positions have no end."""
+    config = model.config.get_text_config(decoder=True)
+    positions = (getattr(config, name, None) for name in _LIMITS)
+    first = next((limit for limit in positions if isinstance(limit, int) and limit > 0), None)
+    return min((limit for limit in (first, _longrope_limit(config)) if limit is not None), default=None)
+
+
+def _longrope_limit(config: PreTrainedConfig) -> int | None:
+    """LongRoPE rotates *all* rows of a forward differently once one of them is behind the original length.
+
+    So a long text would change what is said of a short one beside it; behind that length nothing is exact.
+    """
+    ropes: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    kinds = [kind for kind in (ropes, *ropes.values()) if isinstance(kind, dict) and kind.get("rope_type") == "longrope"]
+    limits = [kind.get("original_max_position_embeddings") for kind in kinds]
+    return min((limit for limit in limits if isinstance(limit, int)), default=None)
+
+
+def _shared_layer(config: PreTrainedConfig, index: int) -> int | None:
+    """The layer whose KV layer `index` reads: transformers shares within a layer type, from the last that stores."""
+    modes = getattr(config, "kv_sharing_modes", None)
+    if modes is None or modes[index] != "reuse":
+        return None
+    kinds = config.layer_types
+    return max(layer for layer in range(index) if modes[layer] == "store" and kinds[layer] == kinds[index])
+
+
+def _kind(config: PreTrainedConfig, index: int) -> str:
+    kinds = getattr(config, "layer_types", None)
+    return str(kinds[index]) if kinds and index < len(kinds) else "attention"
+
+
+def _state(layer: Any) -> str:
+    if type(layer) is DynamicLayer:
+        return "keeps no keys and values: its state is elsewhere and cannot be rolled back after a rejected draft"
+    return f"keeps a {type(layer).__name__}, which cannot be rolled back after a rejected draft"
+
+
+def _reach(model: PreTrainedModel, config: PreTrainedConfig, layer: int, window: int | None) -> Reach:
+    if window is None:
+        return EVERYTHING
     kinds = getattr(config, "layer_types", None)
     kind = kinds[layer] if kinds else "sliding_attention"
     if kind == "chunked_attention":

@@ -6,7 +6,8 @@ GATHERED  The same, for models that transform what the cache gives back (MLA exp
 DENSE     The model computes attention itself: the cache returns all segments side by side, and a dense mask keeps
           them apart.
 
-In all three `PackedCache.update` writes the new rows to the pool, and every row sees the same keys.
+In all three `PackedCache.update` writes the new rows to the pool, and every row sees the same keys. What a model asks
+of its attention beyond that, our function refuses by name rather than ignore.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, PreTrainedModel
+from transformers import AttentionInterface, Cache, PreTrainedConfig, PreTrainedModel
 
 from specgen.errors import UnsupportedModel
 from specgen.kernels.reference import tree_attention
@@ -31,6 +33,9 @@ from specgen.kv.segment import Segment
 
 _PACKED_HEADS_ROWS = 64
 _names = (f"specgen-{number}" for number in itertools.count())
+# What models hand to an attention function without its result depending on it.
+_IDLE = frozenset({"dropout", "output_attentions", "output_hidden_states", "output_router_logits", "position_ids"})
+_IDLE |= {"sliding_window", "use_cache"}
 
 
 class Seam(Enum):
@@ -84,11 +89,24 @@ class Batch:
         cached = self._views.get((index, reach))
         if cached is None:
             segment = self.segments[index]
-            start = 0 if self.gathered else min(segment.table.length, reach.oldest(segment.first_position))
+            start = 0 if self.gathered or reach == EVERYTHING else _first_seen(segment, reach)
             mask = _mask(segment, start, reach)
             mask = None if mask is None else mask.to(self.pool.device)
             cached = self._views[index, reach] = segment.table.span(start, segment.end), mask
         return cached
+
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """int64[rows]: each row's position less its row number."""
+        positions = [p for s in self.segments for p in s.positions[s.tail - len(s.tokens) :]]
+        return (torch.tensor(positions) - torch.arange(self.rows)).to(self.pool.device)
+
+
+def _first_seen(segment: Segment, reach: Reach) -> int:
+    """The first position of the prefix that any row sees."""
+    earliest = min(segment.positions[segment.tail - len(segment.tokens) :])
+    return min(segment.table.length, reach.oldest(earliest))
 
 
 def _concatenated(spans: Sequence[slice | Tensor]) -> Tensor:
@@ -114,16 +132,17 @@ class PackedCache(Cache):
 
     is_compileable = False
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, stores: Sequence[int | None]) -> None:
         super().__init__(layers=[])
         self.batch = batch
+        self.stores = stores
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write [1, kv_heads, rows, dim] to the pool; return what the model is to attend to."""
         batch = self.batch
-        keys, values = batch.pool.keys[layer_idx], batch.pool.values[layer_idx]
+        keys, values = _stored(batch.pool, self.stores, layer_idx)
         keys[batch.write] = key_states[0].transpose(0, 1)
         values[batch.write] = value_states[0].transpose(0, 1)
         if not batch.gathered:
@@ -131,9 +150,19 @@ class PackedCache(Cache):
         spans = [segment.table.span(0, segment.end) for segment in batch.segments]
         return _gather(keys, spans), _gather(values, spans)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Zero: positions are always given, so no model needs it."""
-        return 0
+    def get_seq_length(self, layer_idx: int | None = None) -> int | Tensor:  # type: ignore[override]
+        """Zero for the model, to which positions are given.
+
+        A layer that asks for itself numbers its rows from here on (Llama 4's temperature): each gets its position.
+        """
+        return 0 if layer_idx is None else self.batch.offsets
+
+
+def _stored(pool: KVPool, stores: Sequence[int | None], layer: int) -> tuple[Tensor, Tensor]:
+    store = stores[layer]
+    if store is None:
+        raise UnsupportedModel(f"layer {layer} attends, though the model's own cache holds nothing of it")
+    return pool.keys[store], pool.values[store]
 
 
 def _gather(store: Tensor, spans: Sequence[slice | Tensor]) -> Tensor:
@@ -159,9 +188,10 @@ def dense_mask(batch: Batch, dtype: torch.dtype) -> Tensor:
 class PackedAttention:
     """The attention function of one model, registered with transformers under a name of its own."""
 
-    def __init__(self, model: PreTrainedModel, reaches: Sequence[Reach]) -> None:
-        self._model = model
+    def __init__(self, model: PreTrainedModel, reaches: Sequence[Reach], stores: Sequence[int | None]) -> None:
+        self._configs = tuple(_nested(model.config))
         self._reaches = reaches
+        self._stores = stores
         self._batch: Batch | None = None
         self._name = next(_names)
         itself = weakref.ref(self)
@@ -171,14 +201,15 @@ class PackedAttention:
     @contextmanager
     def over(self, batch: Batch) -> Iterator[None]:
         """Route the model's attention here for one forward; the user's own calls keep their implementation."""
-        config = self._model.config
-        before = config._attn_implementation
+        before = [config._attn_implementation for config in self._configs]
         self._batch = batch
-        config._attn_implementation = self._name
+        # Sets it on the nested configs too, so they are put back from the outermost inwards.
+        self._configs[0]._attn_implementation = self._name
         try:
             yield
         finally:
-            config._attn_implementation = before
+            for config, name in zip(self._configs, before, strict=True):
+                config._attn_implementation = name
             self._batch = None
 
     def __call__(
@@ -191,22 +222,25 @@ class PackedAttention:
         scaling: float | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
-        position_bias: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """transformers' attention function: query [1, heads, rows, dim]; returns [1, rows, heads, value_dim]."""
         layer, batch = module.layer_idx, self._batch
-        if batch is None or not isinstance(layer, int) or position_bias is not None:
-            raise UnsupportedModel(f"layer {layer} ({type(module).__name__}): a learned position bias cannot be packed")
+        if batch is None:
+            raise RuntimeError(f"attention {self._name} is called outside a packed forward")
+        reach = self._reaches[layer]
+        if (surprise := _surprise(attention_mask, reach, kwargs)) is not None:
+            raise UnsupportedModel(f"layer {layer} ({type(module).__name__}) {surprise}")
+        pool_keys, pool_values = _stored(batch.pool, self._stores, layer)
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         outputs = []
         row = column = 0
         for index, segment in enumerate(batch.segments):
-            span, visible = batch.view(index, self._reaches[layer])
+            span, visible = batch.view(index, reach)
             if batch.gathered:
                 keys, values = (t[0, :, column : column + segment.end] for t in (key, value))
             else:
-                keys, values = (t[layer][span].transpose(0, 1) for t in (batch.pool.keys, batch.pool.values))
+                keys, values = pool_keys[span].transpose(0, 1), pool_values[span].transpose(0, 1)
             queries = query[0, :, row : row + len(segment.tokens)]
             row, column = row + len(segment.tokens), column + segment.end
             if softcap is None and s_aux is None:
@@ -216,7 +250,27 @@ class PackedAttention:
                     tree_attention(queries, keys, values, visible, scale=scale, softcap=softcap, sinks=s_aux)
                 )
         packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        return packed.transpose(0, 1).unsqueeze(0), None
+        # Contiguous as transformers' own functions return it: some models call `view` on it.
+        return packed.transpose(0, 1).contiguous().unsqueeze(0), None
+
+
+def _nested(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """The config and all configs inside it, outermost first."""
+    yield config
+    for name in config.sub_configs:
+        if isinstance(inner := getattr(config, name, None), PreTrainedConfig):
+            yield from _nested(inner)
+
+
+def _surprise(attention_mask: Tensor | None, reach: Reach, kwargs: dict[str, Any]) -> str | None:
+    """What a layer asks of its attention that a packed forward does not do; `None` when there is nothing."""
+    if attention_mask is not None:
+        return "builds an attention mask of its own, which cannot be packed"
+    if (window := kwargs.get("sliding_window")) != reach.window:
+        return f"looks back over {window} tokens, but its KV cache says {reach.window}"
+    # Nearly all values are None or False, so that the names need not be looked at.
+    unknown = [name for name, value in kwargs.items() if value is not None and value is not False and name not in _IDLE]
+    return f"asks its attention for {', '.join(unknown)}, which cannot be packed" if unknown else None
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float) -> Tensor:

@@ -33,6 +33,7 @@ _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 _MANIFEST = "specgen-demo.json"
 # Raise it when _convert writes something else than before: folders of an older recipe are then built again.
 _RECIPE = 1
+_RENAMES = 10
 _CONTROL_TOKEN = 3  # GGUF's token type of <|im_end|> and its like
 
 
@@ -110,20 +111,19 @@ def _seal(folder: Path) -> None:
 
 def _publish(built: Path, folder: Path) -> None:
     """Move `built` to `folder` in one rename, unless another process has put a complete one there meanwhile."""
-    for attempt in range(10):
+    for attempt in range(_RENAMES):
         if _damage(folder) is None:
             return
-        if folder.exists():
-            # Into the scratch folder, which is deleted with all that it holds.
-            folder.rename(built.with_name(f"damaged-{attempt}"))
         try:
+            if folder.exists():
+                # Into the scratch folder, which is deleted with all that it holds.
+                folder.rename(built.with_name(f"damaged-{attempt}"))
             built.rename(folder)
             return
         except OSError:
-            # Another process was there between the two renames; look again at what it left.
-            if not folder.exists():
+            # Another process renamed something between our looks; see what it left.
+            if attempt == _RENAMES - 1:
                 raise
-    raise SpecgenError(f"{folder} is being rewritten by something else; try again, or set SPECGEN_CACHE")
 
 
 def _fetch(scratch: Path, progress: Callable[[str], None]) -> Path:

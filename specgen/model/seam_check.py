@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from specgen.errors import UnsupportedModel
 from specgen.kv.pool import PAGE_SIZE, KVPool
 from specgen.kv.segment import Segment, hung_rows
-from specgen.model.architecture import Architecture, refuse
+from specgen.model.architecture import Architecture, first_layer, refuse
 from specgen.model.attention import EVERYTHING, Seam
 
 _PROMPTS = ((3, 1, 4, 1, 5, 9, 2), (2, 7, 1))
@@ -21,6 +21,9 @@ _TREE = (6, 7, 8, 9, 10)
 _PARENTS = (-1, 0, 0, -1, 3)
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _COARSE_TOLERANCE = 0.1
+# Models that compute attention themselves, read line by line: they mask by the given mask and by nothing else. A window
+# or a bias inside a model's own code would not show on the few tokens of the check.
+_READ = ("codegen", "falcon", "gpt_neox_japanese", "gptj", "xglm")
 
 
 class PackedModel(Protocol):
@@ -46,21 +49,32 @@ def choose_seam(target: PackedModel) -> Seam:
         if (reason := _difference(target)) is None:
             return seam
         reasons.append(reason)
-    raise refuse(target.model, reasons[0] if reasons else "sliding windows need transformers' attention interface")
+    raise refuse(target.model, reasons[0])
 
 
 def _possible(target: PackedModel) -> tuple[Seam, ...]:
-    if hasattr(inspect.getmodule(type(target.model)), "ALL_ATTENTION_FUNCTIONS"):
+    model = target.model
+    if any(hasattr(inspect.getmodule(type(module)), "ALL_ATTENTION_FUNCTIONS") for module in model.modules()):
         return Seam.DIRECT, Seam.GATHERED
-    # A dense mask is one for all layers, so it cannot carry windows.
-    return (Seam.DENSE,) if set(target.architecture.reaches) == {EVERYTHING} else ()
+    config = model.config
+    if config.model_type not in _READ:
+        own = "computes attention itself, not through transformers' attention interface, and maybe with a bias or window"
+        raise refuse(model, f"{first_layer(model)} {own} (of such models these are known to work: {', '.join(_READ)})")
+    if getattr(config, "alibi", False):
+        raise refuse(model, f"{first_layer(model)} adds a bias that grows with distance (ALiBi), which is not packed")
+    if set(target.architecture.reaches) != {EVERYTHING}:
+        # A dense mask is one for all layers, so it cannot carry windows.
+        raise refuse(model, f"{first_layer(model)} computes attention itself, over a window")
+    return (Seam.DENSE,)
 
 
 @torch.inference_mode()
 def _difference(target: PackedModel) -> str | None:
     try:
         packed = _packed_logits(target)
-    except (UnsupportedModel, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+    except UnsupportedModel as error:
+        return str(error)
+    except Exception as error:  # a model's own code may raise anything
         return f"its forward does not take packed rows ({type(error).__name__}: {error})"
     alone = torch.stack([_alone(target.model, ids) for ids in _paths()])
     worst = (packed - alone).abs().max().item()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from specgen.kv.pool import PAGE_SIZE, KVPool
 from specgen.kv.segment import Segment
-from specgen.model.architecture import inspect_layers
+from specgen.model.architecture import context_limit, inspect_layers
 from specgen.model.attention import Batch, PackedAttention, PackedCache, Seam, dense_mask
 from specgen.model.seam_check import choose_seam
 
@@ -35,15 +35,14 @@ class Target:
 
     def __init__(self, model: PreTrainedModel, *, kv_tokens: int | None = None, max_context: int | None = None) -> None:
         self.model = model.eval()
-        config = model.config.get_text_config(decoder=True)
-        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.device = model.device
         self.architecture = inspect_layers(model)
+        self.vocab_size = self.architecture.vocab_size
         self.forwards = 0
         self.rows = 0
-        self._attention = PackedAttention(model, self.architecture.reaches)
+        self._attention = PackedAttention(model, self.architecture.reaches, self.architecture.stores)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        context = min(n for n in (_position_limit(config), max_context, _LONGEST_CONTEXT) if n is not None)
+        context = min(n for n in (context_limit(model), max_context, _LONGEST_CONTEXT) if n is not None)
         self.pool = KVPool(
             self.architecture.shapes,
             max(2, -(-(kv_tokens or self._affordable_tokens(context)) // PAGE_SIZE)),
@@ -73,7 +72,7 @@ class Target:
             logits: Tensor = self.model(
                 input_ids=ids,
                 position_ids=position_ids,
-                past_key_values=PackedCache(batch),
+                past_key_values=PackedCache(batch, self.architecture.stores),
                 attention_mask=dense_mask(batch, self.architecture.dtype) if dense else None,
                 use_cache=True,
                 **({"logits_to_keep": wanted} if self._keeps_logits else {}),
@@ -91,14 +90,6 @@ def _wanted_rows(segments: Sequence[Segment]) -> Tensor:
         [start + row for start, segment in zip(starts, segments, strict=False) for row in segment.logits],
         dtype=torch.int64,
     )
-
-
-def _position_limit(config: object) -> int | None:
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        limit = getattr(config, name, None)
-        if isinstance(limit, int) and limit > 0:
-            return limit
-    return None
 
 
 def _free_memory(device: torch.device) -> int:

@@ -1,0 +1,198 @@
+"""The Python API: an `Engine` around a model, and one-line helpers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from specgen.config import EngineConfig
+from specgen.context.pipeline import ContextPipeline
+from specgen.draft.drafter import Drafter, DrafterSetup
+from specgen.engine import Counters, EngineCore
+from specgen.errors import UnknownName
+from specgen.model.loading import check_same_tokenizer, load_model, load_tokenizer
+from specgen.model.target import Target
+from specgen.params import SamplingParams
+from specgen.plugins import Plugins, load_plugins
+from specgen.requests import RequestBuilder, with_options
+from specgen.runner import Runner
+from specgen.stream import Stream
+from specgen.types import Prompt, Result
+
+
+class Engine:
+    """A model that generates several tokens per forward, for many callers at once.
+
+    Thread-safe: one thread of its own runs the model. Use it as a context manager, or `close()` it.
+
+        engine = Engine.from_pretrained("path/to/model")
+        result = engine.generate([{"role": "user", "content": "Hello"}], max_tokens=64)
+
+    `options` are the fields of `EngineConfig`, and `draft_model` for a smaller model of the same tokenizer.
+    Raises UnsupportedModel, DrafterMismatch, PluginError or InvalidRequest when something does not fit.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        *,
+        config: EngineConfig | None = None,
+        plugins: Plugins | None = None,
+        **options: Any,
+    ) -> None:
+        self.config = config or EngineConfig.of(options)
+        self.plugins = plugins or load_plugins()
+        self.tokenizer = tokenizer
+        self.target = Target(model, kv_tokens=self.config.kv_tokens, max_context=self.config.max_context)
+        self._core = EngineCore(
+            self.target,
+            self._drafters(),
+            max_running=self.config.max_running,
+            max_prompt_rows=self.config.max_prompt_rows,
+        )
+        self._builder = RequestBuilder(
+            tokenizer,
+            model.generation_config,
+            self.target.vocab_size,
+            self.target.context_length,
+            self.target.device,
+            ContextPipeline.build(self.config.context, self.plugins.collect("context_stages"), tokenizer),
+            self._core.drafting,
+            self.plugins.collect("logits_processors"),
+        )
+        self._base = SamplingParams(speculation=self.config.speculation)
+        self._core.drafting.check_names(self.config.speculation)
+        self._runner = Runner(self._core, self.plugins)
+        self._finalizer = weakref.finalize(self, self._runner.close)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        dtype: str | torch.dtype | None = "auto",
+        device: str | torch.device | None = None,
+        model_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Engine:
+        """Load a model and its tokenizer and wrap them.
+
+        dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16" or a torch dtype.
+        device: where to put it; an accelerator if there is one. model_options go to transformers' `from_pretrained`.
+        """
+        loaded = load_model(model, dtype=dtype, device=device, **(model_options or {}))
+        return cls(loaded, load_tokenizer(model), **options)
+
+    def generate(self, prompt: Any, params: SamplingParams | None = None, **options: Any) -> Any:
+        """Continue one prompt, or many at once, and wait for the end.
+
+        prompt: text, a list of messages (`{"role": ..., "content": ...}`), a list of token ids, or a list of those.
+        options: the fields of `SamplingParams`; or give `params` instead.
+        Returns a `Result` for one prompt and a list of them for several; with n > 1 a list of n for each prompt.
+        Raises InvalidRequest before anything runs, RequestFailed if a sequence failed on the way.
+        """
+        params = with_options(params, options, self._base)
+        many = _is_batch(prompt)
+        prompts = list(prompt) if many else [prompt]
+        built = [self._builder.build(one, params, copies=len(prompts) > 1) for one in prompts]
+        streams = [self._runner.submit(request, samples) for request, samples in built]
+        try:
+            results = [stream.results() for stream in streams]
+        finally:
+            for stream in streams:
+                stream.cancel()
+        each: list[Any] = [found if params.n > 1 else found[0] for found in results]
+        return each if many else each[0]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Stream:
+        """Continue one prompt and hand out what each step adds: iterate over it with `for` or `async for`."""
+        params = with_options(params, options, self._base)
+        request, samples = self._builder.build(prompt, params, copies=False)
+        return self._runner.submit(request, samples)
+
+    @property
+    def counters(self) -> Counters:
+        """What the engine has done so far, in counts."""
+        return self._core.counters
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of one sequence, prompt and output together."""
+        return self.target.context_length
+
+    def check(self) -> None:
+        """Wait for the running step and raise RuntimeError if pages, leases or sessions are held by nobody."""
+        errors: list[RuntimeError] = []
+
+        def check() -> None:
+            try:
+                self._core.check()
+            except RuntimeError as error:
+                errors.append(error)
+
+        self._runner.call(check)
+        for error in errors:
+            raise error
+
+    def close(self) -> None:
+        """Cancel what runs and end the engine's thread. The model is left as it was."""
+        self._finalizer()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _drafters(self) -> dict[str, Drafter]:
+        offered = self.plugins.collect("drafters")
+        built = {}
+        for name, options in self.config.drafters.items():
+            if name not in offered:
+                raise UnknownName("drafter", name, offered, param="drafters")
+            setup = DrafterSetup(self.target.vocab_size, self.tokenizer, options, self._load_draft_model)
+            built[name] = offered[name](setup)
+        return built
+
+    def _load_draft_model(self, source: str | Path | PreTrainedModel, *, tokenizer: Any = None) -> Target:
+        if not isinstance(source, PreTrainedModel):
+            check_same_tokenizer(load_tokenizer(source), tokenizer)
+            source = load_model(source, dtype=self.target.model.dtype, device=self.target.device)
+        return Target(source, kv_tokens=self.target.pool.capacity, max_context=self.config.max_context)
+
+
+def wrap(model: PreTrainedModel, tokenizer: Any = None, **options: Any) -> Engine:
+    """An engine around a model that is loaded already. `options` as in `Engine`. The model stays the caller's."""
+    return Engine(model, tokenizer, **options)
+
+
+_latest: list[Engine] = []
+
+
+def engine_of(model: PreTrainedModel, tokenizer: Any = None) -> Engine:
+    """The engine that the one-line helpers use for `model`: made once, kept until they are called for another model."""
+    for engine in _latest:
+        if engine.target.model is model and tokenizer in (None, engine.tokenizer):
+            return engine
+    while _latest:
+        _latest.pop().close()
+    _latest.append(wrap(model, tokenizer))
+    return _latest[0]
+
+
+def generate(model: PreTrainedModel, prompt: Any, *, tokenizer: Any = None, **options: Any) -> Result | Any:
+    """`Engine.generate` for a model at hand, with an engine that is kept until another model is used."""
+    return engine_of(model, tokenizer).generate(prompt, **options)
+
+
+def _is_batch(prompt: Any) -> bool:
+    """Whether `prompt` is a list of prompts: its items are texts or lists."""
+    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], str | list | tuple)
+
+

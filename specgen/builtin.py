@@ -1,0 +1,26 @@
+"""The built-ins, offered through the same hooks as a stranger's plugin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from specgen.context.chat_template import chat_template
+from specgen.context.stage import ContextStageFactory
+from specgen.context.truncation import truncate
+from specgen.draft.draft_model import DraftModel
+from specgen.draft.drafter import DrafterFactory
+from specgen.draft.prediction import Prediction
+from specgen.draft.prompt_lookup import PromptLookup
+from specgen.hookspecs import hookimpl
+
+
+@hookimpl
+def context_stages() -> Mapping[str, ContextStageFactory]:
+    """The stages every engine can list."""
+    return {"chat-template": chat_template, "truncate": truncate}
+
+
+@hookimpl
+def drafters() -> Mapping[str, DrafterFactory]:
+    """The drafters that need no training."""
+    return {"prediction": Prediction, "prompt-lookup": PromptLookup, "draft-model": DraftModel}

@@ -1,0 +1,148 @@
+"""From what a user wrote to a request that the engine can run: everything is checked here, on the caller's thread."""
+
+from __future__ import annotations
+
+import copy
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import torch
+from transformers import GenerationConfig
+
+from specgen.context.pipeline import ContextPipeline
+from specgen.context.stage import Context
+from specgen.draft.drafting import Drafting
+from specgen.engine import Sample
+from specgen.errors import InvalidRequest, SpecgenError, UnknownName
+from specgen.hookspecs import LogitsProcessorFactory
+from specgen.params import SamplingParams, check_ids
+from specgen.sampling import PositionKeys, Sampler, processors
+from specgen.sequence import StopRules
+from specgen.text import TextCursor
+from specgen.types import LogitsProcessor, Prompt, Request
+
+
+@dataclass(frozen=True, slots=True)
+class RequestBuilder:
+    """What an engine knows about its model, as far as building requests needs it."""
+
+    tokenizer: Any
+    defaults: GenerationConfig
+    vocab_size: int
+    context_length: int
+    device: torch.device
+    pipeline: ContextPipeline
+    drafting: Drafting
+    plugin_processors: Mapping[str, LogitsProcessorFactory]
+
+    def build(self, prompt: Prompt, params: SamplingParams, *, copies: bool) -> tuple[Request, list[Sample]]:
+        """The request and how each of its `params.n` samples draws.
+
+        copies: whether sequences of other requests share the processors in `params`, so that each needs its own.
+        Raises InvalidRequest or one of its kinds, naming the value and the choices.
+        """
+        params.check_ids(self.vocab_size)
+        self._check_text_needs(params)
+        self.drafting.check_names(params.speculation)
+        params = params.resolved(self.defaults)
+        ids = self.pipeline.run(Context.of(prompt, max_prompt_tokens=self.context_length - 1))
+        check_ids(ids, self.vocab_size, "prompt")
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        request = Request(f"req-{secrets.token_hex(8)}", ids, params, seed, self._prediction(params))
+        copies = copies or params.n > 1
+        return request, [self._sample(request, index, copies=copies) for index in range(params.n)]
+
+    def _sample(self, request: Request, index: int, *, copies: bool) -> Sample:
+        params = request.params
+        ends = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            ends |= set(self._model_ends())
+        room = self.context_length - len(request.ids)
+        sampler = Sampler(
+            processors(
+                params,
+                prompt_length=len(request.ids),
+                end_ids=sorted(ends),
+                encode=self._spellings,
+                custom=[*(_own(p, copies=copies) for p in params.processors), *self._offered(params)],
+                device=self.device,
+            ),
+            greedy=not params.temperature,
+            keys=PositionKeys(request.seed, index),
+        )
+        cursor = TextCursor.after(
+            request.ids,
+            self.tokenizer,
+            stop=params.stop,
+            include_stop=params.include_stop_str_in_output,
+            skip_special=params.skip_special_tokens,
+        )
+        length = len(request.ids) + min(room, params.max_tokens or room)
+        return Sample(sampler, StopRules(ends, length, params.stopping_criteria), cursor)
+
+    def _model_ends(self) -> list[int]:
+        eos = self.defaults.eos_token_id
+        if eos is None:
+            eos = getattr(self.tokenizer, "eos_token_id", None)
+        if eos is None:
+            return []
+        return list(eos) if isinstance(eos, Sequence) else [int(eos)]
+
+    def _check_text_needs(self, params: SamplingParams) -> None:
+        for name in ("stop", "bad_words"):
+            if self.tokenizer is None and getattr(params, name):
+                raise InvalidRequest(f"{name} needs a tokenizer, and this engine has none", param=name)
+
+    def _prediction(self, params: SamplingParams) -> tuple[int, ...]:
+        if not isinstance(params.prediction, str):
+            check_ids(params.prediction, self.vocab_size, "prediction")
+            return params.prediction
+        if self.tokenizer is None:
+            raise InvalidRequest("prediction as text needs a tokenizer; give token ids", param="prediction")
+        return tuple(self.tokenizer.encode(params.prediction, add_special_tokens=False))
+
+    def _spellings(self, word: str) -> list[list[int]]:
+        spellings = [self.tokenizer.encode(text, add_special_tokens=False) for text in (word, f" {word}")]
+        return [ids for ids in spellings if ids]
+
+    def _offered(self, params: SamplingParams) -> list[LogitsProcessor]:
+        found = []
+        for name, options in (params.plugin_processors or {}).items():
+            factory: Callable[..., LogitsProcessor] | None = self.plugin_processors.get(name)
+            if factory is None:
+                raise UnknownName("logits processor", name, self.plugin_processors, param="plugin_processors")
+            try:
+                found.append(factory(self.tokenizer, **options))
+            except SpecgenError:
+                raise
+            except Exception as error:
+                message = f"logits processor {name!r} refuses {dict(options)!r}: {error}"
+                raise InvalidRequest(message, param="plugin_processors") from error
+        return found
+
+
+def _own(processor: LogitsProcessor, *, copies: bool) -> LogitsProcessor:
+    """The processor, or a copy where other sequences use it too: it may keep state."""
+    if not copies:
+        return processor
+    try:
+        return copy.deepcopy(processor)
+    except Exception as error:
+        raise InvalidRequest(
+            f"processor {processor!r} cannot be copied, and several sequences need their own: {error}",
+            param="processors",
+        ) from error
+
+
+def with_options(params: SamplingParams | None, options: Mapping[str, Any], base: SamplingParams) -> SamplingParams:
+    """The params of a call: `params`, or keywords as users write them over `base`. Both at once is an error."""
+    if params is not None:
+        if options:
+            raise InvalidRequest(f"give params or keywords, not both: {', '.join(options)}", param="params")
+        return params
+    given = {name: value for name, value in options.items() if value is not None}
+    built = SamplingParams.of(given)
+    return built if "speculation" in given else msgspec.structs.replace(built, speculation=base.speculation)

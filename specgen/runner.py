@@ -1,0 +1,140 @@
+"""The one thread that owns an engine: it takes requests in between steps and hands outputs out."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from specgen.engine import EngineCore, Sample
+from specgen.errors import EngineClosed, RequestFailed
+from specgen.plugins import Plugins
+from specgen.stream import Stream
+from specgen.types import Finish, Request, StepOutput
+
+log = structlog.get_logger("specgen.engine")
+
+_IDLE_SECONDS = 5.0
+
+
+class Runner:
+    """Runs an `EngineCore` on a daemon thread that starts with a request and ends when there was none for a while,
+    so that an engine nobody holds can be collected."""
+
+    def __init__(self, core: EngineCore, plugins: Plugins) -> None:
+        self._core = core
+        self._plugins = plugins
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._streams: weakref.WeakValueDictionary[str, Stream] = weakref.WeakValueDictionary()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def submit(self, request: Request, samples: Sequence[Sample]) -> Stream:
+        """Queue a request; its stream ends when all samples are finished. Raises EngineClosed after `close`."""
+        stream = Stream(request.id, len(samples), self.cancel)
+        with self._wake:
+            if self._closed:
+                raise EngineClosed("this engine was closed; open a new one")
+            self._streams[request.id] = stream
+            self._commands.append(lambda: self._accept(request, samples))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="specgen-engine", daemon=True)
+                self._thread.start()
+            self._wake.notify()
+        return stream
+
+    def cancel(self, request_id: str) -> None:
+        """End a request between two steps; unknown or finished ones are left alone."""
+        with self._wake:
+            self._commands.append(lambda: self._hand_out(self._core.cancel(request_id)))
+            self._wake.notify()
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Run `function` on the engine's thread between two steps, and wait for it."""
+        done = threading.Event()
+
+        def command() -> None:
+            try:
+                function()
+            finally:
+                done.set()
+
+        with self._wake:
+            self._commands.append(command)
+            self._wake.notify()
+            if self._thread is None:
+                self._drain()
+        done.wait()
+
+    def close(self) -> None:
+        """Cancel what runs, end the thread and wait for it. Doing so twice is harmless."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _wanted(self) -> bool:
+        return bool(self._commands) or self._closed or self._core.busy
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                awake = self._wake.wait_for(self._wanted, timeout=_IDLE_SECONDS)
+                if not awake:
+                    self._thread = None
+                    return
+                closing = self._closed
+            self._drain()
+            if closing:
+                self._fail(Finish("cancelled", error=EngineClosed("the engine was closed")))
+                return
+            if self._core.busy:
+                self._step()
+
+    def _drain(self) -> None:
+        while self._commands:
+            command = self._commands.popleft()
+            try:
+                command()
+            except Exception:
+                log.exception("a command to the engine raised")
+
+    def _step(self) -> None:
+        try:
+            outputs = self._core.step()
+        except Exception as error:  # out of memory, a broken model: those that ran fail, those that wait go on
+            log.exception("a step failed", running=len(self._core.scheduler.running))
+            self._fail(Finish("error", error=error), waiting=False)
+            return
+        self._hand_out(outputs)
+
+    def _accept(self, request: Request, samples: Sequence[Sample]) -> None:
+        try:
+            self._core.add(request, samples)
+        except Exception as error:
+            log.exception("a request could not be queued", request=request.id)
+            if stream := self._streams.get(request.id):
+                stream.fail(RequestFailed(f"request {request.id} could not be queued: {error!r}"))
+            return
+        self._plugins.notify("on_request", request=request)
+
+    def _fail(self, finish: Finish, *, waiting: bool = True) -> None:
+        scheduler = self._core.scheduler
+        sequences = [*scheduler.running, *scheduler.waiting] if waiting else list(scheduler.running)
+        for request_id in {sequence.request.id for sequence in sequences}:
+            self._hand_out(self._core.cancel(request_id, finish))
+
+    def _hand_out(self, outputs: Sequence[StepOutput]) -> None:
+        for output in outputs:
+            if stream := self._streams.get(output.request_id):
+                stream.put(output)
+        if outputs:
+            self._plugins.notify("on_step", outputs=outputs)
+        for output in outputs:
+            if output.result is not None:
+                self._plugins.notify("on_finish", result=output.result)
