@@ -77,8 +77,8 @@ def on_request(request: Request) -> None:
 
 @hookspec
 def on_step(outputs: Sequence[StepOutput]) -> None:
-    """See what one step added, one output per sequence that gained tokens. Called on the engine's thread after each
-    step."""
+    """See what one step added, one output per sequence that gained tokens or was cancelled. Called on the engine's
+    thread after each step."""
 
 
 @hookspec

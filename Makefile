@@ -1,0 +1,73 @@
+# `make test` is what CI runs. Everything happens in .venv, which `make install` builds and keeps up to date.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
+SOURCES := specgen $(wildcard plugins)
+# The parts of `make test`, in order.
+PARTS := lint types unit
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+
+.PHONY: help install demo test test-all lint format types unit bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+
+install: $(STAMP) ## make .venv with specgen, its plugins and all that development needs
+
+# torch first and alone: its constraint picks a plain build of that version, before another package's range can ask
+# for a newer one that brings CUDA along. The stamp is older than what it depends on: pip runs again.
+$(STAMP): pyproject.toml constraints.txt $(PLUGINS:=/pyproject.toml)
+	@echo "==> install: virtual environment"
+	@test -x $(BIN)/python || { \
+	  for python in python3.11 python3; do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	      exec $$python -m venv $(VENV); fi; \
+	  done; echo "FAILED: install: no Python 3.11 or newer found" >&2; exit 1; }
+	@echo "==> install: torch"
+	@$(PIP_INSTALL) torch
+	@echo "==> install: specgen $(notdir $(PLUGINS))"
+	@$(PIP_INSTALL) -e '.[dev]' $(addprefix -e ,$(PLUGINS))
+	@touch $@
+
+demo: install ## fetch the demo model (93 MB, once) and run examples/demo.py
+	@$(BIN)/specgen demo-model
+	@$(BIN)/python examples/demo.py
+
+test: install ## lint, types and all tests but the slow ones
+	@failed=; for part in $(PARTS); do \
+	  echo "==> $$part"; $(MAKE) $$part || failed="$$failed $$part"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "==> FAILED:$$failed (each runs alone as 'make <part>')" >&2; exit 1; fi; \
+	echo "==> passed: $(PARTS)"
+
+test-all: ## the same with the slow tests
+	@$(MAKE) test PYTEST_ARGS=
+
+lint: install ## ruff, rules and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: install ## let ruff put things in order
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+types: install ## mypy --strict
+	@$(BIN)/mypy $(SOURCES)
+
+PYTEST_ARGS = -m "not slow"
+unit: install ## pytest without the slow tests
+	@$(BIN)/python -m pytest --durations=10 $(PYTEST_ARGS)
+
+bench: install ## tokens per second with and without drafting
+	@$(BIN)/python -m benchmarks.decode
+
+clean: ## delete caches and build outputs; .venv stays
+	@rm -rf .mypy_cache .pytest_cache .ruff_cache build dist
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,68 @@
+"""Fixtures for all tests: the real small model, and memory that is never zero by luck."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports transformers, which reads it once: no test may depend on a model hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fill what `torch.empty` and its like return with NaN or huge integers, so that reading before writing shows.
+
+    Only for calls out of specgen's own modules: torch and transformers know what they do with theirs. For the whole
+    session, so that fixtures of any scope get it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            patch.setattr(owner, name, _poisoning(getattr(owner, name)))
+        yield
+
+
+def _poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith("specgen.") and not tensor.is_meta:
+            tensor.fill_(_poison(tensor.dtype))
+        return tensor
+
+    return poisoned
+
+
+def _poison(dtype: torch.dtype) -> float | int | bool:
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    # As an index it is out of range, as a token id in no vocabulary, as a length absurd.
+    return True if dtype == torch.bool else torch.iinfo(dtype).max
+
+
+@pytest.fixture(scope="session")
+def demo_path() -> Path:
+    """The demo model's folder. The first use on a machine downloads 93 MB and takes some 20 seconds."""
+    from specgen.model.demo import demo_model
+
+    return demo_model()
+
+
+@pytest.fixture(scope="session")
+def smollm(demo_path: Path) -> PreTrainedModel:
+    """SmolLM2-135M-Instruct in float32. Shared by all tests: leave it as you found it."""
+    return AutoModelForCausalLM.from_pretrained(demo_path, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def smollm_tokenizer(demo_path: Path) -> PreTrainedTokenizerBase:
+    """SmolLM2's tokenizer, with its chat template."""
+    return AutoTokenizer.from_pretrained(demo_path)

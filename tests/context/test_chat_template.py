@@ -1,0 +1,88 @@
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from specgen.context.chat_template import chat_template
+from specgen.context.stage import Context, ContextStage
+from specgen.errors import InvalidRequest, UnknownName
+from specgen.testing import ContextStageContract
+
+WORDS = ["<s>", "<unk>", "user:", "assistant:", "hello", "there"]
+TEMPLATE = (
+    "{{ bos_token }} {% for message in messages %}"
+    "{% if message.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{{ message.role }}: {{ message.content }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+HELLO = {"role": "user", "content": "hello there"}
+
+
+def word_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """One id per word; plain text begins with <s>, which the template writes itself."""
+    words = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", unk_token="<unk>", chat_template=template)
+
+
+def run(tokenizer: Any, **prompt: Any) -> tuple[int, ...] | None:
+    return chat_template(tokenizer, {})(Context(max_prompt_tokens=64, **prompt)).ids
+
+
+def test_messages_go_through_the_template_with_one_begin_token() -> None:
+    assert run(word_tokenizer(), messages=(HELLO,)) == (0, 2, 4, 5, 3)
+
+
+def test_text_gets_the_tokenizers_own_special_tokens() -> None:
+    assert run(word_tokenizer(), text="hello there") == (0, 4, 5)
+
+
+def test_ids_pass_without_any_tokenizer() -> None:
+    assert run(None, ids=(9, 8)) == (9, 8)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "prompt", "reason", "param"),
+    [
+        (None, {"text": "hello"}, "no tokenizer; send the prompt as token ids", "prompt"),
+        (None, {"messages": (HELLO,)}, "no tokenizer; send the prompt as token ids", "prompt"),
+        (word_tokenizer(None), {"messages": (HELLO,)}, "no chat template; send text or token ids", "messages"),
+        (word_tokenizer(), {"messages": ()}, "messages is empty", "messages"),
+        (word_tokenizer(), {"messages": ({"role": "tool"},)}, "refuses the messages: no tools here", "messages"),
+        (word_tokenizer(), {}, "neither messages nor text nor ids", "prompt"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_with_a_way_out(
+    tokenizer: Any, prompt: dict[str, Any], reason: str, param: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=reason) as caught:
+        run(tokenizer, **prompt)
+    assert caught.value.param == param
+
+
+def test_it_has_no_options() -> None:
+    with pytest.raises(UnknownName, match="choices: none"):
+        chat_template(None, {"template": "x"})
+
+
+class TestChatTemplate(ContextStageContract):
+    contexts = (
+        Context(max_prompt_tokens=8, messages=(HELLO,)),
+        Context(max_prompt_tokens=8, text="hello"),
+        Context(max_prompt_tokens=8, ids=(1, 2, 3)),
+    )
+
+    def stage(self) -> ContextStage:
+        return chat_template(word_tokenizer(), {})
+
+
+def test_a_real_template_opens_the_answer(smollm_tokenizer: Any) -> None:
+    ids = run(smollm_tokenizer, messages=({"role": "user", "content": "Hello"},))
+    text = smollm_tokenizer.decode(ids)
+    assert text.startswith("<|im_start|>system")
+    assert text.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")

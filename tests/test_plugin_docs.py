@@ -1,0 +1,108 @@
+"""plugins/README.md: every hook has its section, and what it shows to paste runs."""
+
+import inspect
+import re
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from specgen import hookspecs
+from specgen.context.stage import Context
+from specgen.draft.drafter import DrafterSetup, DraftHints
+from specgen.plugins import Plugins
+
+README = (Path(__file__).parents[1] / "plugins" / "README.md").read_text()
+SECTIONS = re.split(r"^### ", README, flags=re.MULTILINE)[1:]
+HOOKS = Plugins().hooks
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def heading(hook: str) -> str:
+    signature = inspect.signature(getattr(hookspecs, hook))
+    arguments = ", ".join(f"{name}: {parameter.annotation}" for name, parameter in signature.parameters.items())
+    return f"`{hook}({arguments}) -> {signature.return_annotation}`"
+
+
+def execute(source: str, name: str) -> ModuleType:
+    module = ModuleType(name)
+    exec(compile(source, name, "exec"), module.__dict__)
+    return module
+
+
+def run_tests(contract: type[Any]) -> None:
+    tests: list[Callable[[Any], None]] = [
+        test for name, test in inspect.getmembers(contract) if name.startswith("test_")
+    ]
+    assert tests
+    for test in tests:
+        test(contract())
+
+
+def registered(module: ModuleType | object) -> Plugins:
+    plugins = Plugins()
+    plugins.register(module, "pasted")
+    return plugins
+
+
+def test_the_sections_are_the_hooks_by_their_exact_signatures() -> None:
+    assert sorted(section.splitlines()[0] for section in SECTIONS) == sorted(map(heading, HOOKS))
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_every_hook_says_in_its_docstring_when_it_is_called(hook: str) -> None:
+    assert "Called" in (inspect.getdoc(getattr(hookspecs, hook)) or "")
+
+
+def test_the_pasteable_plugin_is_short_and_keeps_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    project, (source, test, *_) = blocks(README, "toml")[0], blocks(README, "python")
+    assert sum(len(block.splitlines()) for block in (project, source, test)) <= 60
+    points = tomllib.loads(project)["project"]["entry-points"][hookspecs.PROJECT]
+    (name,) = points.values()
+    module = execute(source, name)
+    monkeypatch.setitem(sys.modules, name, module)
+    run_tests(execute(test, "test_successor").TestSuccessor)
+    factory = registered(module).collect("drafters")["successor"]
+    session = factory(DrafterSetup(vocab_size=10)).open([1, 2, 3, 1], DraftHints())
+    assert session.propose(4).tokens == (2, 3, 1, 2)
+
+
+def pasted(hook: str) -> ModuleType:
+    (section,) = (section for section in SECTIONS if section.startswith(f"`{hook}("))
+    (source,) = blocks(section, "python")
+    return execute(source, hook)
+
+
+def test_the_context_stage_shown_runs() -> None:
+    stage = registered(pasted("context_stages")).collect("context_stages")["shout"](None, {})
+    assert stage(Context(max_prompt_tokens=9, text="hi")).text == "HI"
+
+
+def test_the_logits_processor_shown_runs() -> None:
+    torch = pytest.importorskip("torch")
+    factory = registered(pasted("logits_processors")).collect("logits_processors")["only-even"]
+    processed = factory(None, weight=5.0)(torch.tensor([[1]]), torch.zeros(1, 4))
+    assert processed.tolist() == [[0.0, -5.0, 0.0, -5.0]]
+
+
+def test_the_command_shown_runs() -> None:
+    typer, runner = pytest.importorskip("typer"), pytest.importorskip("typer.testing").CliRunner()
+    cli = typer.Typer()
+    registered(pasted("register_commands")).call("register_commands", cli=cli)
+    assert runner.invoke(cli, []).stdout == "hello\n"
+
+
+def test_the_observer_shown_runs() -> None:
+    watcher = pasted("on_finish").AcceptanceLog()
+    finished = ModuleType("result")
+    finished.stats = ModuleType("stats")  # type: ignore[attr-defined]
+    finished.stats.mean_acceptance_length = 3.5  # type: ignore[attr-defined]
+    registered(watcher).notify("on_finish", result=finished)
+    assert watcher.lengths == [3.5]
