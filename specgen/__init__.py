@@ -1,14 +1,15 @@
 """specgen: any Hugging Face causal LM generates several tokens per forward, and not one token of its output changes.
 
-    import specgen
+import specgen
 
-    engine = specgen.Engine.from_pretrained("path/to/model")
-    print(engine.generate("The capital of France is", max_tokens=16).text)
+engine = specgen.Engine.from_pretrained("path/to/model")
+print(engine.generate("The capital of France is", max_tokens=16).text)
 """
 
 from specgen.api import Engine, generate, wrap
 from specgen.config import EngineConfig
-from specgen.draft.drafter import Drafter, DrafterSetup, DraftHints, DraftSession
+from specgen.context.stage import Context, ContextStage, ContextStageFactory
+from specgen.draft.drafter import Drafter, DrafterFactory, DrafterSetup, DraftHints, DraftSession
 from specgen.dropin import custom_generate
 from specgen.errors import (
     ContextLengthExceeded,
@@ -23,7 +24,8 @@ from specgen.errors import (
     UnknownName,
     UnsupportedModel,
 )
-from specgen.hookspecs import hookimpl
+from specgen.hookspecs import LogitsProcessorFactory, hookimpl
+from specgen.options import read_options
 from specgen.params import SamplingParams
 from specgen.stream import Stream
 from specgen.types import Logprob, Result, Speculation, SpeculativeStats, StepOutput, TokenTree, Usage
@@ -31,10 +33,14 @@ from specgen.types import Logprob, Result, Speculation, SpeculativeStats, StepOu
 __version__ = "0.1.0"
 
 __all__ = [
+    "Context",
     "ContextLengthExceeded",
+    "ContextStage",
+    "ContextStageFactory",
     "DraftHints",
     "DraftSession",
     "Drafter",
+    "DrafterFactory",
     "DrafterMismatch",
     "DrafterSetup",
     "DuplicateName",
@@ -42,6 +48,7 @@ __all__ = [
     "EngineClosed",
     "EngineConfig",
     "InvalidRequest",
+    "LogitsProcessorFactory",
     "Logprob",
     "PluginError",
     "RequestCancelled",
@@ -61,5 +68,6 @@ __all__ = [
     "custom_generate",
     "generate",
     "hookimpl",
+    "read_options",
     "wrap",
 ]

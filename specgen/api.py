@@ -194,5 +194,3 @@ def generate(model: PreTrainedModel, prompt: Any, *, tokenizer: Any = None, **op
 def _is_batch(prompt: Any) -> bool:
     """Whether `prompt` is a list of prompts: its items are texts or lists."""
     return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], str | list | tuple)
-
-

@@ -90,10 +90,10 @@ def _refuse_unsupported(config: GenerationConfig, model_kwargs: Mapping[str, Any
     for name, allowed in _REFUSED.items():
         if getattr(config, name, allowed[0]) not in allowed:
             value = getattr(config, name)
-            raise InvalidRequest(f"{name}={value!r} is not supported by specgen.custom_generate; leave it out", param=name)
+            raise InvalidRequest(f"{name}={value!r} is not supported by specgen; leave it out", param=name)
     cache = model_kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
-        raise InvalidRequest("past_key_values with content is not supported; give the whole prompt", param="past_key_values")
+        raise InvalidRequest("past_key_values is not supported; give the whole prompt", param="past_key_values")
     if model_kwargs.get("inputs_embeds") is not None:
         raise InvalidRequest("inputs_embeds is not supported; give input_ids", param="inputs_embeds")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence as Many
+from collections.abc import Mapping
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -166,5 +167,3 @@ def _housed(turn: Turn, tree: TokenTree) -> TokenTree:
     except OutOfPages:
         return EMPTY_TREE
     return tree
-
-

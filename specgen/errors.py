@@ -1,4 +1,4 @@
-"""Every error specgen raises on purpose. All derive from `SpecgenError`; each message names the value and the choices."""
+"""Every error that specgen raises on purpose. Each message names the value and the choices."""
 
 from __future__ import annotations
 

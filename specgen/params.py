@@ -109,10 +109,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             if not all(callable(item) for item in getattr(self, name)):
                 raise InvalidRequest(f"{name} must hold callables", param=name)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise InvalidRequest(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}", param="min_tokens")
+            raise InvalidRequest(
+                f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}", param="min_tokens"
+            )
         for token, bias in (self.logit_bias or {}).items():
             if not isinstance(token, int) or not isinstance(bias, int | float) or not math.isfinite(bias):
-                raise InvalidRequest(f"logit_bias {token!r}: {bias!r} is not token id: finite number", param="logit_bias")
+                raise InvalidRequest(
+                    f"logit_bias {token!r}: {bias!r} is not token id: finite number", param="logit_bias"
+                )
 
     def check_ids(self, vocab_size: int) -> None:
         """Raise InvalidRequest if any token id lies outside the vocabulary."""
@@ -154,9 +158,8 @@ def _number(params: SamplingParams, name: str, low: float, high: float, *, open_
         return
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
-        raise InvalidRequest(
-            f"{name} is {value!r}; it must be a number {'above' if open_low else 'from'} {low:g} to {high:g}", param=name
-        )
+        bound = f"{'above' if open_low else 'from'} {low:g} to {high:g}"
+        raise InvalidRequest(f"{name} is {value!r}; it must be a finite number {bound}", param=name)
 
 
 def _integer(params: SamplingParams, name: str, low: int, high: int | None = None) -> None:

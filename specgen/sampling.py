@@ -11,7 +11,7 @@ moves them past the uniform, while here only a near tie of the two best can flip
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from transformers import (
 
 from specgen.errors import RequestFailed
 from specgen.params import SamplingParams
-from specgen.types import Logprob, LogitsProcessor
+from specgen.types import LogitsProcessor, Logprob
 
 _KEYS_PER_BLOCK = 512
 _WORDS_PER_COUNTER = 4
@@ -99,7 +99,7 @@ class Sampler:
         Raises RequestFailed when no token is left, and whatever a processor raises.
         """
         for processor in self._processors:
-            logits = processor(ids, logits)  # type: ignore[arg-type]
+            logits = processor(ids, logits)
         if not self._greedy:
             return gumbel_argmax(logits[0], self._keys[ids.shape[1]])
         token = int(logits[0].argmax())
@@ -163,10 +163,9 @@ def _warpers(params: SamplingParams) -> list[LogitsProcessor]:
 class _Bias:
     """OpenAI's logit_bias: added to the logits of single tokens."""
 
-    def __init__(self, bias: dict[int, float] | object, device: torch.device) -> None:
-        pairs = dict(bias)  # type: ignore[call-overload]
-        self._ids = torch.tensor(list(pairs), device=device)
-        self._values = torch.tensor(list(pairs.values()), dtype=torch.float32, device=device)
+    def __init__(self, bias: Mapping[int, float], device: torch.device) -> None:
+        self._ids = torch.tensor(list(bias), device=device)
+        self._values = torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         return logits.index_add(1, self._ids, self._values[None])

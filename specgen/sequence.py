@@ -183,7 +183,7 @@ class _Scan:
             return Finish("stop", string)
         if stops.criteria:
             ids = sequence.ids_with(self.path)
-            if any(bool(torch.as_tensor(stop(ids, self.logits[node + 1 : node + 2])).any()) for stop in stops.criteria):  # type: ignore[arg-type]
+            if any(bool(torch.as_tensor(stop(ids, self.logits[node + 1 : node + 2])).any()) for stop in stops.criteria):
                 return Finish("stop")
         if len(sequence.ids) + len(self.path) >= stops.max_length:
             return Finish("length")
@@ -204,5 +204,3 @@ class _Scan:
         if finish is not None and not stopped_by_string:
             self.shown.append(cursor.flush())
         return cursor, "".join(self.shown)
-
-

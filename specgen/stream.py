@@ -12,6 +12,11 @@ from specgen.errors import RequestFailed
 from specgen.types import Result, StepOutput
 
 
+def _set(woken: asyncio.Future[None]) -> None:
+    if not woken.done():
+        woken.set_result(None)
+
+
 class Stream:
     """Iterate over it, `for` or `async for`, for the `StepOutput`s of all samples of one request, in order.
 
@@ -117,7 +122,7 @@ class Stream:
         woken = loop.create_future()
 
         def wake() -> None:
-            loop.call_soon_threadsafe(lambda: woken.done() or woken.set_result(None))
+            loop.call_soon_threadsafe(_set, woken)
 
         with self._changed:
             if self._outputs or not self._unfinished:

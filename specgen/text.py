@@ -68,9 +68,7 @@ class TextCursor:
     def _decode(self, ids: Sequence[int]) -> str:
         if self.decoder is None:
             return ""
-        return self.decoder.decode(
-            list(ids), skip_special_tokens=self.skip_special, clean_up_tokenization_spaces=False
-        )
+        return self.decoder.decode(list(ids), skip_special_tokens=self.skip_special, clean_up_tokenization_spaces=False)
 
 
 def _first(text: str, strings: Sequence[str]) -> tuple[int, str] | None:

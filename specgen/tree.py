@@ -57,9 +57,7 @@ def check(tree: TokenTree, vocab_size: int, max_nodes: int = MAX_TREE_NODES) -> 
     if len(tree) > max_nodes:
         raise ValueError(f"tree has {len(tree)} nodes; at most {max_nodes} were asked for")
     seen: set[tuple[int, int]] = set()
-    for node, (token, parent, confidence) in enumerate(
-        zip(tree.tokens, tree.parents, tree.confidence, strict=True)
-    ):
+    for node, (token, parent, confidence) in enumerate(zip(tree.tokens, tree.parents, tree.confidence, strict=True)):
         if not -1 <= parent < node:
             raise ValueError(f"node {node} has parent {parent}; parents come before their children")
         if not 0 <= token < vocab_size:

@@ -22,17 +22,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import msgspec
-import torch
 
 from specgen.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from specgen.params import SamplingParams
 
-LogitsProcessor: TypeAlias = Callable[[torch.LongTensor, torch.FloatTensor], torch.FloatTensor]
+LogitsProcessor: TypeAlias = Callable[[Any, Any], Any]
 """(ids int64[1, n], logits float32[1, vocab]) -> float32[1, vocab]: transformers' own protocol, used unchanged."""
 
-StoppingCriterion: TypeAlias = Callable[[torch.LongTensor, torch.FloatTensor], Any]
+StoppingCriterion: TypeAlias = Callable[[Any, Any], Any]
 """(ids int64[1, n], logits float32[1, vocab]) -> truth: transformers' protocol for a single sequence."""
 
 Message: TypeAlias = Mapping[str, Any]
@@ -87,7 +86,7 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 @dataclass(frozen=True, slots=True)
 class TokenTree:
-    """A drafter's guess: node i holds `tokens[i]` under node `parents[i]`, -1 being the root (the last committed token).
+    """A drafter's guess: node i holds `tokens[i]` under node `parents[i]`; -1 is the root, the last committed token.
 
     Always `parents[i] < i`, and no two children of one node hold the same token. `confidence[i]` is the drafter's
     estimate, 0 to 1, that the node is right given that its parent is; all ones where the drafter has none.

@@ -8,8 +8,9 @@ from typing import Any
 
 import msgspec
 
-from specgen.context.stage import Context, ContextStage, read_options
+from specgen.context.stage import Context, ContextStage
 from specgen.errors import InvalidRequest
+from specgen.options import read_options
 
 NAME = "chat-template"
 
@@ -21,7 +22,7 @@ class _NoOptions(msgspec.Struct):
 def chat_template(tokenizer: Any, options: Mapping[str, Any]) -> ContextStage:
     """The stage that every prompt needs: messages through the chat template, text through the tokenizer, ids as they
     are. It has no options."""
-    read_options(NAME, options, _NoOptions)
+    read_options(f"context stage {NAME!r}", options, _NoOptions)
     return ChatTemplate(tokenizer)
 
 

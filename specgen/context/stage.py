@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
-import msgspec
-
-from specgen.errors import InvalidRequest, UnknownName
+from specgen.errors import InvalidRequest
 from specgen.types import Message, Prompt
-
-OptionsT = TypeVar("OptionsT", bound=msgspec.Struct)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,17 +54,3 @@ Raise InvalidRequest, with `param`, for a prompt that cannot be served.
 ContextStageFactory: TypeAlias = Callable[[Any, Mapping[str, Any]], ContextStage]
 """`factory(tokenizer, options)`, called once when the engine is built. `tokenizer` is None when the engine has none;
 `options` are what the config says, and a factory refuses unknown ones by name."""
-
-
-def read_options(stage: str, options: Mapping[str, Any], fields: type[OptionsT]) -> OptionsT:
-    """The options of the stage named `stage`, as `fields` declares them.
-
-    Raises UnknownName for an option that is not declared, InvalidRequest for a value that does not fit.
-    """
-    for name in options:
-        if name not in fields.__struct_fields__:
-            raise UnknownName(f"option of context stage {stage!r}", name, fields.__struct_fields__, param="context")
-    try:
-        return msgspec.convert(dict(options), fields)
-    except msgspec.ValidationError as error:
-        raise InvalidRequest(f"context stage {stage!r}: {error}, not {dict(options)!r}", param="context") from None

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import msgspec
 
-from specgen.context.stage import Context, ContextStage, read_options
+from specgen.context.stage import Context, ContextStage
 from specgen.errors import InvalidRequest
+from specgen.options import read_options
 
 NAME = "truncate"
 
@@ -25,7 +26,7 @@ class TruncateOptions(msgspec.Struct, frozen=True):
 
 def truncate(tokenizer: Any, options: Mapping[str, Any]) -> ContextStage:
     """The stage that keeps the last ids of a prompt; options as in `TruncateOptions`."""
-    chosen = read_options(NAME, options, TruncateOptions)
+    chosen = read_options(f"context stage {NAME!r}", options, TruncateOptions)
     if chosen.max_tokens is not None and chosen.keep >= chosen.max_tokens:
         raise InvalidRequest(
             f"context stage {NAME!r}: keep is {chosen.keep}; it must be below max_tokens {chosen.max_tokens}",

@@ -5,22 +5,24 @@ al. 2024): one packed forward per depth for the whole batch, the most confident 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Annotated, Any, Protocol
 
+import msgspec
 import torch
 from torch import Tensor
 
 from specgen.draft.budget import survivals
 from specgen.draft.drafter import Drafter, DrafterSetup, DraftHints, DraftSession
-from specgen.draft.options import read
 from specgen.errors import DrafterMismatch, InvalidRequest, OutOfPages
 from specgen.kv.pool import BlockTable, KVPool
 from specgen.kv.segment import Segment
+from specgen.options import read_options
 from specgen.tree import path, select
 from specgen.types import EMPTY_TREE, TokenTree
 
 _ROWS_PER_FORWARD = 512
 _LEAST_SURVIVAL = 0.1
+_NOWHERE = -2
 
 
 class PackedModel(Protocol):
@@ -34,17 +36,23 @@ class PackedModel(Protocol):
         """float32[wanted rows, vocab]."""
 
 
+class DraftModelOptions(msgspec.Struct, frozen=True):
+    """model: path or loaded model, required. depth of the tree. width: nodes grown per depth, and children of each."""
+
+    model: Any = None
+    depth: Annotated[int, msgspec.Meta(ge=1, le=16)] = 5
+    width: Annotated[int, msgspec.Meta(ge=1, le=8)] = 3
+
+
 class DraftModel(Drafter):
-    """Options: `model` (path or loaded model, required), `depth` of the tree, `width`: nodes grown per depth."""
+    """Drafts with a model that `setup.load_model` makes of the option `model`; see `DraftModelOptions`."""
 
     def __init__(self, setup: DrafterSetup) -> None:
-        options = dict(setup.options)
-        source = options.pop("model", None)
-        numbers = read("draft-model", options, {"depth": (5, 1, 16), "width": (3, 1, 8)})
-        if source is None or setup.load_model is None:
-            raise InvalidRequest("drafter 'draft-model' needs the option model: a path or a loaded model", param="model")
-        self.depth, self.width = numbers["depth"], numbers["width"]
-        self.model: PackedModel = setup.load_model(source, tokenizer=setup.tokenizer)
+        options = read_options("drafter 'draft-model'", setup.options, DraftModelOptions)
+        if options.model is None or setup.load_model is None:
+            raise InvalidRequest("drafter 'draft-model' needs the option model: a path or a model", param="model")
+        self.depth, self.width = options.depth, options.width
+        self.model: PackedModel = setup.load_model(options.model, tokenizer=setup.tokenizer)
         self.vocab_size = setup.vocab_size
         self._open = 0
         if self.model.vocab_size != setup.vocab_size:
@@ -196,8 +204,8 @@ class _Growth:
         rows: list[int] = []
         node = -1
         for token in committed:
-            below = (n for n, (t, p) in enumerate(zip(self.tokens, self.parents, strict=True)) if (p, t) == (node, token))
-            node = next(below, -2)
+            siblings = zip(self.parents, self.tokens, strict=True)
+            node = next((child for child, place in enumerate(siblings) if place == (node, token)), _NOWHERE)
             if node not in self.row:
                 break
             rows.append(self.row[node])

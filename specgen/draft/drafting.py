@@ -74,7 +74,7 @@ class Drafting:
         return drafts
 
     def propose(self, sequences: Sequence[Drafts], deepest: Sequence[int], base_rows: int) -> list[TokenTree]:
-        """The tree to verify for each sequence, of depth at most `deepest[i]`, given `base_rows` rows that run anyway."""
+        """The tree to verify for each sequence, at most `deepest[i]` deep, when `base_rows` rows run anyway."""
         for name, drafter in self.drafters.items():
             self._ask(name, drafter, [d for d, depth in zip(sequences, deepest, strict=True) if depth > 0])
         trees = [_shallow(self._merged(d), depth) for d, depth in zip(sequences, deepest, strict=True)]
@@ -103,8 +103,12 @@ class Drafting:
             active.stats = DrafterStats(
                 stats.offered + len(offer), stats.verified + places, stats.accepted + accepted, stats.disabled
             )
-            if not stats.disabled:
-                self._guard(name, drafts, lambda session=active.session: session.commit(committed))  # type: ignore[misc]
+            if stats.disabled:
+                continue
+            try:
+                active.session.commit(committed)
+            except Exception as error:  # a drafter is someone else's code: the request goes on without it
+                self._disable(name, [drafts], repr(error))
 
     def close(self, drafts: Drafts) -> None:
         """Close all sessions; what was learned stays."""
@@ -146,12 +150,6 @@ class Drafting:
         offers = [active for active in drafts.active.values() if active.offer]
         return merge([active.calibration.calibrated(active.offer) for active in offers])
 
-    def _guard(self, name: str, drafts: Drafts, call: object) -> None:
-        try:
-            call()  # type: ignore[operator]
-        except Exception as error:  # as above
-            self._disable(name, [drafts], repr(error))
-
     def _disable(self, name: str, sequences: Sequence[Drafts], reason: str) -> None:
         log.warning("drafter switched off", drafter=name, requests=len(sequences), reason=reason)
         for drafts in sequences:
@@ -168,9 +166,7 @@ def _shallow(tree: TokenTree, deepest: int) -> TokenTree:
 
 def _common(offer: TokenTree, verified: TokenTree) -> int:
     """How many paths of `offer` stand in `verified`."""
-    below = {
-        (parent, token): node for node, (token, parent) in enumerate(zip(verified.tokens, verified.parents, strict=True))
-    }
+    below = {place: node for node, place in enumerate(zip(verified.parents, verified.tokens, strict=True))}
     places: dict[int, int] = {-1: -1}
     for node, (token, parent) in enumerate(zip(offer.tokens, offer.parents, strict=True)):
         if parent in places and (place := below.get((places[parent], token))) is not None:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from specgen.draft.drafter import Drafter, DrafterSetup, DraftHints, DraftSession
 from specgen.draft.ngram import NgramIndex, continuations
-from specgen.draft.options import read
+from specgen.draft.prompt_lookup import LookupOptions
+from specgen.options import read_options
 from specgen.types import EMPTY_TREE, TokenTree
 
 
@@ -14,12 +15,11 @@ class Prediction(Drafter):
     """Follows `hints.prediction` from its start, and finds its way back by the last `min_match` ids after an edit."""
 
     def __init__(self, setup: DrafterSetup) -> None:
-        options = read("prediction", setup.options, {"min_match": (2, 1, 16), "branches": (2, 1, 8)})
-        self._min_match, self._branches = options["min_match"], options["branches"]
+        self._options = read_options("drafter 'prediction'", setup.options, LookupOptions)
 
     def open(self, prompt: Sequence[int], hints: DraftHints) -> DraftSession:
         """A session at the start of the prediction; silent where there is none."""
-        return _Follow(NgramIndex(hints.prediction, self._min_match), self._branches)
+        return _Follow(NgramIndex(hints.prediction, self._options.min_match), self._options.branches)
 
 
 class _Follow(DraftSession):

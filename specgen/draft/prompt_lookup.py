@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
+
+import msgspec
 
 from specgen.draft.drafter import Drafter, DrafterSetup, DraftHints, DraftSession
 from specgen.draft.ngram import NgramIndex, continuations
-from specgen.draft.options import read
+from specgen.options import read_options
 from specgen.types import TokenTree
+
+
+class LookupOptions(msgspec.Struct, frozen=True):
+    """min_match: ids that must be the same before a continuation is drafted. branches: continuations at most."""
+
+    min_match: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
+    branches: Annotated[int, msgspec.Meta(ge=1, le=8)] = 3
 
 
 class PromptLookup(Drafter):
     """Looks the last `min_match` ids up in prompt and output and drafts what followed, up to `branches` ways."""
 
     def __init__(self, setup: DrafterSetup) -> None:
-        options = read("prompt-lookup", setup.options, {"min_match": (2, 1, 16), "branches": (3, 1, 8)})
-        self._min_match, self._branches = options["min_match"], options["branches"]
+        self._options = read_options("drafter 'prompt-lookup'", setup.options, LookupOptions)
 
     def open(self, prompt: Sequence[int], hints: DraftHints) -> DraftSession:
         """A session that knows the prompt."""
-        return _Lookup(NgramIndex(prompt, self._min_match), self._branches)
+        return _Lookup(NgramIndex(prompt, self._options.min_match), self._options.branches)
 
 
 class _Lookup(DraftSession):

@@ -106,7 +106,7 @@ class KVPool:
         return taken
 
     def _roomiest(self) -> int:
-        """Where a new run starts: the longest free run, in its middle if its start would stop a neighbour's growth."""
+        """Where a new run starts: in the middle of the longest free run, so that no neighbour's growth is stopped."""
         pad = torch.zeros(1, dtype=torch.int8)
         edges = torch.diff(self._free.to(torch.int8), prepend=pad, append=pad)
         starts, stops = (edges == 1).nonzero().flatten(), (edges == -1).nonzero().flatten()
@@ -143,7 +143,7 @@ class BlockTable:
         return max(0, -(-tokens // self.pool.page_size) - len(self.pages))
 
     def reserve(self, tokens: int) -> None:
-        """Own pages for `tokens` tokens in all. Raises OutOfPages and changes nothing when the pool cannot give them."""
+        """Own pages for `tokens` tokens in all. Raises OutOfPages, nothing changed, when the pool cannot give them."""
         missing = self.missing_pages(tokens)
         if not missing:
             return
@@ -151,7 +151,7 @@ class BlockTable:
         size = self.pool.page_size
         pages = torch.tensor(self.pages)
         self._slots = (pages[:, None] * size + torch.arange(size)).flatten()
-        self._consecutive = self.pages[-1] - self.pages[0] == len(self.pages) - 1 and pages.diff().eq(1).all().item()
+        self._consecutive = bool(pages.diff().eq(1).all())
 
     def span(self, start: int, stop: int) -> slice | Tensor:
         """Slots of positions `[start, stop)`: a slice when they are consecutive, else int64[stop - start]."""

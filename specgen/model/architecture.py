@@ -99,7 +99,9 @@ def _longrope_limit(config: PreTrainedConfig) -> int | None:
     So a long text would change what is said of a short one beside it; behind that length nothing is exact.
     """
     ropes: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    kinds = [kind for kind in (ropes, *ropes.values()) if isinstance(kind, dict) and kind.get("rope_type") == "longrope"]
+    kinds = [
+        kind for kind in (ropes, *ropes.values()) if isinstance(kind, dict) and kind.get("rope_type") == "longrope"
+    ]
     limits = [kind.get("original_max_position_embeddings") for kind in kinds]
     return min((limit for limit in limits if isinstance(limit, int)), default=None)
 

@@ -95,7 +95,6 @@ class Batch:
             cached = self._views[index, reach] = segment.table.span(start, segment.end), mask
         return cached
 
-
     @cached_property
     def offsets(self) -> Tensor:
         """int64[rows]: each row's position less its row number."""

@@ -38,8 +38,8 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype_of(dtype), **options)
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"model {str(source)!r} cannot be loaded: {error}", param="model") from error
-    loaded: PreTrainedModel = model.to(device or default_device())
-    return loaded
+    torch.nn.Module.to(model, device or default_device())
+    return model
 
 
 def load_tokenizer(source: str | Path) -> Any:

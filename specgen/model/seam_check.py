@@ -62,7 +62,9 @@ def _possible(target: PackedModel) -> tuple[Seam, ...]:
         return Seam.DIRECT, Seam.GATHERED
     config = model.config
     if config.model_type not in _READ:
-        own = "computes attention itself, not through transformers' attention interface, and maybe with a bias or window"
+        own = (
+            "computes attention itself, not through transformers' attention interface, and maybe with a bias or window"
+        )
         raise refuse(model, f"{first_layer(model)} {own} (of such models these are known to work: {', '.join(_READ)})")
     if getattr(config, "alibi", False):
         raise refuse(model, f"{first_layer(model)} adds a bias that grows with distance (ALiBi), which is not packed")
@@ -104,9 +106,7 @@ def _packed_logits(target: PackedModel) -> Tensor:
             (_ids(_TREE, target.vocab_size), _PARENTS),
             ((), ()),
         ]
-        return target.forward(
-            [hung_rows(t, p[2:], *tree) for t, p, tree in zip(tables, prompts, trees, strict=True)]
-        )
+        return target.forward([hung_rows(t, p[2:], *tree) for t, p, tree in zip(tables, prompts, trees, strict=True)])
     finally:
         for table in tables:
             table.release()

@@ -5,7 +5,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from specgen.context.stage import Context, read_options
+from specgen.context.stage import Context
+from specgen.options import read_options
 from specgen.errors import InvalidRequest, UnknownName
 
 
@@ -35,8 +36,8 @@ class Options(msgspec.Struct):
 
 
 def test_options_are_read_by_name_and_type() -> None:
-    assert read_options("mine", {"size": 3}, Options) == Options(3)
-    with pytest.raises(UnknownName, match="unknown option of context stage 'mine' 'sise'; choices: size"):
-        read_options("mine", {"sise": 3}, Options)
+    assert read_options("context stage 'mine'", {"size": 3}, Options) == Options(3)
+    with pytest.raises(UnknownName, match="unknown option of context stage 'mine': 'sise'; choices: size"):
+        read_options("context stage 'mine'", {"sise": 3}, Options)
     with pytest.raises(InvalidRequest, match=re.escape("context stage 'mine': Expected `int`, got `str`")):
-        read_options("mine", {"size": "3"}, Options)
+        read_options("context stage 'mine'", {"size": "3"}, Options)

@@ -93,8 +93,8 @@ _PLAIN_LATENT = "deepseek_v2 deepseek_v3 glm4_moe_lite youtu"
 
 _CONFIGS: dict[str, dict[str, Any]] = {
     **{name: {} for name in _PLAIN.split()},
-    **{name: _EXPERTS for name in _PLAIN_EXPERTS.split()},
-    **{name: _SLIDING for name in _PLAIN_WINDOWS.split()},
+    **dict.fromkeys(_PLAIN_EXPERTS.split(), _EXPERTS),
+    **dict.fromkeys(_PLAIN_WINDOWS.split(), _SLIDING),
     **{name: {**_EXPERTS, **_LATENT} for name in _PLAIN_LATENT.split()},
     "afmoe": {**_EXPERTS, **_MIXED, "num_dense_layers": 1},
     "bailing_hybrid": {**_EXPERTS, **_LATENT, "layer_types": ["linear_attention", "full_attention", "full_attention"]},
@@ -174,7 +174,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {**_EXPERTS, **_MAMBA, "layer_types": ["mamba", "attention", "mamba"]},
     "axk1": {**_EXPERTS, **_LATENT},
     "axk2": {**_EXPERTS, **_LATENT},
-    "cohere_compass_text": {**_MIXED, "rope_parameters": {kind: _ROPE for kind in _MIXED["layer_types"]}},
+    "cohere_compass_text": {**_MIXED, "rope_parameters": dict.fromkeys(_MIXED["layer_types"], _ROPE)},
     "dots3_note_text": {**_EXPERTS, **_LATENT},
     "inkling2_text": {**_EXPERTS, **_SLIDING},
     "hrm_text": {},
@@ -263,7 +263,7 @@ MODELS = tuple(sorted((*_CONFIGS, *_COMPOSITE)))
 
 def build(name: str, *, seed: int = 0) -> PreTrainedModel:
     """A model of float32 noise, in eval mode; the same for the same name and seed."""
-    config = AutoConfig.for_model(name.split(" ")[0], **_settings(name))
+    config = AutoConfig.for_model(name.split(" ", maxsplit=1)[0], **_settings(name))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     _scatter(model)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from typing import Annotated
 
 import msgspec
 
-from specgen.draft.drafter import Drafter, DrafterFactory, DrafterSetup, DraftHints, DraftSession
-from specgen.errors import InvalidRequest, UnknownName
-from specgen.hookspecs import hookimpl
-from specgen.types import TokenTree
+from specgen import Drafter, DrafterFactory, DrafterSetup, DraftHints, DraftSession, TokenTree, hookimpl, read_options
 
 
 class EchoOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,25 +17,15 @@ class EchoOptions(msgspec.Struct, frozen=True, kw_only=True):
     depth: length of the main path.
     """
 
-    hit_rate: float = 1.0
-    siblings: int = 1
-    depth: int = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, low, high in (("hit_rate", 0, 1), ("siblings", 0, 62), ("depth", 1, 63), ("seed", 0, 2**63 - 1)):
-            value = getattr(self, name)
-            kinds = (int, float) if name == "hit_rate" else (int,)
-            if type(value) not in kinds or not low <= value <= high:
-                raise InvalidRequest(f"drafter 'echo': {name} is {value!r}; it must be {low} to {high}", param=name)
+    hit_rate: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    siblings: Annotated[int, msgspec.Meta(ge=0, le=62)] = 1
+    depth: Annotated[int, msgspec.Meta(ge=1, le=63)] = 8
+    seed: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 def echo(setup: DrafterSetup) -> EchoDrafter:
     """The factory. Raises UnknownName for an option that there is not, InvalidRequest for a value out of range."""
-    for name in setup.options:
-        if name not in EchoOptions.__struct_fields__:
-            raise UnknownName("option of drafter 'echo'", name, EchoOptions.__struct_fields__, param=name)
-    return EchoDrafter(setup.vocab_size, EchoOptions(**setup.options))
+    return EchoDrafter(setup.vocab_size, read_options("drafter 'echo'", setup.options, EchoOptions))
 
 
 @hookimpl
