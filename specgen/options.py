@@ -23,4 +23,7 @@ def read_options(owner: str, options: Mapping[str, Any], fields: type[OptionsT])
     try:
         return msgspec.convert(dict(options), fields)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(f"{owner}: {error}, not {dict(options)!r}", param="options") from None
+        expected, _, place = str(error).partition(" - at `$.")
+        name = place.removesuffix("`")
+        given = options.get(name, dict(options))
+        raise InvalidRequest(f"{owner}: {name} is {given!r}; {expected}", param=name) from None

@@ -136,7 +136,7 @@ def test_odd_predictions_and_vocabularies_do_no_harm(prediction: tuple[int, ...]
     ],
 )
 def test_values_out_of_range_are_refused_by_name(option: str, value: object) -> None:
-    with pytest.raises(InvalidRequest, match=f"{option} is {value!r}; it must be ") as caught:
+    with pytest.raises(InvalidRequest, match=f"{option} is {value!r}; Expected ") as caught:
         drafter(**{option: value})
     assert caught.value.param == option
 
