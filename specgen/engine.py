@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from specgen.draft.drafter import Drafter, DraftHints
@@ -85,6 +86,7 @@ class EngineCore:
         reason = finish or Finish("cancelled", error=RequestCancelled(f"request {request_id} was cancelled"))
         return [self._close(sequence, sequence.end(reason)) for sequence in ours]
 
+    @torch.no_grad()
     def step(self) -> list[StepOutput]:
         """One forward over everything that runs; what it added to each sequence that drew."""
         turns = self.scheduler.plan()

@@ -75,8 +75,9 @@ class Runner:
         with self._wake:
             self._closed = True
             self._wake.notify()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
 
     def _wanted(self) -> bool:
         return bool(self._commands) or self._closed or self._core.busy
@@ -92,6 +93,9 @@ class Runner:
             self._drain()
             if closing:
                 self._fail(Finish("cancelled", error=EngineClosed("the engine was closed")))
+                with self._wake:
+                    self._drain()
+                    self._thread = None
                 return
             if self._core.busy:
                 self._step()

@@ -63,7 +63,8 @@ def uniforms(key: int, tokens: Tensor) -> Tensor:
     z = (z ^ _shifted(z, 30)) * _MIX1
     z = (z ^ _shifted(z, 27)) * _MIX2
     z = z ^ _shifted(z, 31)
-    return (_shifted(z, 11).double() + 0.5) * 2.0**-53
+    # 52 bits: with 53 the largest would round up to 1.
+    return (_shifted(z, 12).double() + 0.5) * 2.0**-52
 
 
 def _shifted(z: Tensor, bits: int) -> Tensor:
@@ -98,6 +99,9 @@ class Sampler:
 
         Raises RequestFailed when no token is left, and whatever a processor raises.
         """
+        if self._processors:
+            # A tensor of their own: some write in place, and the row as it is has other readers.
+            logits = logits.clone()
         for processor in self._processors:
             logits = processor(ids, logits)
         if not self._greedy:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from specgen.errors import OutOfPages
 from specgen.kv.pool import KVPool
 from specgen.sequence import Sequence
 
@@ -72,17 +71,25 @@ class Scheduler:
         return turns
 
     def _reserve(self, sequence: Sequence, chain: int) -> bool:
-        """Pages for the chain, taken from the youngest if need be; False when that was the sequence itself."""
-        while True:
-            try:
-                sequence.table.reserve(sequence.table.length + chain)
-            except OutOfPages:
-                victim = self.running[-1]
-                self._preempt(victim)
-                if victim is sequence:
-                    return False
-            else:
-                return True
+        """Pages for the chain: free ones, then what drafts left unused, then those of the youngest sequences.
+
+        False when the youngest was the sequence itself.
+        """
+        needed = sequence.table.length + chain
+        if sequence.table.missing_pages(needed) > self._pool.free_pages:
+            self._reclaim(sequence)
+        while sequence.table.missing_pages(needed) > self._pool.free_pages:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.table.reserve(needed)
+        return True
+
+    def _reclaim(self, sequence: Sequence) -> None:
+        """Take back unused pages of `sequence` and of those behind it, which have no turn in this step yet."""
+        for later in self.running[self.running.index(sequence) :]:
+            later.table.trim(later.table.length)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's pages; it waits first in line and computes its KV again, which changes nothing it says."""

@@ -99,6 +99,7 @@ class Sequence:
     def commit(self, chain: int, drafted: int, accepted: Acceptance, cursor: TextCursor, text: str) -> StepOutput:
         """Take in a walk over `chain` pending rows and a tree of `drafted` nodes: ids, KV rows, text, end."""
         self.table.commit(chain, [chain + node for node in accepted.nodes])
+        self.ids_with(accepted.committed)
         self.ids.extend(accepted.committed)
         self.cursor = cursor
         self._text.append(text)
@@ -170,7 +171,8 @@ class _Scan:
         if self.argmax is not None:
             token = self.argmax[node + 1]
         else:
-            row = self.logits[node + 1 : node + 2]
+            # A copy: processors may write into their row, and log-probabilities are of the unprocessed one.
+            row = self.logits[node + 1 : node + 2].clone()
             token = self.sequence.sampler.draw(self.sequence.ids_with(self.path), row)
         self.path.append(token)
         return token, self._finish(token, node)

@@ -114,10 +114,9 @@ class KVPool:
         start, stop = int(starts[longest]), int(stops[longest])
         return start if start == 0 else (start + stop) // 2
 
-    def _give_back(self, table: BlockTable) -> None:
-        self._free[table.pages] = True
-        self._free_count += len(table.pages)
-        self._tables.discard(table)
+    def _give_back(self, pages: list[int]) -> None:
+        self._free[pages] = True
+        self._free_count += len(pages)
 
 
 class BlockTable:
@@ -153,6 +152,13 @@ class BlockTable:
         self._slots = (pages[:, None] * size + torch.arange(size)).flatten()
         self._consecutive = bool(pages.diff().eq(1).all())
 
+    def trim(self, tokens: int) -> None:
+        """Give back whole pages behind the first `tokens` slots, which rejected rows leave unused."""
+        kept = -(-tokens // self.pool.page_size)
+        self.pool._give_back(self.pages[kept:])
+        del self.pages[kept:]
+        self._slots = self._slots[: self.capacity]
+
     def span(self, start: int, stop: int) -> slice | Tensor:
         """Slots of positions `[start, stop)`: a slice when they are consecutive, else int64[stop - start]."""
         if self._consecutive:
@@ -178,6 +184,6 @@ class BlockTable:
 
     def release(self) -> None:
         """Give all pages back and close the table. Doing so twice is harmless."""
-        self.pool._give_back(self)
-        self.pages, self.length = [], 0
-        self._slots = self._slots[:0]
+        self.trim(0)
+        self.length = 0
+        self.pool._tables.discard(self)

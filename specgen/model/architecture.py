@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -14,6 +14,7 @@ from specgen.errors import UnsupportedModel
 from specgen.kv.pool import LayerShape
 from specgen.model.attention import EVERYTHING, Reach
 
+_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 _ALTERNATIVE = "run it with transformers' own generate"
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
@@ -47,16 +48,9 @@ def inspect_layers(model: PreTrainedModel) -> Architecture:
 
     Raises UnsupportedModel, naming the layer, when a layer keeps anything but one key and one value per token.
     """
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
-    try:
-        output = model(input_ids=ids, use_cache=True)
-    except Exception as error:  # a model's own code may raise anything
-        raise refuse(model, f"a forward over two tokens fails ({type(error).__name__}: {error})") from error
-    cache = getattr(output, "past_key_values", None)
-    if type(cache) is not DynamicCache:
-        state = "no KV cache" if cache is None else f"a {type(cache).__name__}"
-        raise refuse(model, f"{first_layer(model)} keeps {state}: what it keeps of the text cannot be rolled back")
+    cache, vocab_size = _two_tokens(model)
     config = model.config.get_text_config(decoder=True)
+    by_config = DynamicCache(config=config).layers
     shapes: list[LayerShape] = []
     stores: list[int | None] = []
     reaches: list[Reach] = []
@@ -66,16 +60,33 @@ def inspect_layers(model: PreTrainedModel) -> Architecture:
             stores.append(None if source is None else stores[source])
             reaches.append(EVERYTHING if source is None else reaches[source])
             continue
-        keys: Tensor | None = getattr(layer, "keys", None)
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or keys is None:
+        if type(layer) not in _LAYERS or layer.keys is None:
             raise refuse(model, f"layer {index} ({_kind(config, index)}) {_state(layer)}")
+        if index < len(by_config) and _window(by_config[index]) != _window(layer):
+            # Such a model masks without its cache knowing, so generate, which builds the cache by the config, differs.
+            told = f"looks back over {_window(by_config[index])} tokens by its config and {_window(layer)} by its cache"
+            raise refuse(model, f"layer {index} ({_kind(config, index)}) {told}")
         stores.append(len(shapes))
-        shapes.append(LayerShape(keys.shape[1], keys.shape[3], layer.values.shape[3]))
-        reaches.append(_reach(model, config, index, getattr(layer, "sliding_window", None)))
+        shapes.append(LayerShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]))
+        reaches.append(_reach(model, config, index, _window(layer)))
     dtypes = {layer.keys.dtype for layer in cache.layers if layer.keys is not None}
     if len(dtypes) != 1:
         raise refuse(model, f"its layers keep KV of {len(dtypes)} data types ({', '.join(map(str, dtypes))})")
-    return Architecture(tuple(shapes), tuple(stores), tuple(reaches), dtypes.pop(), output.logits.shape[-1])
+    return Architecture(tuple(shapes), tuple(stores), tuple(reaches), dtypes.pop(), vocab_size)
+
+
+def _two_tokens(model: PreTrainedModel) -> tuple[DynamicCache, int]:
+    """The cache that the model itself makes, with two tokens in it, and the length of a row of logits."""
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    try:
+        output = model(input_ids=ids, use_cache=True)
+    except Exception as error:  # a model's own code may raise anything
+        raise refuse(model, f"a forward over two tokens fails ({type(error).__name__}: {error})") from error
+    cache = getattr(output, "past_key_values", None)
+    if type(cache) is not DynamicCache:
+        state = "keeps no KV cache" if cache is None else f"keeps its state in {type(cache).__name__}"
+        raise refuse(model, f"{first_layer(model)} {state}, so that a rejected draft cannot be rolled back")
+    return cache, output.logits.shape[-1]
 
 
 def first_layer(model: PreTrainedModel) -> str:
@@ -118,6 +129,10 @@ def _shared_layer(config: PreTrainedConfig, index: int) -> int | None:
 def _kind(config: PreTrainedConfig, index: int) -> str:
     kinds = getattr(config, "layer_types", None)
     return str(kinds[index]) if kinds and index < len(kinds) else "attention"
+
+
+def _window(layer: Any) -> int | None:
+    return getattr(layer, "sliding_window", None)
 
 
 def _state(layer: Any) -> str:

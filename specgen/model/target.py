@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specgen.errors import InvalidRequest
 from specgen.kv.pool import PAGE_SIZE, KVPool
 from specgen.kv.segment import Segment
 from specgen.model.architecture import context_limit, inspect_layers
@@ -29,11 +30,15 @@ class Target:
     not is refused. The model itself is left as it was found between forwards.
 
     kv_tokens: tokens the KV pool holds; `None` takes a quarter of the free memory, at most 16 full contexts.
-    max_context: most tokens of one sequence; `None` takes what the model's positions allow.
-    Raises UnsupportedModel, naming the layer and what to do instead.
+    max_context: most tokens of one sequence; `None` takes what the model's positions allow. LongRoPE models stay below
+        their original length: behind it one text would change how another is read.
+    Raises UnsupportedModel, naming the layer and what to do instead, and InvalidRequest for sizes below 1.
     """
 
     def __init__(self, model: PreTrainedModel, *, kv_tokens: int | None = None, max_context: int | None = None) -> None:
+        for name, size in (("kv_tokens", kv_tokens), ("max_context", max_context)):
+            if size is not None and size < 1:
+                raise InvalidRequest(f"{name} is {size}; it must be at least 1", param=name)
         self.model = model.eval()
         self.device = model.device
         self.architecture = inspect_layers(model)
@@ -45,6 +50,7 @@ class Target:
         context = min(n for n in (context_limit(model), max_context, _LONGEST_CONTEXT) if n is not None)
         self.pool = KVPool(
             self.architecture.shapes,
+            # Two pages at least: the check at load packs two sequences.
             max(2, -(-(kv_tokens or self._affordable_tokens(context)) // PAGE_SIZE)),
             dtype=self.architecture.dtype,
             device=self.device,

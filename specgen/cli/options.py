@@ -1,0 +1,62 @@
+"""The options that commands share, and how they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", metavar="PATH", help="Model folder or name. Default: the demo model.")
+]
+DraftModel = Annotated[
+    str | None, typer.Option(metavar="PATH", help="A smaller model of the same tokenizer that drafts.")
+]
+Drafters = Annotated[
+    str | None, typer.Option(metavar="A,B", help="Drafters in order of preference. Default: the engine's.")
+]
+Speculation = Annotated[str, typer.Option(metavar="auto|off|JSON", help="How to draft; the text stays the same.")]
+Dtype = Annotated[
+    str, typer.Option(metavar="NAME", help="auto (the checkpoint's), float32, bfloat16, float16 or float64.")
+]
+Device = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Where to run. Default: the accelerator if there is one.")
+]
+MaxTokens = Annotated[int, typer.Option(metavar="N", help="Most new tokens.")]
+Temperature = Annotated[
+    float | None, typer.Option(metavar="T", help="0 is greedy. Default: what the model's own config says.")
+]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", metavar="P", help="Keep the likeliest tokens of this total probability.")
+]
+TopK = Annotated[int | None, typer.Option("--top-k", metavar="N", help="Keep this many of the likeliest tokens.")]
+MinP = Annotated[
+    float | None,
+    typer.Option("--min-p", metavar="P", help="Drop tokens below this share of the likeliest one's probability."),
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Makes sampling repeatable, whatever drafts.")]
+Stop = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="End before this text. May be given several times.")
+]
+
+
+def sampling(*, speculation: str, stop: list[str] | None, **options: Any) -> Any:
+    """`SamplingParams` from what the user wrote. Raises InvalidRequest, before a model is loaded."""
+    from specgen.params import SamplingParams
+
+    return SamplingParams.of({**options, "stop": stop or [], "speculation": _speculation(speculation)})
+
+
+def _speculation(text: str) -> str | Mapping[str, Any]:
+    """`auto` and `off` as they are, anything else as a JSON object."""
+    import msgspec
+
+    from specgen.errors import InvalidRequest
+
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"speculation is {text!r}, which is not JSON: {error}", param="speculation") from None
