@@ -15,11 +15,12 @@ from specgen.draft.drafting import Drafting
 from specgen.errors import OutOfPages, RequestCancelled
 from specgen.kv.segment import Segment
 from specgen.model.target import Target
+from specgen.params import Request
 from specgen.sampling import Sampler
 from specgen.scheduler import Scheduler, Turn
 from specgen.sequence import Sequence, StopRules
 from specgen.text import TextCursor
-from specgen.types import EMPTY_TREE, Finish, Request, StepOutput, TokenTree
+from specgen.types import EMPTY_TREE, Finish, StepOutput, TokenTree
 
 
 @dataclass(frozen=True, slots=True)

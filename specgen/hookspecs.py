@@ -15,7 +15,8 @@ import pluggy
 
 from specgen.context.stage import ContextStageFactory
 from specgen.draft.drafter import DrafterFactory
-from specgen.types import LogitsProcessor, Request, Result, StepOutput
+from specgen.params import Request
+from specgen.types import LogitsProcessor, Result, StepOutput
 
 if TYPE_CHECKING:
     import typer

@@ -1,9 +1,10 @@
-"""What one request may ask of the sampler and of the stop rules, checked when it is built."""
+"""A request: what it may ask of the sampler and of the stop rules, checked when it is built."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -143,6 +144,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             if getattr(self, name) is None and (value := getattr(defaults, name, None)) is not None:
                 filled[name] = value
         return msgspec.structs.replace(self, **filled)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to be continued `params.n` times. Built by the API, complete when built.
+
+    ids: the prompt, at least one token. prediction: what the caller expects to follow, as ids.
+    seed: 0 to 2**64 - 1; sample i of the request draws from the stream (seed, i).
+    """
+
+    id: str
+    ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    prediction: tuple[int, ...] = ()
 
 
 def check_ids(ids: Iterable[Any], vocab_size: int, param: str) -> None:

@@ -18,11 +18,11 @@ from specgen.draft.drafting import Drafting
 from specgen.engine import Sample
 from specgen.errors import InvalidRequest, SpecgenError, UnknownName
 from specgen.hookspecs import LogitsProcessorFactory
-from specgen.params import SamplingParams, check_ids
+from specgen.params import Request, SamplingParams, check_ids
 from specgen.sampling import PositionKeys, Sampler, processors
 from specgen.sequence import StopRules
 from specgen.text import TextCursor
-from specgen.types import LogitsProcessor, Prompt, Request
+from specgen.types import LogitsProcessor, Prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,10 @@ import structlog
 
 from specgen.engine import EngineCore, Sample
 from specgen.errors import EngineClosed, RequestFailed
+from specgen.params import Request
 from specgen.plugins import Plugins
 from specgen.stream import Stream
-from specgen.types import Finish, Request, StepOutput
+from specgen.types import Finish, StepOutput
 
 log = structlog.get_logger("specgen.engine")
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from specgen.draft.drafting import Drafts
 from specgen.kv.pool import BlockTable
 from specgen.kv.segment import Segment, hung_rows
+from specgen.params import Request
 from specgen.sampling import Sampler, logprob
 from specgen.text import TextCursor
 from specgen.types import (
     Acceptance,
     Finish,
     Logprob,
-    Request,
     Result,
     SpeculativeStats,
     StepOutput,

@@ -19,14 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
 from specgen.errors import InvalidRequest
-
-if TYPE_CHECKING:
-    from specgen.params import SamplingParams
 
 LogitsProcessor: TypeAlias = Callable[[Any, Any], Any]
 """(ids int64[1, n], logits float32[1, vocab]) -> float32[1, vocab]: transformers' own protocol, used unchanged."""
@@ -221,18 +218,3 @@ class Result:
     seed: int
     logprobs: tuple[Logprob, ...] = ()
     error: BaseException | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One prompt to be continued `params.n` times. Built by the API, complete when built.
-
-    ids: the prompt, at least one token. prediction: what the caller expects to follow, as ids.
-    seed: 0 to 2**64 - 1; sample i of the request draws from the stream (seed, i).
-    """
-
-    id: str
-    ids: tuple[int, ...]
-    params: SamplingParams
-    seed: int
-    prediction: tuple[int, ...] = ()

@@ -34,7 +34,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 # (who, whom): why all the same. Such an import cannot stand at the top of a module, it would be a circle.
 EXCEPTIONS = {
-    ("types", "params"): "for the type checker: a Request holds SamplingParams, whose own fields are of specgen.types",
     ("plugins", "__init__"): "specgen's own version, read when plugins are loaded",
 }
 

@@ -30,7 +30,7 @@ class Commands(TyperGroup):
         return extension and extension.command
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command. What specgen raises on purpose is a line on stderr and exit code 2; bugs keep their trace."""
+        """Run the command. What specgen raises on purpose becomes a line on stderr and exit code 2; bugs stay bugs."""
         try:
             return super().invoke(ctx)
         except SpecgenError as error:

@@ -50,11 +50,12 @@ def inspect_layers(model: PreTrainedModel) -> Architecture:
     """
     cache, vocab_size = _two_tokens(model)
     config = model.config.get_text_config(decoder=True)
-    by_config = DynamicCache(config=config).layers
+    layers: list[Any] = list(cache.layers)
+    by_config: list[Any] = list(DynamicCache(config=config).layers)
     shapes: list[LayerShape] = []
     stores: list[int | None] = []
     reaches: list[Reach] = []
-    for index, layer in enumerate(cache.layers):
+    for index, layer in enumerate(layers):
         if type(layer).__name__ == "DummyLayer":
             source = _shared_layer(config, index)
             stores.append(None if source is None else stores[source])
@@ -69,7 +70,7 @@ def inspect_layers(model: PreTrainedModel) -> Architecture:
         stores.append(len(shapes))
         shapes.append(LayerShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]))
         reaches.append(_reach(model, config, index, _window(layer)))
-    dtypes = {layer.keys.dtype for layer in cache.layers if layer.keys is not None}
+    dtypes = {layer.keys.dtype for layer in layers if layer.keys is not None}
     if len(dtypes) != 1:
         raise refuse(model, f"its layers keep KV of {len(dtypes)} data types ({', '.join(map(str, dtypes))})")
     return Architecture(tuple(shapes), tuple(stores), tuple(reaches), dtypes.pop(), vocab_size)

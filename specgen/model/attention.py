@@ -224,7 +224,8 @@ class PackedAttention:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """transformers' attention function: query [1, heads, rows, dim]; returns [1, rows, heads, value_dim]."""
-        layer, batch = module.layer_idx, self._batch
+        layer: Any = module.layer_idx
+        batch = self._batch
         if batch is None:
             raise RuntimeError(f"attention {self._name} is called outside a packed forward")
         reach = self._reaches[layer]

@@ -114,7 +114,7 @@ def _packed_logits(target: PackedModel) -> Tensor:
 
 def _paths(vocab_size: int) -> list[tuple[int, ...]]:
     """The token sequences that the wanted rows of `_packed_logits` stand for, in order."""
-    paths = [_PROMPTS[0]]
+    paths: list[tuple[int, ...]] = [_PROMPTS[0]]
     for token, parent in zip(_TREE, _PARENTS, strict=True):
         paths.append((*paths[parent + 1], token))
     return [_ids(path, vocab_size) for path in (*paths, _PROMPTS[1])]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from specgen.context.stage import Context
-from specgen.options import read_options
 from specgen.errors import InvalidRequest, UnknownName
+from specgen.options import read_options
 
 
 def test_a_prompt_is_text_or_ids_or_messages() -> None:
@@ -39,5 +39,5 @@ def test_options_are_read_by_name_and_type() -> None:
     assert read_options("context stage 'mine'", {"size": 3}, Options) == Options(3)
     with pytest.raises(UnknownName, match="unknown option of context stage 'mine': 'sise'; choices: size"):
         read_options("context stage 'mine'", {"sise": 3}, Options)
-    with pytest.raises(InvalidRequest, match=re.escape("context stage 'mine': Expected `int`, got `str`")):
+    with pytest.raises(InvalidRequest, match=re.escape("context stage 'mine': size is '3'; Expected `int`, got `str`")):
         read_options("context stage 'mine'", {"size": "3"}, Options)
