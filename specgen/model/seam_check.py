@@ -93,7 +93,7 @@ def _difference(target: PackedModel) -> str | None:
 
 def _distance(logits: Tensor, others: Tensor) -> float:
     """The largest relative difference of any row."""
-    return ((logits - others).norm(dim=-1) / others.norm(dim=-1)).max().item()
+    return float(((logits - others).norm(dim=-1) / others.norm(dim=-1)).max())
 
 
 def _tolerance(target: PackedModel, alone: Tensor) -> float:
