@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -37,6 +38,16 @@ _REFUSED = {
     "output_hidden_states": (False, None),
     "use_mtp": (False, None),
 }
+# What generate hands over besides, of which the engine has its own or whose value is checked.
+_UNDERSTOOD = (
+    "attention_mask",
+    "cache_position",
+    "inputs_embeds",
+    "logits_to_keep",
+    "past_key_values",
+    "position_ids",
+    "use_cache",
+)
 _OFF: dict[str, Any] = {
     "top_k": 0,
     "top_p": 1.0,
@@ -65,13 +76,12 @@ def custom_generate(
     Raises InvalidRequest naming the option for what is not supported.
     """
     _refuse_unsupported(generation_config, model_kwargs)
-    mask = model_kwargs.get("attention_mask")
+    paddings = _paddings(input_ids, model_kwargs)
     engine = engine_of(model)
-    common = _common(generation_config, input_ids.shape[1], speculation)
+    common = _common(generation_config, stopping_criteria, input_ids.shape[1], speculation)
     custom_criteria = [c for c in stopping_criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
     streams = []
-    for row, ids in enumerate(input_ids):
-        padding = 0 if mask is None else int(mask[row].to(torch.int64).argmax())
+    for row, (ids, padding) in enumerate(zip(input_ids, paddings, strict=True)):
         params = SamplingParams(
             processors=_for_row(logits_processor, row, input_ids, padding),
             stopping_criteria=_for_row(custom_criteria, row, input_ids, padding),
@@ -96,15 +106,42 @@ def _refuse_unsupported(config: GenerationConfig, model_kwargs: Mapping[str, Any
         raise InvalidRequest("past_key_values is not supported; give the whole prompt", param="past_key_values")
     if model_kwargs.get("inputs_embeds") is not None:
         raise InvalidRequest("inputs_embeds is not supported; give input_ids", param="inputs_embeds")
+    for name, value in model_kwargs.items():
+        if name not in _UNDERSTOOD and value is not None:
+            raise InvalidRequest(f"{name} is not supported by specgen; leave it out", param=name)
 
 
-def _common(config: GenerationConfig, prompt_length: int, speculation: Any) -> dict[str, Any]:
-    """What all rows share. The processors are transformers' own, so every setting that would add one is off."""
-    eos = getattr(config, "_eos_token_tensor", None)
+def _paddings(prompts: Tensor, model_kwargs: Mapping[str, Any]) -> list[int]:
+    """Length of the left padding of each row. Raises InvalidRequest where mask or positions say anything else."""
+    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    paddings = []
+    for row, prompt in enumerate(prompts):
+        padding = 0 if mask is None else int(mask[row].ne(0).to(torch.int64).argmax())
+        if mask is not None and not mask[row, padding:].all():
+            raise InvalidRequest(
+                f"attention_mask hides tokens behind the first of row {row}; pad on the left", param="attention_mask"
+            )
+        if positions is not None:
+            given = positions.expand(len(prompts), -1)[row, padding:].tolist()
+            if given != list(range(len(prompt) - padding)):
+                raise InvalidRequest("position_ids other than 0, 1, ... are not supported", param="position_ids")
+        paddings.append(padding)
+    return paddings
+
+
+def _common(
+    config: GenerationConfig, criteria: StoppingCriteriaList, prompt_length: int, speculation: Any
+) -> dict[str, Any]:
+    """What all rows share. The processors are transformers' own, so every setting that would add one is off.
+
+    The ends are read from the criteria: the caller's own take the place of those that the config would make.
+    """
+    ends = [c.eos_token_id.flatten().tolist() for c in criteria if isinstance(c, EosTokenCriteria)]
+    lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
     return {
         "temperature": 1.0 if config.do_sample else 0.0,
-        "stop_token_ids": () if eos is None else tuple(eos.flatten().tolist()),
-        "max_tokens": max(1, config.max_length - prompt_length),
+        "stop_token_ids": tuple(chain.from_iterable(ends)),
+        "max_tokens": max(1, min(lengths, default=config.max_length) - prompt_length),
         "speculation": Speculation.of(speculation),
         **_OFF,
     }

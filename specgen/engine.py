@@ -146,11 +146,12 @@ class EngineCore:
             walked = sequence.walk(tree, logits, best if sequence.sampler.is_argmax else None)
         except Exception as error:  # processors and stopping criteria are the caller's code
             return self._close(sequence, sequence.end(Finish("error", error=error)))
+        # Before the sequence, whose result may hold the drafters' share in this step.
+        self.drafting.commit(sequence.drafts, tree, walked[0].committed)
         output = sequence.commit(turn.chain, len(tree), *walked)
         self.counters.committed += len(output.tokens)
         self.counters.drafted += len(tree)
         self.counters.accepted += len(output.tokens) - 1
-        self.drafting.commit(sequence.drafts, tree, output.tokens)
         return self._close(sequence, output) if output.result else output
 
     def _close(self, sequence: Sequence, output: StepOutput) -> StepOutput:

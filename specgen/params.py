@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,16 @@ from specgen.types import LogitsProcessor, Speculation, StoppingCriterion
 
 _SAMPLING_ONLY = ("top_k", "top_p", "min_p", "typical_p")
 _FROM_GENERATION_CONFIG = ("temperature", *_SAMPLING_ONLY)
+_FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
+_SEVERAL = (
+    "allowed_token_ids",
+    "banned_token_ids",
+    "bad_words",
+    "processors",
+    "stop",
+    "stop_token_ids",
+    "stopping_criteria",
+)
 _MAX_SEED = 2**64
 
 
@@ -80,16 +90,22 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for name in options:
             if name not in known:
                 raise UnknownName("option", name, known, param=name)
-        values = dict(options)
-        if isinstance(values.get("stop"), str):
-            values["stop"] = (values["stop"],)
-        if "speculation" in values:
-            values["speculation"] = Speculation.of(values["speculation"])
-        for name, value in values.items():
-            values[name] = tuple(value) if isinstance(value, list) else value
-        return cls(**{name: value for name, value in values.items() if value is not None})
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in options.items()
+            if value is not None
+        }
+        return cls(**values)
 
     def __post_init__(self) -> None:
+        for name in ("stop", "bad_words"):
+            if isinstance(text := getattr(self, name), str):
+                msgspec.structs.force_setattr(self, name, (text,))
+        msgspec.structs.force_setattr(self, "speculation", Speculation.of(self.speculation))
+        for name in _SEVERAL:
+            _several(self, name)
+        for name in _FLAGS:
+            _flag(self, name)
         _number(self, "temperature", 0.0, math.inf)
         _number(self, "top_p", 0.0, 1.0, open_low=True)
         _number(self, "typical_p", 0.0, 1.0, open_low=True)
@@ -107,8 +123,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for name in ("stop", "bad_words"):
             _strings(self, name)
         for name in ("processors", "stopping_criteria"):
-            if not all(callable(item) for item in getattr(self, name)):
-                raise InvalidRequest(f"{name} must hold callables", param=name)
+            _callables(self, name)
+        if not isinstance(self.prediction, str):
+            _several(self, "prediction")
+        for name in ("logit_bias", "plugin_processors"):
+            _mapping(name, getattr(self, name) or {})
+        for name, options in (self.plugin_processors or {}).items():
+            _mapping("plugin_processors", options, of=f"the options of {name!r}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequest(
                 f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}", param="min_tokens"
@@ -185,6 +206,29 @@ def _integer(params: SamplingParams, name: str, low: int, high: int | None = Non
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
         bound = f"{low} to {high}" if high is not None else f"at least {low}"
         raise InvalidRequest(f"{name} is {value!r}; it must be a whole number, {bound}", param=name)
+
+
+def _flag(params: SamplingParams, name: str) -> None:
+    value = getattr(params, name)
+    if not isinstance(value, bool):
+        raise InvalidRequest(f"{name} is {value!r}; choices: True, False", param=name)
+
+
+def _several(params: SamplingParams, name: str) -> None:
+    value = getattr(params, name)
+    if value is not None and (isinstance(value, str | bytes) or not isinstance(value, Sequence | Set)):
+        raise InvalidRequest(f"{name} is {value!r}; it must be a list", param=name)
+
+
+def _mapping(name: str, value: object, *, of: str = "it") -> None:
+    if not isinstance(value, Mapping):
+        raise InvalidRequest(f"{name}: {of} must be a mapping, not {value!r}", param=name)
+
+
+def _callables(params: SamplingParams, name: str) -> None:
+    for value in getattr(params, name):
+        if not callable(value):
+            raise InvalidRequest(f"{name} holds {value!r}; it must hold callables", param=name)
 
 
 def _strings(params: SamplingParams, name: str) -> None:

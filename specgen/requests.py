@@ -6,7 +6,7 @@ import copy
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -23,6 +23,8 @@ from specgen.sampling import PositionKeys, Sampler, processors
 from specgen.sequence import StopRules
 from specgen.text import TextCursor
 from specgen.types import LogitsProcessor, Prompt
+
+FunctionT = TypeVar("FunctionT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,10 @@ class RequestBuilder:
                 prompt_length=len(request.ids),
                 end_ids=sorted(ends),
                 encode=self._spellings,
-                custom=[*(_own(p, copies=copies) for p in params.processors), *self._offered(params)],
+                custom=[
+                    *(_own(p, "processors", copies=copies) for p in params.processors),
+                    *self._offered(params),
+                ],
                 device=self.device,
             ),
             greedy=not params.temperature,
@@ -81,7 +86,8 @@ class RequestBuilder:
             skip_special=params.skip_special_tokens,
         )
         length = len(request.ids) + min(room, params.max_tokens or room)
-        return Sample(sampler, StopRules(ends, length, params.stopping_criteria), cursor)
+        criteria = tuple(_own(c, "stopping_criteria", copies=copies) for c in params.stopping_criteria)
+        return Sample(sampler, StopRules(ends, length, criteria), cursor)
 
     def _model_ends(self) -> list[int]:
         eos = self.defaults.eos_token_id
@@ -124,16 +130,16 @@ class RequestBuilder:
         return found
 
 
-def _own(processor: LogitsProcessor, *, copies: bool) -> LogitsProcessor:
-    """The processor, or a copy where other sequences use it too: it may keep state."""
+def _own(function: FunctionT, param: str, *, copies: bool) -> FunctionT:
+    """A processor or criterion of the caller's, or a copy where other sequences use it too: it may keep state."""
     if not copies:
-        return processor
+        return function
     try:
-        return copy.deepcopy(processor)
+        return copy.deepcopy(function)
     except Exception as error:
         raise InvalidRequest(
-            f"processor {processor!r} cannot be copied, and several sequences need their own: {error}",
-            param="processors",
+            f"{param} holds {function!r}, which cannot be copied, and several sequences need their own: {error}",
+            param=param,
         ) from error
 
 
@@ -142,6 +148,8 @@ def with_options(params: SamplingParams | None, options: Mapping[str, Any], base
     if params is not None:
         if options:
             raise InvalidRequest(f"give params or keywords, not both: {', '.join(options)}", param="params")
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequest(f"params is {params!r}; it must be SamplingParams, or keywords", param="params")
         return params
     given = {name: value for name, value in options.items() if value is not None}
     built = SamplingParams.of(given)

@@ -129,7 +129,7 @@ def processors(
     if params.logit_bias:
         found.append(_Bias(params.logit_bias, device))
     if params.repetition_penalty not in (None, 1.0):
-        found.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+        found.append(RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty)))
     if params.presence_penalty or params.frequency_penalty:
         found.append(_CountPenalty(params.presence_penalty, params.frequency_penalty, prompt_length))
     if params.no_repeat_ngram_size:

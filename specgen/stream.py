@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from specgen.errors import RequestFailed
 from specgen.types import Result, StepOutput
@@ -31,7 +31,7 @@ class Stream:
         self._results: dict[int, Result] = {}
         self._outputs: deque[StepOutput] = deque()
         self._changed = threading.Condition()
-        self._waker: Callable[[], None] | None = None
+        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
         self._error: RequestFailed | None = None
 
     def put(self, output: StepOutput) -> None:
@@ -64,8 +64,7 @@ class Stream:
 
     async def aresults(self) -> list[Result]:
         """`results()` for asyncio."""
-        while self._unfinished:
-            await self._wake()
+        await self._until(lambda: not self._unfinished)
         return self._checked()
 
     def __iter__(self) -> Iterator[StepOutput]:
@@ -83,8 +82,7 @@ class Stream:
         return self
 
     async def __anext__(self) -> StepOutput:
-        while not self._outputs and self._unfinished:
-            await self._wake()
+        await self._until(lambda: bool(self._outputs) or not self._unfinished)
         if not self._outputs:
             self._checked()
             raise StopAsyncIteration
@@ -112,23 +110,21 @@ class Stream:
         with self._changed:
             yield
             self._changed.notify_all()
-            waker, self._waker = self._waker, None
-        if waker:
-            waker()
+            waiting, self._waiting = self._waiting, []
+        for loop, woken in waiting:
+            with suppress(RuntimeError):  # the loop was closed: nobody waits there any more
+                loop.call_soon_threadsafe(_set, woken)
 
-    async def _wake(self) -> None:
-        """Wait until the next output."""
+    async def _until(self, ready: Callable[[], bool]) -> None:
+        """Wait without a thread until `ready`, which is asked after every change."""
         loop = asyncio.get_running_loop()
-        woken = loop.create_future()
-
-        def wake() -> None:
-            loop.call_soon_threadsafe(_set, woken)
-
-        with self._changed:
-            if self._outputs or not self._unfinished:
-                return
-            self._waker = wake
-        await woken
+        while True:
+            woken = loop.create_future()
+            with self._changed:
+                if ready():
+                    return
+                self._waiting.append((loop, woken))
+            await woken
 
     def _checked(self) -> list[Result]:
         if self._error is not None:

@@ -21,7 +21,8 @@ class Decoder(Protocol):
 class TextCursor:
     """Where the text of one sequence stands. Frozen: `advance` answers a new one, so a walk can be thrown away.
 
-    window: the ids since the last clean character border, behind a few ids before it that decode to `shown`.
+    window: the ids since the last clean character border, behind a few ids before it.
+    shown: the part of the window's text that was taken in already.
     held: text not released yet because a stop string may begin in it.
     """
 
@@ -50,11 +51,12 @@ class TextCursor:
             return self, "", None
         window = self.window + tuple(tokens)
         text = self._decode(window)
-        if text.endswith(_REPLACEMENT) or len(text) < len(self.shown):
+        whole = text.rstrip(_REPLACEMENT)
+        if len(whole) < len(self.shown):
             return replace(self, window=window), "", None
-        held = self.held + text[len(self.shown) :]
-        recent = window[-_CONTEXT_TOKENS:]
-        moved = replace(self, window=recent, shown=self._decode(recent))
+        held = self.held + whole[len(self.shown) :]
+        recent = window[-_CONTEXT_TOKENS:] if whole == text else window
+        moved = replace(self, window=recent, shown=self._decode(recent) if whole == text else whole)
         if found := _first(held, self.stop):
             at, string = found
             return replace(moved, held=""), held[: at + len(string) * self.include_stop], string

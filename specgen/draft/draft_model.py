@@ -62,7 +62,7 @@ class DraftModel(Drafter):
             )
 
     def open(self, prompt: Sequence[int], hints: DraftHints) -> DraftSession:
-        """A session with a table of its own in the draft model's pool; the prompt is read at the first proposal."""
+        """A session with a table of its own in the draft model's pool; the prompt is read after the first commit."""
         self._open += 1
         return _Session(self, prompt)
 
@@ -108,6 +108,7 @@ class _Session(DraftSession):
     def __init__(self, drafter: DraftModel, prompt: Sequence[int]) -> None:
         self._drafter = drafter
         self.ids = list(prompt)
+        self._prompt_length = len(prompt)
         self.table: BlockTable = drafter.model.pool.open()
         self._growth: _Growth | None = None
 
@@ -134,7 +135,12 @@ class _Session(DraftSession):
         return self.table.length < len(self.ids)
 
     def reserve(self, tree_rows: int) -> bool:
-        """Own slots for all ids and a tree's rows; False when the pool or the context has no room."""
+        """Own slots for all ids and a tree's rows; False when the pool or the context has no room.
+
+        And before the first commit: the first token does not wait until another model has read the prompt.
+        """
+        if len(self.ids) == self._prompt_length:
+            return False
         if not self.is_behind:
             # The last id is read again: its logits are needed and were not kept.
             self.table.length = len(self.ids) - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import index
 
 import structlog
 
@@ -38,10 +39,11 @@ class Drafts:
 
     speculation: Speculation
     active: dict[str, _Active] = field(default_factory=dict)
+    unopened: dict[str, DrafterStats] = field(default_factory=dict)
 
     def stats(self) -> dict[str, DrafterStats]:
         """What each drafter offered and what became of it."""
-        return {name: active.stats for name, active in self.active.items()}
+        return self.unopened | {name: active.stats for name, active in self.active.items()}
 
 
 class Drafting:
@@ -64,11 +66,12 @@ class Drafting:
         drafts = Drafts(speculation)
         if not speculation.max_nodes:
             return drafts
-        for name in self.drafters if speculation.drafters is None else speculation.drafters:
+        for name in dict.fromkeys(self.drafters if speculation.drafters is None else speculation.drafters):
             try:
                 session = self.drafters[name].open(prompt, hints)
             except Exception as error:  # a drafter is someone else's code: the request goes on without it
                 log.warning("drafter cannot open a session", drafter=name, error=repr(error))
+                drafts.unopened[name] = DrafterStats(disabled=repr(error))
                 continue
             drafts.active[name] = _Active(session, Calibration(self._calibrations[name]))
         return drafts
@@ -132,7 +135,7 @@ class Drafting:
         limits = [drafts.speculation.max_nodes for drafts in asked]
         started = time.perf_counter()
         try:
-            trees = drafter.propose(sessions, limits)
+            trees = [_plain(tree) for tree in drafter.propose(sessions, limits)]
             for tree, limit in zip(trees, limits, strict=True):
                 check(tree, self._vocab_size, limit)
         except Exception as error:  # a drafter is someone else's code: the requests go on without it
@@ -155,6 +158,13 @@ class Drafting:
         for drafts in sequences:
             stats = drafts.active[name].stats
             drafts.active[name].stats = DrafterStats(stats.offered, stats.verified, stats.accepted, reason)
+
+
+def _plain(tree: TokenTree) -> TokenTree:
+    """The same tree in Python's own numbers. Raises TypeError for tokens or parents that are not whole."""
+    return TokenTree(
+        tuple(map(index, tree.tokens)), tuple(map(index, tree.parents)), tuple(map(float, tree.confidence))
+    )
 
 
 def _shallow(tree: TokenTree, deepest: int) -> TokenTree:
