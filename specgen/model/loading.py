@@ -34,8 +34,9 @@ def load_model(
 ) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained`, on the device, ready to be wrapped. Raises InvalidRequest naming the
     source when there is no such model."""
+    kind = dtype_of(dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype_of(dtype), **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **options)
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"model {str(source)!r} cannot be loaded: {error}", param="model") from error
     torch.nn.Module.to(model, device or default_device())
