@@ -184,13 +184,15 @@ class Bench:
 
     def _flaws(self, running: Running) -> list[str]:
         job, result, truth = running.job, running.result(), self.truth(running.job)
-        found = [] if result.ids == truth else [difference(self.engine, job, truth, result.ids, self.tokens)]
-        found += [f"{job}: {flaw}" for flaw in _drafting_flaws(job, result)]
-        for processor in running.options.get("processors", ()):
-            start = len(job.prompt.ids)
-            if processor.lengths != list(range(start, start + len(result.ids))):
-                found.append(f"{job}: the processor was called with lengths {processor.lengths}")
-        return found
+        if result.ids != truth:
+            return [difference(self.engine, job, truth, result.ids, self.tokens)]
+        start = len(job.prompt.ids)
+        found = [
+            f"the processor saw {len(processor.lengths)} calls for {len(truth)} tokens, or not in order"
+            for processor in running.options.get("processors", ())
+            if processor.lengths != list(range(start, start + len(truth)))
+        ]
+        return [f"{job}: {flaw}" for flaw in (*found, *_drafting_flaws(job.mode, result))]
 
 
 def by_transformers(model: PreTrainedModel, prompt: Sequence[int], tokens: int) -> tuple[int, ...]:
@@ -200,21 +202,22 @@ def by_transformers(model: PreTrainedModel, prompt: Sequence[int], tokens: int) 
     return tuple(found[0, len(prompt) :].tolist())
 
 
-def _drafting_flaws(job: Job, result: Result) -> list[str]:
+def _drafting_flaws(mode: str, result: Result) -> list[str]:
     """Whether drafts were made and taken as the mode implies. Only the echoes promise anything for a single job."""
     stats, length = result.stats, len(result.ids)
+    drafted, accepted = stats.num_draft_tokens, stats.num_accepted_draft_tokens
     found = [
         f"drafter {name} was switched off: {share.disabled}"
         for name, share in stats.by_drafter.items()
         # On a busy machine a drafter may be found too slow; that is no flaw here.
         if share.disabled and not share.disabled.startswith("took")
     ]
-    if job.mode == "off" and stats.num_draft_tokens:
-        found.append(f"{stats.num_draft_tokens} tokens were drafted")
-    if job.mode == "echo-0" and (not stats.num_draft_tokens or stats.num_accepted_draft_tokens):
-        found.append(f"{stats.num_accepted_draft_tokens} of {stats.num_draft_tokens} drafted tokens were accepted")
+    if mode == "off" and drafted:
+        found.append(f"{drafted} tokens were drafted")
+    if mode == "echo-0" and (not drafted or accepted):
+        found.append(f"{accepted} of {drafted} drafted tokens were accepted")
     steps = -(-length // (ECHOES["echo-100"].depth + 1))
-    if job.mode == "echo-100" and stats.num_spec_steps != steps:
+    if mode == "echo-100" and stats.num_spec_steps != steps:
         found.append(f"{stats.num_spec_steps} steps for {length} tokens, where {steps} do")
     return found
 

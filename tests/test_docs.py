@@ -23,7 +23,8 @@ from specgen.plugins import Plugins
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 CLI_README = ROOT / "specgen" / "cli" / "README.md"
-COMMANDS = [str(info.name or info.callback.__name__).replace("_", "-") for info in app.registered_commands]  # type: ignore[union-attr]
+FUNCTIONS: list[Any] = [info.callback for info in app.registered_commands]
+COMMANDS = [function.__name__.replace("_", "-") for function in FUNCTIONS]
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 SLOW = {"demo.py"}
 # What an example prints when it has shown what it is for.

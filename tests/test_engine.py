@@ -43,6 +43,7 @@ from specgen.engine import EngineCore
 from specgen.model.target import Target
 from specgen.plugins import load_plugins
 from specgen.requests import RequestBuilder
+from specgen.sampling import PositionKeys, gumbel_argmax, processors
 from specgen.testing import DrafterContract
 from specgen.tree import chain, check, depths, path
 from specgen.types import EMPTY_TREE, MAX_TREE_NODES
@@ -248,25 +249,40 @@ def bench(model: PreTrainedModel, smaller: PreTrainedModel) -> Bench:
     return Bench(model, all_drafters(smaller))
 
 
+class Drawn:
+    """Lets transformers' own loop draw our coins: all but the token that is drawn is banned, behind all else."""
+
+    def __init__(self, setting: Mapping[str, Any], prompt: Sequence[int]) -> None:
+        params = SamplingParams.of(setting)
+        self.processors = processors(
+            params, prompt_length=len(prompt), end_ids=(), encode=lambda word: [], custom=(), device=torch.device("cpu")
+        )
+        self.keys = None if params.seed is None else PositionKeys(params.seed)
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        for processor in self.processors:
+            scores = processor(ids, scores)
+        if self.keys is None:
+            return scores
+        token = gumbel_argmax(scores[0], self.keys[ids.shape[1]])
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([token]), 0.0)
+
+
+Truth = Callable[[str, int], tuple[int, ...]]
+
+
 @pytest.fixture(scope="module")
-def truth(model: PreTrainedModel) -> Callable[[str, int], tuple[int, ...]]:
-    """What is said without drafts and alone, for a setting and a prompt; greedy, by transformers itself."""
-    plain = Bench(model)
+def truth(model: PreTrainedModel) -> Truth:
+    """What transformers' own generate says, one token per forward, for a setting and a prompt."""
     known: dict[tuple[str, int], tuple[int, ...]] = {}
 
     def look_up(setting: str, number: int) -> tuple[int, ...]:
         if (setting, number) not in known:
-            if setting == "greedy":
-                found = tuple(greedy(model, PROMPTS[number], NEW_TOKENS))
-            else:
-                found = plain.alone(PROMPTS[number], max_tokens=NEW_TOKENS, **SETTINGS[setting]).ids
-            known[setting, number] = found
+            drawn = LogitsProcessorList([Drawn(SETTINGS[setting], PROMPTS[number])])
+            known[setting, number] = tuple(greedy(model, PROMPTS[number], NEW_TOKENS, logits_processor=drawn))
         return known[setting, number]
 
     return look_up
-
-
-Truth = Callable[[str, int], tuple[int, ...]]
 
 
 def options_of(setting: str, mode: str, expected: tuple[int, ...]) -> dict[str, Any]:

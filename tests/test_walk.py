@@ -18,18 +18,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from specgen.context.pipeline import ContextPipeline
 from specgen.draft.drafter import Drafter, DraftHints, DraftSession
-from specgen.engine import EngineCore
-from specgen.model.target import Target
-from specgen.params import SamplingParams
-from specgen.plugins import load_plugins
-from specgen.requests import RequestBuilder
 from specgen.sampling import PositionKeys, gumbel_argmax
 from specgen.tree import chain, children
 from specgen.types import Finish, Logprob, Result, Speculation, TokenTree
 from specgen.verify import Draw, acceptance, walk
 from tests.models.tiny import build
+from tests.test_engine import Bench
 
 TOKENS = 3
 LONGEST = 7
@@ -365,34 +360,12 @@ def texts(model: PreTrainedModel, length: int, temperature: float) -> dict[Path,
 
 def sampled(model: PreTrainedModel, speculation: Speculation, seeds: range, temperature: float) -> list[Result]:
     """Three tokens for each of 128 samples of each seed, by the engine's own loop."""
-    target = Target(model, kv_tokens=2048)
-    core = EngineCore(target, {"bushy": Bushy()}, max_running=64)
-    stages = load_plugins().collect("context_stages")
-    builder = RequestBuilder(
-        None,
-        model.generation_config,
-        target.vocab_size,
-        target.context_length,
-        target.device,
-        ContextPipeline.build(("chat-template",), stages, None),
-        core.drafting,
-        {},
-    )
+    bench = Bench(model, {"bushy": Bushy()}, max_running=64)
+    params = {"temperature": temperature, "allowed_token_ids": ALLOWED, "max_tokens": 3, "n": 128}
     for seed in seeds:
-        params = SamplingParams(
-            temperature=temperature,
-            allowed_token_ids=ALLOWED,
-            max_tokens=3,
-            n=128,
-            seed=seed,
-            speculation=speculation,
-        )
-        core.add(*builder.build(PROMPT, params, copies=False))
-    results = []
-    while core.busy:
-        results += [output.result for output in core.step() if output.result]
-    core.check()
-    return sorted(results, key=lambda result: (result.seed, result.index))
+        bench.add(PROMPT, seed=seed, speculation=speculation, **params)
+    bench.run()
+    return sorted(bench.results.values(), key=lambda result: (result.seed, result.index))
 
 
 def test_the_engine_with_trees_draws_from_the_models_own_law(model: PreTrainedModel) -> None:
