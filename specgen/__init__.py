@@ -6,29 +6,33 @@ engine = specgen.Engine.from_pretrained("path/to/model")
 print(engine.generate("The capital of France is", max_tokens=16).text)
 """
 
-from specgen.api import Engine, generate, wrap
-from specgen.config import EngineConfig
-from specgen.context.stage import Context, ContextStage, ContextStageFactory
-from specgen.draft.drafter import Drafter, DrafterFactory, DrafterSetup, DraftHints, DraftSession
-from specgen.dropin import custom_generate
-from specgen.errors import (
-    ContextLengthExceeded,
-    DrafterMismatch,
-    DuplicateName,
-    EngineClosed,
-    InvalidRequest,
-    PluginError,
-    RequestCancelled,
-    RequestFailed,
-    SpecgenError,
-    UnknownName,
-    UnsupportedModel,
-)
-from specgen.hookspecs import LogitsProcessorFactory, hookimpl
-from specgen.options import read_options
-from specgen.params import SamplingParams
-from specgen.stream import Stream
-from specgen.types import Logprob, Result, Speculation, SpeculativeStats, StepOutput, TokenTree, Usage
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from specgen.api import Engine, generate, wrap
+    from specgen.config import EngineConfig
+    from specgen.context.stage import Context, ContextStage, ContextStageFactory
+    from specgen.draft.drafter import Drafter, DrafterFactory, DrafterSetup, DraftHints, DraftSession
+    from specgen.dropin import custom_generate
+    from specgen.errors import (
+        ContextLengthExceeded,
+        DrafterMismatch,
+        DuplicateName,
+        EngineClosed,
+        InvalidRequest,
+        PluginError,
+        RequestCancelled,
+        RequestFailed,
+        SpecgenError,
+        UnknownName,
+        UnsupportedModel,
+    )
+    from specgen.hookspecs import LogitsProcessorFactory, hookimpl
+    from specgen.options import read_options
+    from specgen.params import SamplingParams
+    from specgen.stream import Stream
+    from specgen.types import Logprob, Result, Speculation, SpeculativeStats, StepOutput, TokenTree, Usage
 
 __version__ = "0.1.0"
 
@@ -71,3 +75,50 @@ __all__ = [
     "read_options",
     "wrap",
 ]
+
+# What a name needs is imported when it is first asked for: torch and transformers take seconds, a command's help none.
+_HOMES = {
+    "Context": "specgen.context.stage",
+    "ContextLengthExceeded": "specgen.errors",
+    "ContextStage": "specgen.context.stage",
+    "ContextStageFactory": "specgen.context.stage",
+    "DraftHints": "specgen.draft.drafter",
+    "DraftSession": "specgen.draft.drafter",
+    "Drafter": "specgen.draft.drafter",
+    "DrafterFactory": "specgen.draft.drafter",
+    "DrafterMismatch": "specgen.errors",
+    "DrafterSetup": "specgen.draft.drafter",
+    "DuplicateName": "specgen.errors",
+    "Engine": "specgen.api",
+    "EngineClosed": "specgen.errors",
+    "EngineConfig": "specgen.config",
+    "InvalidRequest": "specgen.errors",
+    "LogitsProcessorFactory": "specgen.hookspecs",
+    "Logprob": "specgen.types",
+    "PluginError": "specgen.errors",
+    "RequestCancelled": "specgen.errors",
+    "RequestFailed": "specgen.errors",
+    "Result": "specgen.types",
+    "SamplingParams": "specgen.params",
+    "SpecgenError": "specgen.errors",
+    "Speculation": "specgen.types",
+    "SpeculativeStats": "specgen.types",
+    "StepOutput": "specgen.types",
+    "Stream": "specgen.stream",
+    "TokenTree": "specgen.types",
+    "UnknownName": "specgen.errors",
+    "UnsupportedModel": "specgen.errors",
+    "Usage": "specgen.types",
+    "custom_generate": "specgen.dropin",
+    "generate": "specgen.api",
+    "hookimpl": "specgen.hookspecs",
+    "read_options": "specgen.options",
+    "wrap": "specgen.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'specgen' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value

@@ -67,7 +67,8 @@ def logits_processors() -> Mapping[str, LogitsProcessorFactory]:
 def register_commands(cli: typer.Typer) -> None:
     """Add commands to the command line: `@cli.command()`.
 
-    Called once when `specgen` starts, on the main thread. Import what is heavy inside the command.
+    Called on the main thread when `specgen` is given a word that is none of its own commands, so that its own start
+    waits for no plugin. Import what is heavy inside the command.
     """
 
 

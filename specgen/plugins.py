@@ -14,13 +14,13 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final, Literal, overload
 
 import pluggy
-import structlog
 
 from specgen import hookspecs
 from specgen.context.stage import ContextStageFactory
 from specgen.draft.drafter import DrafterFactory
 from specgen.errors import DuplicateName, PluginError, UnknownName
 from specgen.hookspecs import PROJECT, LogitsProcessorFactory
+from specgen.log import Log
 
 ALLOW_LIST: Final = "SPECGEN_PLUGINS"
 """Environment variable: the distributions that may load, separated by commas. Empty: none; unset: all."""
@@ -32,7 +32,7 @@ _KINDS: Final[Mapping[str, str]] = {
     "logits_processors": "logits processor",
 }
 
-log: structlog.typing.FilteringBoundLogger = structlog.get_logger(__name__)
+log = Log(__name__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,16 +7,15 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 
-import structlog
-
 from specgen.engine import EngineCore, Sample
 from specgen.errors import EngineClosed, RequestFailed
+from specgen.log import Log
 from specgen.params import Request
 from specgen.plugins import Plugins
 from specgen.stream import Stream
 from specgen.types import Finish, StepOutput
 
-log = structlog.get_logger("specgen.engine")
+log = Log("specgen.engine")
 
 _IDLE_SECONDS = 5.0
 
@@ -84,6 +83,17 @@ class Runner:
         return bool(self._commands) or self._closed or self._core.busy
 
     def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:  # not one of the failures that are expected: nobody may wait for ever
+            log.exception("the engine's thread ended")
+            with self._wake:
+                self._thread, self._closed = None, True
+            for stream in list(self._streams.values()):
+                stream.fail(RequestFailed(f"the engine's thread ended: {error!r}"))
+            raise
+
+    def _loop(self) -> None:
         while True:
             with self._wake:
                 awake = self._wake.wait_for(self._wanted, timeout=_IDLE_SECONDS)

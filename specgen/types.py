@@ -17,7 +17,7 @@ Everything here is frozen and complete when built.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -32,7 +32,7 @@ StoppingCriterion: TypeAlias = Callable[[Any, Any], Any]
 """(ids int64[1, n], logits float32[1, vocab]) -> truth: transformers' protocol for a single sequence."""
 
 Message: TypeAlias = Mapping[str, Any]
-Prompt: TypeAlias = "str | list[int] | list[Message]"
+Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message]"
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
 
 MAX_TREE_NODES = 63

@@ -21,7 +21,7 @@ from specgen.types import Speculation
 
 ECHOES = {
     "echo-0": EchoOptions(hit_rate=0.0, depth=2),
-    "echo-50": EchoOptions(hit_rate=0.5, depth=4),
+    "echo-50": EchoOptions(hit_rate=0.5, depth=3),
     "echo-100": EchoOptions(hit_rate=1.0, depth=8),
 }
 """Drafters that know the truth and say it never, half of the time and always."""
@@ -29,13 +29,13 @@ ECHOES = {
 MODES = {
     "off": Speculation(max_nodes=0),
     "prompt-lookup": Speculation(drafters=("prompt-lookup",), max_nodes=12, adaptive=False),
-    "draft-model": Speculation(drafters=("draft-model",), max_nodes=6, adaptive=False),
-    "echo-0": Speculation(drafters=("echo-0",), adaptive=False),
+    "draft-model": Speculation(drafters=("draft-model",), max_nodes=4, adaptive=False),
+    "echo-0": Speculation(drafters=("echo-0",), max_nodes=3, adaptive=False),
     "echo-50": Speculation(drafters=("echo-50",), adaptive=False),
     "echo-100": Speculation(drafters=("echo-100",), adaptive=False),
     # All at once: trees are merged, and with the last the clock decides which nodes are verified.
     "together": Speculation(
-        drafters=("echo-50", "prompt-lookup", "draft-model", "echo-100"), max_nodes=32, adaptive=False
+        drafters=("echo-50", "prompt-lookup", "draft-model", "echo-100"), max_nodes=24, adaptive=False
     ),
     "auto": Speculation(),
 }

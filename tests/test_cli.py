@@ -220,9 +220,12 @@ def test_control_c_cancels_the_answer_and_not_the_program(tiny: Path) -> None:
         assert process.stdout
         process.stdin.write("w1\n")
         process.stdin.flush()
-        first = os.read(process.stdout.fileno(), 8)
-        process.send_signal(signal.SIGINT)
-        rest, errors = process.communicate("/stats\n/quit\n", timeout=120)
+        try:
+            first = os.read(process.stdout.fileno(), 8)
+            process.send_signal(signal.SIGINT)
+            rest, errors = process.communicate("/stats\n/quit\n", timeout=60)
+        finally:
+            process.kill()  # harmless when it has ended; else leaving the block would wait for it
     assert process.returncode == 0, errors
     assert first
     assert rest.count("\n") == 1

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "specgen"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("types",),
-    ("config", "tree", "kernels", "params", "text", "stream", "options"),
+    ("config", "tree", "kernels", "params", "text", "stream", "options", "log"),
     ("sampling", "kv"),
     ("context", "draft", "verify", "model"),
     ("sequence", "hookspecs"),

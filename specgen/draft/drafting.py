@@ -7,16 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index
 
-import structlog
-
 from specgen.draft.budget import Calibration, Pace, RowCost, worthwhile
 from specgen.draft.drafter import Drafter, DraftHints, DraftSession
 from specgen.draft.merge import merge
 from specgen.errors import UnknownName
+from specgen.log import Log
 from specgen.tree import check, depths, select
 from specgen.types import EMPTY_TREE, DrafterStats, Speculation, TokenTree
 
-log = structlog.get_logger("specgen.draft")
+log = Log("specgen.draft")
 
 _STALL_SECONDS = 5.0
 

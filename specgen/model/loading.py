@@ -39,7 +39,10 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **options)
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"model {str(source)!r} cannot be loaded: {error}", param="model") from error
-    torch.nn.Module.to(model, device or default_device())
+    try:
+        torch.nn.Module.to(model, device or default_device())
+    except (RuntimeError, AssertionError) as error:  # torch's ways to say that there is no such device
+        raise InvalidRequest(f"device {device!r} cannot be used: {error}", param="device") from error
     return model
 
 
