@@ -22,6 +22,8 @@ from specgen.sequence import Sequence, StopRules
 from specgen.text import TextCursor
 from specgen.types import EMPTY_TREE, Finish, StepOutput, TokenTree
 
+_MEASURED_ROWS = (1, 2, 4, 8, 16, 32)
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -58,6 +60,8 @@ class EngineCore:
         self.drafting = Drafting(drafters, target.vocab_size)
         self.scheduler = Scheduler(target.pool, max_running=max_running, max_prompt_rows=max_prompt_rows)
         self.counters = Counters()
+        if drafters:
+            self._measure()
 
     @property
     def busy(self) -> bool:
@@ -108,6 +112,12 @@ class EngineCore:
             drafter.check()
         if not self.busy and self.target.pool.free_pages != self.target.pool.pages:
             raise RuntimeError("KV pool: pages are held though no sequence is left")
+
+    def _measure(self) -> None:
+        """Begin with what rows cost on this machine, so that not even the first tree is larger than it pays."""
+        for rows in _MEASURED_ROWS:
+            if rows <= self.target.context_length:
+                self.drafting.cost.observe(rows, self.target.row_seconds(rows))
 
     def _propose(self, turns: Many[Turn]) -> list[TokenTree]:
         """The tree of each turn, as far as there are pages for it; empty where the prompt is not through."""

@@ -5,6 +5,7 @@ Every number here is learned while the engine runs; none changes what is generat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -41,7 +42,7 @@ class RowCost:
 
     def seconds(self, rows: int) -> float:
         """Expected seconds of a forward over `rows` rows; never less than for fewer rows. 1 before any measurement."""
-        points = sorted(self._groups.values())
+        points = self._points()
         if not points:
             return 1.0 + _ROW_PRIOR * rows
         first_rows, first = points[0]
@@ -49,10 +50,18 @@ class RowCost:
             return first
         for (low_rows, low), (high_rows, high) in pairwise(points):
             if rows <= high_rows:
-                high = max(low, high)
                 return low + (high - low) * (rows - low_rows) / max(high_rows - low_rows, 1e-9)
         last_rows, last = points[-1]
         return last * (1.0 + _ROW_PRIOR * (rows - last_rows))
+
+    def _points(self) -> list[tuple[float, float]]:
+        """(rows, seconds), ascending in both: what was slow by accident is not believed to exceed a larger forward."""
+        points: list[tuple[float, float]] = []
+        fastest = math.inf
+        for rows, seconds in sorted(self._groups.values(), reverse=True):
+            fastest = min(fastest, seconds)
+            points.append((rows, fastest))
+        return points[::-1]
 
 
 @dataclass(slots=True)
