@@ -28,6 +28,7 @@ from transformers import AttentionInterface, Cache, PreTrainedConfig, PreTrained
 
 from specgen.errors import UnsupportedModel
 from specgen.kernels.reference import tree_attention
+from specgen.kv.formats import LayerStore
 from specgen.kv.pool import KVPool
 from specgen.kv.segment import Segment
 
@@ -141,13 +142,13 @@ class PackedCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Write [1, kv_heads, rows, dim] to the pool; return what the model is to attend to."""
         batch = self.batch
-        keys, values = _stored(batch.pool, self.stores, layer_idx)
-        keys[batch.write] = key_states[0].transpose(0, 1)
-        values[batch.write] = value_states[0].transpose(0, 1)
+        store = _stored(batch.pool, self.stores, layer_idx)
+        store.write(batch.write, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1))
         if not batch.gathered:
             return key_states, value_states
-        spans = [segment.table.span(0, segment.end) for segment in batch.segments]
-        return _gather(keys, spans), _gather(values, spans)
+        parts = [store.read_plain(segment.table.span(0, segment.end)) for segment in batch.segments]
+        keys, values = (torch.cat(side).transpose(0, 1).unsqueeze(0) for side in zip(*parts, strict=True))
+        return keys, values
 
     def get_seq_length(self, layer_idx: int | None = None) -> int | Tensor:  # type: ignore[override]
         """Zero for the model, to which positions are given.
@@ -157,15 +158,11 @@ class PackedCache(Cache):
         return 0 if layer_idx is None else self.batch.offsets
 
 
-def _stored(pool: KVPool, stores: Sequence[int | None], layer: int) -> tuple[Tensor, Tensor]:
+def _stored(pool: KVPool, stores: Sequence[int | None], layer: int) -> LayerStore:
     store = stores[layer]
     if store is None:
         raise UnsupportedModel(f"layer {layer} attends, though the model's own cache holds nothing of it")
-    return pool.keys[store], pool.values[store]
-
-
-def _gather(store: Tensor, spans: Sequence[slice | Tensor]) -> Tensor:
-    return torch.cat([store[span] for span in spans]).transpose(0, 1).unsqueeze(0)
+    return pool.layers[store]
 
 
 def dense_mask(batch: Batch, dtype: torch.dtype) -> Tensor:
@@ -231,7 +228,10 @@ class PackedAttention:
         reach = self._reaches[layer]
         if (surprise := _surprise(attention_mask, reach, kwargs)) is not None:
             raise UnsupportedModel(f"layer {layer} ({type(module).__name__}) {surprise}")
-        pool_keys, pool_values = _stored(batch.pool, self._stores, layer)
+        store = _stored(batch.pool, self._stores, layer)
+        turned = store.turned and not batch.gathered
+        if turned:
+            query = store.turn_query(query)
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         outputs = []
         row = column = 0
@@ -240,7 +240,7 @@ class PackedAttention:
             if batch.gathered:
                 keys, values = (t[0, :, column : column + segment.end] for t in (key, value))
             else:
-                keys, values = pool_keys[span].transpose(0, 1), pool_values[span].transpose(0, 1)
+                keys, values = (rows.transpose(0, 1) for rows in store.read(span))
             queries = query[0, :, row : row + len(segment.tokens)]
             row, column = row + len(segment.tokens), column + segment.end
             if softcap is None and s_aux is None:
@@ -250,6 +250,8 @@ class PackedAttention:
                     tree_attention(queries, keys, values, visible, scale=scale, softcap=softcap, sinks=s_aux)
                 )
         packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        if turned:
+            packed = store.turn_output(packed)
         # Contiguous as transformers' own functions return it: some models call `view` on it.
         return packed.transpose(0, 1).contiguous().unsqueeze(0), None
 

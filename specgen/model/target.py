@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specgen.errors import InvalidRequest
+from specgen.kv.formats import NATIVE, KVFormat
 from specgen.kv.pool import PAGE_SIZE, KVPool
 from specgen.kv.segment import Segment
 from specgen.model.architecture import context_limit, inspect_layers
@@ -35,7 +36,14 @@ class Target:
     Raises UnsupportedModel, naming the layer and what to do instead, and InvalidRequest for sizes below 1.
     """
 
-    def __init__(self, model: PreTrainedModel, *, kv_tokens: int | None = None, max_context: int | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        kv_tokens: int | None = None,
+        max_context: int | None = None,
+        kv_format: KVFormat = NATIVE,
+    ) -> None:
         for name, size in (("kv_tokens", kv_tokens), ("max_context", max_context)):
             if size is not None and size < 1:
                 raise InvalidRequest(f"{name} is {size}; it must be at least 1", param=name)
@@ -51,9 +59,10 @@ class Target:
         self.pool = KVPool(
             self.architecture.shapes,
             # Two pages at least: the check at load packs two sequences.
-            max(2, -(-(kv_tokens or self._affordable_tokens(context)) // PAGE_SIZE)),
+            max(2, -(-(kv_tokens or self._affordable_tokens(context, kv_format)) // PAGE_SIZE)),
             dtype=self.architecture.dtype,
             device=self.device,
+            kind=kv_format,
         )
         self.context_length = min(context, self.pool.capacity)
         self.seam = Seam.DIRECT
@@ -85,8 +94,8 @@ class Target:
             ).logits[0]
         return (logits if self._keeps_logits else logits[wanted]).float()
 
-    def _affordable_tokens(self, context: int) -> int:
-        per_token = KVPool.bytes_per_token(self.architecture.shapes, self.architecture.dtype)
+    def _affordable_tokens(self, context: int, kv_format: KVFormat) -> int:
+        per_token = kv_format.bytes_per_token(self.architecture.shapes, self.architecture.dtype)
         return min(_FULL_CONTEXTS * context, max(PAGE_SIZE, _free_memory(self.device) // 4 // per_token))
 
 
