@@ -51,7 +51,7 @@ def inspect_layers(model: PreTrainedModel) -> Architecture:
     cache, vocab_size = _two_tokens(model)
     config = model.config.get_text_config(decoder=True)
     layers: list[Any] = list(cache.layers)
-    by_config: list[Any] = list(DynamicCache(config=config).layers)
+    by_config = _layers_by_config(model, config)
     shapes: list[LayerShape] = []
     stores: list[int | None] = []
     reaches: list[Reach] = []
@@ -90,6 +90,14 @@ def _two_tokens(model: PreTrainedModel) -> tuple[DynamicCache, int]:
     return cache, output.logits.shape[-1]
 
 
+def _layers_by_config(model: PreTrainedModel, config: PreTrainedConfig) -> list[Any]:
+    """The layers of the cache that transformers' generate would hand to the model."""
+    try:
+        return list(DynamicCache(config=config).layers)
+    except Exception as error:  # a config may hold anything
+        raise refuse(model, f"no KV cache can be built by its config ({type(error).__name__}: {error})") from error
+
+
 def first_layer(model: PreTrainedModel) -> str:
     """Name the model's first layer by its class, for messages."""
     stacks = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module))
@@ -124,7 +132,8 @@ def _shared_layer(config: PreTrainedConfig, index: int) -> int | None:
     if modes is None or modes[index] != "reuse":
         return None
     kinds = config.layer_types
-    return max(layer for layer in range(index) if modes[layer] == "store" and kinds[layer] == kinds[index])
+    sources = (layer for layer in range(index) if modes[layer] == "store" and kinds[layer] == kinds[index])
+    return max(sources, default=None)
 
 
 def _kind(config: PreTrainedConfig, index: int) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,34 +132,47 @@ class Decoding:
 def decode(target: Target, prompts: Sequence[Sequence[int]], truths: Sequence[Sequence[int]]) -> list[list[int]]:
     """Decode all prompts side by side over noisy trees; the first in consecutive pages, the others in scattered ones.
 
-    Proves on the way that a step is one forward of the model over exactly the rows of its segments, that wrong guesses
-    do not slow it down, and that all pages come back.
+    Proves on the way that a step is one forward of the model over exactly the rows of its segments, and that all pages
+    come back.
     """
     rng = random.Random(1)
     pool = target.pool
     tables = [pool.open() for _ in prompts]
     tables[0].reserve(len(prompts[0]) + len(truths[0]) + 40)
     blockers = _scatter(target)
-    running = [Decoding(table, list(p), list(t)) for table, p, t in zip(tables, prompts, truths, strict=True)]
-    decodings = list(running)
-    calls, rows = target.forwards, target.rows
-    for step in count(1):
-        hung = [decoding.hang(rng) for decoding in running]
-        logits = target.forward([segment for segment, _ in hung])
-        rows += sum(len(segment.tokens) for segment, _ in hung)
-        assert (target.forwards, target.rows) == (calls + step, rows)
-        wanted = logits.split([len(segment.logits) for segment, _ in hung])
-        for decoding, (segment, tree), mine in zip(running, hung, wanted, strict=True):
-            decoding.settle(len(segment.tokens) - len(tree[0]), tree, mine)
-        pool.check()
-        running = [decoding for decoding in running if not decoding.done]
-        if not running:
-            break
+    decodings = [Decoding(table, list(p), list(t)) for table, p, t in zip(tables, prompts, truths, strict=True)]
+    running = list(decodings)
+    with model_calls(target.model) as calls:
+        while running:
+            hung = [decoding.hang(rng) for decoding in running]
+            logits = target.forward([segment for segment, _ in hung])
+            assert calls.pop() == sum(len(segment.tokens) for segment, _ in hung)
+            assert not calls
+            wanted = logits.split([len(segment.logits) for segment, _ in hung])
+            for decoding, (segment, tree), mine in zip(running, hung, wanted, strict=True):
+                decoding.settle(len(segment.tokens) - len(tree[0]), tree, mine)
+            pool.check()
+            running = [decoding for decoding in running if not decoding.done]
     for table in (*tables, *blockers):
         table.release()
     pool.check()
     assert pool.free_pages == pool.pages
     return [decoding.said[: len(decoding.truth)] for decoding in decodings]
+
+
+@contextmanager
+def model_calls(model: PreTrainedModel) -> Iterator[list[int]]:
+    """The number of input tokens of each forward of the model itself."""
+    calls: list[int] = []
+
+    def count(module: object, args: object, kwargs: dict[str, Any]) -> None:
+        calls.append(kwargs["input_ids"].numel())
+
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
 
 
 def _scatter(target: Target) -> list[BlockTable]:

@@ -1,0 +1,191 @@
+"""Every causal LM of transformers that fits is exact over noisy trees; every other is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specgen.errors import UnsupportedModel
+from specgen.kv.pool import BlockTable
+from specgen.kv.segment import Segment, hung_rows
+from specgen.model.attention import EVERYTHING, Reach
+from specgen.model.target import Target
+from tests.models import decoding, table
+from tests.models.decoding import decode, follows, generate, uncached
+from tests.models.tiny import MODELS, VOCABULARY, WINDOW, build
+
+NEW_TOKENS = 48
+KV_TOKENS = 640
+PROMPTS = (
+    (5, 17, 40, 8, 8, 61, 33, 90, 12, 77, 29, 3, 54, 66, 21, 80, 9, 35, 48, 4),
+    (70, 11, 4, 59, 26, 88, 41),
+)
+
+_RECURRENT = "(linear_attention) keeps a LinearAttentionLayer, which cannot be rolled back"
+_HYBRID = "(hybrid) keeps a LinearAttentionAndFullAttentionLayer, which cannot be rolled back"
+_CONV = "layer 0 (conv) keeps a LinearAttentionLayer, which cannot be rolled back"
+_INDEXED = "layer 0 (indexed_attention) keeps a DynamicIndexedLayer, which cannot be rolled back"
+_HYBRID_SLIDING = "layer 0 (hybrid_sliding) keeps a LinearAttentionAndSlidingWindowAttentionLayer"
+_OWN_ATTENTION = "computes attention itself, not through transformers' attention interface"
+_NO_CACHE = "keeps no KV cache, so that a rejected draft cannot be rolled back"
+
+REFUSED = {
+    "axk2": _INDEXED,
+    "bailing_hybrid": _RECURRENT,
+    "bamba": _RECURRENT,
+    "bart": "layer 2 (attention) keeps no keys and values",  # the cross-attention's share of the cache
+    "big_bird": _OWN_ATTENTION,
+    "bloom": _OWN_ATTENTION,
+    "deepseek_v32": _INDEXED,
+    "deepseek_v4": "layer 0 (heavily_compressed_attention) keeps a DeepseekV4HCACache",
+    "doge": "layer 0 (DogeAttention) builds an attention mask of its own",
+    "dots3_note_text": _INDEXED,
+    "falcon (ALiBi)": "layer 0 (FalconDecoderLayer) adds a bias that grows with distance (ALiBi)",
+    "falcon_h1": _HYBRID,
+    "falcon_mamba": "layer 0 (FalconMambaBlock) " + _NO_CACHE,
+    "glm_moe_dsa": _INDEXED,
+    "gpt_neo": _OWN_ATTENTION,
+    "granitemoehybrid": _RECURRENT,
+    "hy_v4": _INDEXED,
+    "inkling2_text": _HYBRID_SLIDING,
+    "inkling_text": _HYBRID_SLIDING,
+    "jamba": _RECURRENT,
+    "kimi_linear": _RECURRENT,
+    "lfm2": _CONV,
+    "lfm2_moe": _CONV,
+    "lfm3": _CONV,
+    "mamba": "layer 0 (MambaBlock) " + _NO_CACHE,
+    "mamba2": "layer 0 (Mamba2Block) " + _NO_CACHE,
+    "minimax": "layer 0 (MiniMaxDecoderLayer) keeps its state in MiniMaxCache",
+    "minimax_m3_vl_text": "layer 1 (minimax_m3_sparse) keeps a MiniMaxM3VLSparseCacheLayer",
+    "mpt": _OWN_ATTENTION,
+    "nemotron_h": _RECURRENT,
+    "olmo_hybrid": _RECURRENT,
+    "openai-gpt": "layer 0 (Block) " + _NO_CACHE,
+    "qwen3_5": _RECURRENT,
+    "qwen3_5_moe_text": _RECURRENT,
+    "qwen3_5_text": _RECURRENT,
+    "qwen3_next": _RECURRENT,
+    "recurrent_gemma": "layer 0 (RecurrentGemmaDecoderLayer) " + _NO_CACHE,
+    "roberta": "its packed forward differs from its own",  # positions start behind the padding id
+    "roformer": _OWN_ATTENTION,
+    "rwkv": "layer 0 (RwkvBlock) " + _NO_CACHE,
+    "xlm": "layer 0 (MultiHeadAttention) " + _NO_CACHE,
+    "zamba2": _RECURRENT,
+    "zaya": _HYBRID,
+}
+SUPPORTED = tuple(name for name in MODELS if name not in REFUSED)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model, its target, and what transformers' own generate says to `PROMPTS`."""
+
+    model: PreTrainedModel
+    target: Target
+    truths: list[list[int]]
+
+
+@pytest.fixture(scope="module", params=SUPPORTED)
+def case(request: pytest.FixtureRequest) -> Case:
+    model = build(request.param)
+    target = Target(model, kv_tokens=KV_TOKENS)
+    return Case(model, target, [generate(model, prompt, NEW_TOKENS) for prompt in PROMPTS])
+
+
+def test_fifty_model_types_and_more_are_proven() -> None:
+    assert REFUSED.keys() <= set(MODELS)
+    assert len({name.split(" ", maxsplit=1)[0] for name in SUPPORTED}) >= 90
+
+
+def test_noisy_trees_say_what_generate_says(case: Case) -> None:
+    assert decode(case.target, PROMPTS, case.truths) == case.truths
+
+
+def test_generate_itself_says_what_its_model_says_without_a_cache(case: Case) -> None:
+    for prompt, truth in zip(PROMPTS, case.truths, strict=True):
+        assert follows(case.model, prompt, truth)
+    # A text of one or two tokens would prove little.
+    assert len({token for truth in case.truths for token in truth}) >= 6
+
+
+def test_a_wrong_mask_shows(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "hung_rows", _all_visible)
+        assert decode(case.target, PROMPTS, case.truths) != case.truths
+    if set(case.target.architecture.reaches) != {EVERYTHING}:
+        monkeypatch.setattr(Reach, "oldest", lambda reach, position: 0)
+        monkeypatch.setattr(Reach, "allows", lambda reach, query, key: torch.ones(1, 1, dtype=torch.bool))
+        assert decode(case.target, PROMPTS, case.truths) != case.truths, "a forgotten window does not show"
+
+
+def _all_visible(table: BlockTable, chain: Sequence[int], tokens: Sequence[int], parents: Sequence[int]) -> Segment:
+    segment = hung_rows(table, chain, tokens, parents)
+    return replace(segment, visible=torch.ones(len(segment.tokens), segment.tail, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_exact_is_refused_by_name(name: str) -> None:
+    with pytest.raises(UnsupportedModel) as refusal:
+        Target(build(name), kv_tokens=KV_TOKENS)
+    message = str(refusal.value)
+    assert REFUSED[name] in message
+    assert message.startswith("model type '")
+    assert message.endswith("run it with transformers' own generate")
+
+
+def test_a_row_that_was_left_out_of_the_move_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    target = Target(model, kv_tokens=KV_TOKENS)
+    truths = [generate(model, prompt, NEW_TOKENS) for prompt in PROMPTS]
+    monkeypatch.setattr(target.pool, "move", lambda source, destination: None)
+    assert decode(target, PROMPTS, truths) != truths
+
+
+def test_the_slow_way_to_check_generate_agrees_with_the_quick_one() -> None:
+    model = build("gemma2")
+    truth = generate(model, PROMPTS[1], 2 * WINDOW)
+    assert uncached(model, PROMPTS[1], 2 * WINDOW) == truth
+    assert not follows(model, PROMPTS[1], [*truth[:-1], (truth[-1] + 1) % VOCABULARY])
+
+
+def test_a_window_that_the_kv_cache_does_not_tell_of_is_refused() -> None:
+    model = build("qwen2")
+    model.model.layers[1].self_attn.sliding_window = 4096
+    with pytest.raises(UnsupportedModel, match=r"layer 1 .* looks back over 4096 tokens, but its KV cache says None"):
+        Target(model, kv_tokens=KV_TOKENS)
+
+
+def test_a_window_that_only_the_config_tells_of_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import DynamicCache
+    from transformers.models.mistral import modeling_mistral
+
+    monkeypatch.setattr(modeling_mistral, "DynamicCache", lambda config: DynamicCache())
+    with pytest.raises(UnsupportedModel, match=r"layer 0 .* looks back over 8 tokens by its config and None by its"):
+        Target(build("mistral"), kv_tokens=KV_TOKENS)
+
+
+def test_what_a_layer_asks_of_its_attention_is_never_ignored() -> None:
+    model = build("llama")
+
+    def ask(module: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, object]) -> object:
+        return args, {**kwargs, "attn_bias": torch.zeros(1)}
+
+    model.model.layers[2].self_attn.register_forward_pre_hook(ask, with_kwargs=True)
+    with pytest.raises(UnsupportedModel, match="layer 2 .* asks its attention for attn_bias"):
+        Target(model, kv_tokens=KV_TOKENS)
+
+
+def test_readme_lists_what_is_proven_here() -> None:
+    readme = Path(__file__).parents[2] / "README.md"
+    text = readme.read_text() if readme.exists() else ""
+    if table.START not in text:
+        pytest.skip("README.md has no table of architectures")
+    listed = text.split(table.START)[1].split(table.END)[0]
+    assert listed.strip() == table.markdown().strip(), "run: python -m tests.models.table"
