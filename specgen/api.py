@@ -15,6 +15,7 @@ from specgen.context.pipeline import ContextPipeline
 from specgen.draft.drafter import Drafter, DrafterSetup
 from specgen.engine import Counters, EngineCore
 from specgen.errors import UnknownName
+from specgen.model.calibration import calibration_ids
 from specgen.model.loading import check_same_tokenizer, load_model, load_tokenizer
 from specgen.model.target import Target
 from specgen.params import SamplingParams
@@ -49,12 +50,13 @@ class Engine:
         self.config = config or EngineConfig.of(options)
         self.plugins = plugins or load_plugins()
         self.tokenizer = tokenizer
-        self.target = Target(model, kv_tokens=self.config.kv_tokens, max_context=self.config.max_context)
+        self.target = self._target(model, self.config.kv_tokens)
         self._core = EngineCore(
             self.target,
             self._drafters(),
             max_running=self.config.max_running,
             max_prompt_rows=self.config.max_prompt_rows,
+            prefix_cache=self.config.prefix_cache,
         )
         self._builder = RequestBuilder(
             tokenizer,
@@ -164,7 +166,19 @@ class Engine:
         if not isinstance(source, PreTrainedModel):
             check_same_tokenizer(load_tokenizer(source), tokenizer)
             source = load_model(source, dtype=self.target.model.dtype, device=self.target.device)
-        return Target(source, kv_tokens=self.target.pool.capacity, max_context=self.config.max_context)
+        return self._target(source, self.target.pool.capacity)
+
+    def _target(self, model: PreTrainedModel, kv_tokens: int | None) -> Target:
+        formats = self.plugins.collect("kv_formats")
+        if self.config.kv_format not in formats:
+            raise UnknownName("KV format", self.config.kv_format, formats, param="kv_format")
+        return Target(
+            model,
+            kv_tokens=kv_tokens,
+            max_context=self.config.max_context,
+            kv_format=formats[self.config.kv_format](),
+            calibration=calibration_ids(self.tokenizer),
+        )
 
 
 def wrap(model: PreTrainedModel, tokenizer: Any = None, **options: Any) -> Engine:

@@ -21,6 +21,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     speculation: what requests do that do not say it themselves.
     max_context: most tokens of one sequence; `None` takes what the model's positions allow.
     kv_tokens: tokens that the KV pool holds; `None` takes a quarter of the free memory, at most 16 full contexts.
+    kv_format: how the pool keeps keys and values; a name that a plugin offers ("native", "int8", "k8v4", "int4",
+    "fp8"). prefix_cache: keep the KV of finished text for prompts that begin alike.
     max_running: sequences in one forward. max_prompt_rows: prompt tokens in one forward.
 
     Raises InvalidRequest naming the field.
@@ -33,6 +35,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     speculation: Speculation = Speculation()
     max_context: int | None = None
     kv_tokens: int | None = None
+    kv_format: str = "native"
+    prefix_cache: bool = True
     max_running: int = 16
     max_prompt_rows: int = 512
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from specgen.draft.drafter import Drafter, DraftHints
 from specgen.draft.drafting import Drafting
 from specgen.errors import OutOfPages, RequestCancelled
+from specgen.kv.prefix import CacheKey, PrefixCache
 from specgen.kv.segment import Segment
 from specgen.model.target import Target
 from specgen.params import Request
@@ -53,10 +54,12 @@ class EngineCore:
         *,
         max_running: int = 16,
         max_prompt_rows: int = 512,
+        prefix_cache: bool = True,
     ) -> None:
         self.target = target
+        self.prefix = PrefixCache(target.pool) if prefix_cache else None
         self.drafting = Drafting(drafters, target.vocab_size)
-        self.scheduler = Scheduler(target.pool, max_running=max_running, max_prompt_rows=max_prompt_rows)
+        self.scheduler = Scheduler(target.pool, self.prefix, max_running=max_running, max_prompt_rows=max_prompt_rows)
         self.counters = Counters()
 
     @property
@@ -66,7 +69,7 @@ class EngineCore:
 
     def add(self, request: Request, samples: Many[Sample]) -> None:
         """Queue one sequence per sample."""
-        hints = DraftHints(request.prediction)
+        hints = DraftHints(request.prediction, request.params.cache_salt)
         for index, sample in enumerate(samples):
             drafts = self.drafting.open(request.ids, hints, request.params.speculation)
             self.scheduler.add(
@@ -78,6 +81,7 @@ class EngineCore:
                     cursor=sample.cursor,
                     drafts=drafts,
                     table=self.target.pool.open(),
+                    key=CacheKey(tenant=request.params.cache_salt),
                 )
             )
 
@@ -106,8 +110,10 @@ class EngineCore:
         self.target.pool.check()
         for drafter in self.drafting.drafters.values():
             drafter.check()
-        if not self.busy and self.target.pool.free_pages != self.target.pool.pages:
-            raise RuntimeError("KV pool: pages are held though no sequence is left")
+        if self.prefix:
+            self.prefix.check()
+        if not self.busy and self.target.pool.open_tables:
+            raise RuntimeError("KV pool: tables are open though no sequence is left")
 
     def _propose(self, turns: Many[Turn]) -> list[TokenTree]:
         """The tree of each turn, as far as there are pages for it; empty where the prompt is not through."""
@@ -147,6 +153,8 @@ class EngineCore:
         except Exception as error:  # processors and stopping criteria are the caller's code
             return self._close(sequence, sequence.end(Finish("error", error=error)))
         output = sequence.commit(turn.chain, len(tree), *walked)
+        if turn.chain > 1:
+            self.scheduler.publish(sequence)
         self.counters.committed += len(output.tokens)
         self.counters.drafted += len(tree)
         self.counters.accepted += len(output.tokens) - 1

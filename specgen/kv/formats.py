@@ -13,8 +13,10 @@ can be taken off before the keys are rounded, and is put back when they are read
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -114,8 +116,9 @@ class _FourBit(Coder):
     def decode(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         packed, affine = planes
         codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
-        low, scale = affine.to(dtype).split(1, dim=-1)
-        return codes.to(dtype) * scale + low
+        low, scale = affine[..., :1].to(dtype), affine[..., 1:].to(dtype)
+        x: Tensor = codes.to(dtype) * scale + low
+        return x
 
 
 def _positive(scale: Tensor) -> Tensor:
@@ -215,13 +218,13 @@ def _turned(x: Tensor, turn: Tensor | None) -> Tensor:
 
 NATIVE = KVFormat("native", _AsIs(), _AsIs())
 _INT8, _FP8 = _Scaled(torch.int8, 127.0), _Scaled(torch.float8_e4m3fn, 448.0)
-FORMATS: Mapping[str, KVFormat] = {
-    kind.name: kind
-    for kind in (
-        NATIVE,
-        KVFormat("int8", _INT8, _INT8),
-        KVFormat("k8v4", _INT8, _FourBit(), rotated=True),
-        KVFormat("int4", _FourBit(), _FourBit(), rotated=True, centred=True),
-        KVFormat("fp8", _FP8, _FP8),
-    )
-}
+KVFormatFactory: TypeAlias = Callable[[], KVFormat]
+
+_BUILT_IN = (
+    NATIVE,
+    KVFormat("int8", _INT8, _INT8),
+    KVFormat("k8v4", _INT8, _FourBit(), rotated=True),
+    KVFormat("int4", _FourBit(), _FourBit(), rotated=True, centred=True),
+    KVFormat("fp8", _FP8, _FP8),
+)
+FORMATS: Mapping[str, KVFormatFactory] = {kind.name: partial(replace, kind) for kind in _BUILT_IN}

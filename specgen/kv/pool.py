@@ -89,6 +89,11 @@ class KVPool:
         return count <= self._free_count + (self.reserve.evictable if self.reserve and count > self._free_count else 0)
 
     @property
+    def open_tables(self) -> int:
+        """Tables that were opened and not released."""
+        return sum(isinstance(holder, BlockTable) for holder in self.holders)
+
+    @property
     def capacity(self) -> int:
         """Tokens the whole pool holds."""
         return self.pages * self.page_size

@@ -18,9 +18,11 @@ from specgen.kv.pool import PAGE_SIZE, KVPool
 from specgen.kv.segment import Segment
 from specgen.model.architecture import context_limit, inspect_layers
 from specgen.model.attention import Batch, PackedAttention, PackedCache, Seam, dense_mask
+from specgen.model.calibration import centre_keys
 from specgen.model.seam_check import choose_seam
 
 _FULL_CONTEXTS = 16
+_CHECK_PAGES = 2
 _LONGEST_CONTEXT = 1 << 20
 
 
@@ -33,6 +35,7 @@ class Target:
     kv_tokens: tokens the KV pool holds; `None` takes a quarter of the free memory, at most 16 full contexts.
     max_context: most tokens of one sequence; `None` takes what the model's positions allow. LongRoPE models stay below
         their original length: behind it one text would change how another is read.
+    kv_format: how the pool keeps keys and values. calibration: ids of a text, for formats that centre keys.
     Raises UnsupportedModel, naming the layer and what to do instead, and InvalidRequest for sizes below 1.
     """
 
@@ -43,6 +46,7 @@ class Target:
         kv_tokens: int | None = None,
         max_context: int | None = None,
         kv_format: KVFormat = NATIVE,
+        calibration: Sequence[int] = (),
     ) -> None:
         for name, size in (("kv_tokens", kv_tokens), ("max_context", max_context)):
             if size is not None and size < 1:
@@ -56,17 +60,15 @@ class Target:
         self._attention = PackedAttention(model, self.architecture.reaches, self.architecture.stores)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         context = min(n for n in (context_limit(model), max_context, _LONGEST_CONTEXT) if n is not None)
-        self.pool = KVPool(
-            self.architecture.shapes,
-            # Two pages at least: the check at load packs two sequences.
-            max(2, -(-(kv_tokens or self._affordable_tokens(context, kv_format)) // PAGE_SIZE)),
-            dtype=self.architecture.dtype,
-            device=self.device,
-            kind=kv_format,
-        )
-        self.context_length = min(context, self.pool.capacity)
+        # The check compares with the model itself, so it keeps KV as it is; the real pool comes after.
         self.seam = Seam.DIRECT
+        self.pool = self._make_pool(_CHECK_PAGES, NATIVE)
         self.seam = choose_seam(self)
+        tokens = kv_tokens or self._affordable_tokens(context, kv_format)
+        self.pool = self._make_pool(-(-tokens // PAGE_SIZE), kv_format)
+        self.context_length = min(context, self.pool.capacity)
+        if kv_format.centred:
+            centre_keys(self.pool, model, calibration, self.architecture)
         self.forwards = self.rows = 0
 
     @torch.inference_mode()
@@ -93,6 +95,9 @@ class Target:
                 **({"logits_to_keep": wanted} if self._keeps_logits else {}),
             ).logits[0]
         return (logits if self._keeps_logits else logits[wanted]).float()
+
+    def _make_pool(self, pages: int, kind: KVFormat) -> KVPool:
+        return KVPool(self.architecture.shapes, pages, dtype=self.architecture.dtype, device=self.device, kind=kind)
 
     def _affordable_tokens(self, context: int, kv_format: KVFormat) -> int:
         per_token = kv_format.bytes_per_token(self.architecture.shapes, self.architecture.dtype)
