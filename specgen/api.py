@@ -178,6 +178,7 @@ class Engine:
             max_context=self.config.max_context,
             kv_format=formats[self.config.kv_format](),
             calibration=calibration_ids(self.tokenizer),
+            invariant=self.config.invariant,
         )
 
 

@@ -37,6 +37,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_tokens: int | None = None
     kv_format: str = "native"
     prefix_cache: bool = True
+    invariant: bool = False
     max_running: int = 16
     max_prompt_rows: int = 512
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -184,7 +184,15 @@ def dense_mask(batch: Batch, dtype: torch.dtype) -> Tensor:
 class PackedAttention:
     """The attention function of one model, registered with transformers under a name of its own."""
 
-    def __init__(self, model: PreTrainedModel, reaches: Sequence[Reach], stores: Sequence[int | None]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reaches: Sequence[Reach],
+        stores: Sequence[int | None],
+        *,
+        invariant: bool = False,
+    ) -> None:
+        self._invariant = invariant
         self._configs = tuple(_nested(model.config))
         self._reaches = reaches
         self._stores = stores
@@ -243,12 +251,8 @@ class PackedAttention:
                 keys, values = (rows.transpose(0, 1) for rows in store.read(span))
             queries = query[0, :, row : row + len(segment.tokens)]
             row, column = row + len(segment.tokens), column + segment.end
-            if softcap is None and s_aux is None:
-                outputs.append(_sdpa(queries, keys, values, visible, scale))
-            else:
-                outputs.append(
-                    tree_attention(queries, keys, values, visible, scale=scale, softcap=softcap, sinks=s_aux)
-                )
+            attend = partial(_attend, scale=scale, softcap=softcap, sinks=s_aux)
+            outputs.append((_row_by_row if self._invariant else _at_once)(attend, queries, keys, values, visible))
         packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         if turned:
             packed = store.turn_output(packed)
@@ -273,6 +277,38 @@ def _surprise(attention_mask: Tensor | None, reach: Reach, kwargs: dict[str, Any
     # Nearly all values are None or False, so that the names need not be looked at.
     unknown = [name for name, value in kwargs.items() if value is not None and value is not False and name not in _IDLE]
     return f"asks its attention for {', '.join(unknown)}, which cannot be packed" if unknown else None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    if softcap is None and sinks is None:
+        return _sdpa(query, key, value, visible, scale)
+    return tree_attention(query, key, value, visible, scale=scale, softcap=softcap, sinks=sinks)
+
+
+def _at_once(
+    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None
+) -> Tensor:
+    return attend(query, key, value, visible)
+
+
+def _row_by_row(
+    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None
+) -> Tensor:
+    """Each row over a copy of the keys it sees and of nothing else: the same call whatever stands beside it."""
+    rows = []
+    for row in range(query.shape[1]):
+        seen = slice(None) if visible is None else visible[row].nonzero().flatten()
+        rows.append(attend(query[:, row : row + 1], key[:, seen].contiguous(), value[:, seen].contiguous(), None))
+    return torch.cat(rows, dim=1)
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float) -> Tensor:

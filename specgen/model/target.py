@@ -19,6 +19,7 @@ from specgen.kv.segment import Segment
 from specgen.model.architecture import context_limit, inspect_layers
 from specgen.model.attention import Batch, PackedAttention, PackedCache, Seam, dense_mask
 from specgen.model.calibration import centre_keys
+from specgen.model.invariant import BlockedLinears
 from specgen.model.seam_check import choose_seam
 
 _FULL_CONTEXTS = 16
@@ -47,6 +48,7 @@ class Target:
         max_context: int | None = None,
         kv_format: KVFormat = NATIVE,
         calibration: Sequence[int] = (),
+        invariant: bool = False,
     ) -> None:
         for name, size in (("kv_tokens", kv_tokens), ("max_context", max_context)):
             if size is not None and size < 1:
@@ -57,7 +59,10 @@ class Target:
         self.vocab_size = self.architecture.vocab_size
         self.forwards = 0
         self.rows = 0
-        self._attention = PackedAttention(model, self.architecture.reaches, self.architecture.stores)
+        self._attention = PackedAttention(
+            model, self.architecture.reaches, self.architecture.stores, invariant=invariant
+        )
+        self._linears = BlockedLinears(model) if invariant else None
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         context = min(n for n in (context_limit(model), max_context, _LONGEST_CONTEXT) if n is not None)
         # The check compares with the model itself, so it keeps KV as it is; the real pool comes after.
@@ -85,7 +90,10 @@ class Target:
         dense = self.seam is Seam.DENSE
         self.forwards += 1
         self.rows += batch.rows
-        with nullcontext() if dense else self._attention.over(batch):
+        with (
+            nullcontext() if dense else self._attention.over(batch),
+            self._linears.blocked() if self._linears else nullcontext(),
+        ):
             logits: Tensor = self.model(
                 input_ids=ids,
                 position_ids=position_ids,
