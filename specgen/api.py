@@ -15,11 +15,13 @@ from specgen.context.pipeline import ContextPipeline
 from specgen.draft.drafter import Drafter, DrafterSetup
 from specgen.engine import Counters, EngineCore
 from specgen.errors import UnknownName
+from specgen.kv.stored import CacheOptions
 from specgen.model.calibration import calibration_ids
 from specgen.model.loading import check_same_tokenizer, load_model, load_tokenizer
 from specgen.model.target import Target
 from specgen.params import SamplingParams
 from specgen.plugins import Plugins, load_plugins
+from specgen.prefixes import EnginePrefix
 from specgen.requests import RequestBuilder, with_options
 from specgen.runner import Runner
 from specgen.stream import Stream
@@ -35,6 +37,7 @@ class Engine:
         result = engine.generate([{"role": "user", "content": "Hello"}], max_tokens=64)
 
     `options` are the fields of `EngineConfig`, and `draft_model` for a smaller model of the same tokenizer.
+    `prefix` pins, saves and loads the prefix cache.
     Raises UnsupportedModel, DrafterMismatch, PluginError or InvalidRequest when something does not fit.
     """
 
@@ -56,7 +59,8 @@ class Engine:
             self._drafters(),
             max_running=self.config.max_running,
             max_prompt_rows=self.config.max_prompt_rows,
-            prefix_cache=self.config.prefix_cache,
+            prefix_cache=_cache_options(self.config),
+            invariant=bool(self.config.invariant),
         )
         self._builder = RequestBuilder(
             tokenizer,
@@ -71,6 +75,7 @@ class Engine:
         self._base = SamplingParams(speculation=self.config.speculation)
         self._core.drafting.check_names(self.config.speculation)
         self._runner = Runner(self._core, self.plugins)
+        self.prefix = EnginePrefix(self._core, self._runner, self._builder, self._base)
         self._finalizer = weakref.finalize(self, self._runner.close)
 
     @classmethod
@@ -180,6 +185,12 @@ class Engine:
             calibration=calibration_ids(self.tokenizer),
             invariant=self.config.invariant,
         )
+
+
+def _cache_options(config: EngineConfig) -> CacheOptions | None:
+    if not config.prefix_cache:
+        return None
+    return CacheOptions(config.prefix_cache_bytes, config.host_cache_bytes, config.disk_cache, config.disk_cache_bytes)
 
 
 def wrap(model: PreTrainedModel, tokenizer: Any = None, **options: Any) -> Engine:

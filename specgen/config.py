@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -10,7 +11,16 @@ import msgspec
 from specgen.errors import InvalidRequest, UnknownName
 from specgen.types import Speculation
 
-_LEAST = {"max_context": 1, "kv_tokens": 1, "max_running": 1, "max_prompt_rows": 1}
+_LEAST = {
+    "max_context": 1,
+    "kv_tokens": 1,
+    "max_running": 1,
+    "max_prompt_rows": 1,
+    "prefix_cache_bytes": 0,
+    "host_cache_bytes": 0,
+    "disk_cache_bytes": 0,
+}
+_MAY_BE_NONE = ("max_context", "kv_tokens", "prefix_cache_bytes")
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -23,6 +33,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_tokens: tokens that the KV pool holds; `None` takes a quarter of the free memory, at most 16 full contexts.
     kv_format: how the pool keeps keys and values; a name that a plugin offers ("native", "int8", "k8v4", "int4",
     "fp8"). prefix_cache: keep the KV of finished text for prompts that begin alike.
+    prefix_cache_bytes: most bytes of the pool for it; `None` takes what nobody needs. host_cache_bytes: host memory
+    for pages that the pool has no room for; 0 is off. disk_cache: a folder for pages that memory has no room for,
+    found again by the next engine of the same model; disk_cache_bytes: most bytes there.
     max_running: sequences in one forward. max_prompt_rows: prompt tokens in one forward.
 
     Raises InvalidRequest naming the field.
@@ -37,6 +50,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     kv_tokens: int | None = None
     kv_format: str = "native"
     prefix_cache: bool = True
+    prefix_cache_bytes: int | None = None
+    host_cache_bytes: int = 0
+    disk_cache: str | Path | None = None
+    disk_cache_bytes: int = 10 << 30
     invariant: bool = False
     max_running: int = 16
     max_prompt_rows: int = 512
@@ -65,5 +82,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            if value is None and name in _MAY_BE_NONE:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InvalidRequest(f"{name} is {value!r}; it must be a whole number, at least {least}", param=name)
+        if not isinstance(self.disk_cache, str | Path | None):
+            raise InvalidRequest(f"disk_cache is {self.disk_cache!r}; it must be a folder", param="disk_cache")
+        for name in ("prefix_cache_bytes", "host_cache_bytes", "disk_cache"):
+            if getattr(self, name) and not self.prefix_cache:
+                message = f"{name} is {getattr(self, name)!r}, but prefix_cache is off; set prefix_cache=True"
+                raise InvalidRequest(message, param=name)

@@ -40,7 +40,7 @@ class StopRules:
 
 
 class Sequence:
-    """The mutable state of one sample of one request. Changed by `adopt`, `commit` and `end` alone."""
+    """The mutable state of one sample of one request. Changed by `adopt`, `commit`, `restart` and `end` alone."""
 
     def __init__(
         self,
@@ -86,6 +86,10 @@ class Sequence:
         self.table.adopt(lease.pages, lease.tokens)
         if self.cached_tokens is None:
             self.cached_tokens = lease.tokens
+
+    def restart(self, table: BlockTable) -> None:
+        """Go on with an empty table: what was committed is pending again."""
+        self.table = table
 
     def rows(self, chain: int, tree: TokenTree) -> Segment:
         """The next `chain` pending tokens as rows, and below them, if they are all that is pending, the tree."""

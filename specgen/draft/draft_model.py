@@ -126,8 +126,7 @@ class _Session(DraftSession):
         self.ids.extend(tokens)
 
     def close(self) -> None:
-        self._drafter.prefix.publish(self._key, self.ids, self.table, final=True)
-        self.table.release()
+        self._drafter.prefix.retire(self._key, self.ids, self.table)
         self._drafter.closed()
 
     def grow(self) -> _Growth:

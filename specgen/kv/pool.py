@@ -2,8 +2,8 @@
 
 A *slot* holds one token's key and value in every layer; a *page* is `page_size` consecutive slots. A sequence refers
 to whole pages through its `BlockTable`, the prefix cache through its nodes; a page is free when nobody refers to it.
-Only a page with one reference is ever written. Pages are handed out so that a sequence's slots stay consecutive where
-they can: attention then reads a view instead of gathering a copy.
+Rows that anyone but their writer may read are never written again. Pages are handed out so that a sequence's slots stay
+consecutive where they can: attention then reads a view instead of gathering a copy.
 """
 
 from __future__ import annotations
@@ -32,12 +32,11 @@ class Holder(Protocol):
 class Reserve(Protocol):
     """Someone who holds pages that nobody needs now, and gives them up when they are wanted."""
 
-    @property
-    def evictable(self) -> int:
-        """Pages that could be given up."""
-
     def evict(self, count: int) -> None:
-        """Give up at least `count` pages, or all that can be."""
+        """Give up `count` of its idle pages, or all of them."""
+
+    def idled(self, page: int) -> None:
+        """The last one besides the reserve has let go of a page that was shelved."""
 
 
 class KVPool:
@@ -60,12 +59,15 @@ class KVPool:
         self.page_size = page_size
         self.device = device
         self.kind = kind
+        self.shapes = tuple(layers)
         self.bytes_per_token = kind.bytes_per_token(layers, dtype)
         self.holders: set[Holder] = set()
         self.reserve: Reserve | None = None
         self._free = torch.ones(pages, dtype=torch.bool)
         self._free_count = pages
         self._references = [0] * pages
+        self._shelved: set[int] = set()
+        self._idle_count = 0
         self.stacks: list[Tensor] = []
         stores: dict[int, LayerStore] = {}
         for shape in dict.fromkeys(layers):
@@ -86,7 +88,12 @@ class KVPool:
 
     def has(self, count: int) -> bool:
         """Whether `take(count)` would succeed."""
-        return count <= self._free_count + (self.reserve.evictable if self.reserve and count > self._free_count else 0)
+        return count <= self._free_count + self._idle_count
+
+    @property
+    def idle_pages(self) -> int:
+        """Pages that only the reserve refers to. Each can be given up: see `PrefixCache.publish`."""
+        return self._idle_count
 
     @property
     def open_tables(self) -> int:
@@ -128,15 +135,43 @@ class KVPool:
     def share(self, pages: Iterable[int]) -> None:
         """One reference more to each of `pages`, which are in use."""
         for page in pages:
+            self._idle_count -= self._references[page] == 1 and page in self._shelved
             self._references[page] += 1
+
+    def shelve(self, page: int) -> None:
+        """One reference more to a page in use: the reserve's, which may be asked to give it up."""
+        self.share([page])
+        self._shelved.add(page)
+
+    def unshelve(self, page: int) -> None:
+        """The reserve's reference back."""
+        self._idle_count -= self._references[page] == 1
+        self._shelved.remove(page)
+        self.drop([page])
+
+    def rows_of(self, page: int) -> list[Tensor]:
+        """A page's content, one tensor [layers, page_size, ...] per stack; views."""
+        start = page * self.page_size
+        return [stack[:, start : start + self.page_size] for stack in self.stacks]
+
+    def fill(self, page: int, rows: Sequence[Tensor]) -> None:
+        """Write what `rows_of` gave."""
+        for view, values in zip(self.rows_of(page), rows, strict=True):
+            view.copy_(values)
 
     def drop(self, pages: Iterable[int]) -> None:
         """One reference less to each of `pages`; those that nobody refers to are free."""
         for page in pages:
+            if not self._references[page]:
+                raise RuntimeError(f"KV pool: page {page} is given back though nobody refers to it")
             self._references[page] -= 1
             if not self._references[page]:
                 self._free[page] = True
                 self._free_count += 1
+            elif self._references[page] == 1 and page in self._shelved:
+                self._idle_count += 1
+                if self.reserve is not None:
+                    self.reserve.idled(page)
 
     def references(self, page: int) -> int:
         """How many refer to a page."""
@@ -150,6 +185,8 @@ class KVPool:
                 raise RuntimeError(f"KV pool: page {page} has {count} references, its holders have {held[page]}")
         if self._free_count != int(self._free.sum()):
             raise RuntimeError("KV pool: the count of free pages is off")
+        if self._idle_count != sum(self._references[page] == 1 for page in self._shelved):
+            raise RuntimeError("KV pool: the count of idle pages is off")
 
     def _roomiest(self) -> int:
         """Where a new run starts: in the middle of the longest free run, so that no neighbour's growth is stopped."""
