@@ -36,6 +36,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefix_cache_bytes: most bytes of the pool for it; `None` takes what nobody needs. host_cache_bytes: host memory
     for pages that the pool has no room for; 0 is off. disk_cache: a folder for pages that memory has no room for,
     found again by the next engine of the same model; disk_cache_bytes: most bytes there.
+    invariant: compute each row so that its bits do not depend on the rows beside it. Then drafting, batch-mates and
+    chunks change nothing in any dtype, at the price of slower steps and prompts. `None` turns it on where exactness
+    needs it: with a KV format that rounds, for which the last bit of a sum may be a step of the code, unless the model
+    computes in float64. False forbids it: texts may then differ by what is drafted. A model that cannot do it is
+    refused by name.
     max_running: sequences in one forward. max_prompt_rows: prompt tokens in one forward.
 
     Raises InvalidRequest naming the field.
@@ -54,7 +59,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     host_cache_bytes: int = 0
     disk_cache: str | Path | None = None
     disk_cache_bytes: int = 10 << 30
-    invariant: bool = False
+    invariant: bool | None = None
     max_running: int = 16
     max_prompt_rows: int = 512
 
@@ -80,6 +85,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return cls(**values)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.invariant, bool | None):
+            raise InvalidRequest(f"invariant is {self.invariant!r}; choices: True, False, None", param="invariant")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is None and name in _MAY_BE_NONE:

@@ -16,14 +16,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
 from specgen.errors import UnsupportedModel
+from specgen.kernels.blocks import in_blocks
 
 _SCALE = torch.float16
+_LEAST_SCALE = 2.0**-20
+_ROTATED_ROWS = (16,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,9 @@ class Plane:
 class Coder(ABC):
     """Vectors to planes and back, each vector alone. `x` is float[n, heads, dim]."""
 
+    lossless: ClassVar[bool] = False
+    """Whether `decode` answers what `encode` was given, to the bit."""
+
     @abstractmethod
     def planes(self, heads: int, dim: int, dtype: torch.dtype) -> tuple[Plane, ...]:
         """What is kept of `heads` vectors of `dim` numbers of `dtype`."""
@@ -66,6 +72,8 @@ class Coder(ABC):
 
 class _AsIs(Coder):
     """The model's own dtype."""
+
+    lossless = True
 
     def planes(self, heads: int, dim: int, dtype: torch.dtype) -> tuple[Plane, ...]:
         return (Plane((heads, dim), dtype),)
@@ -95,7 +103,7 @@ class _Scaled(Coder):
 
     def decode(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         codes, scale = planes
-        return codes.to(dtype) * scale.to(dtype)
+        return (codes.float() * scale.float()).to(dtype)
 
 
 class _FourBit(Coder):
@@ -116,14 +124,14 @@ class _FourBit(Coder):
     def decode(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         packed, affine = planes
         codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
-        low, scale = affine[..., :1].to(dtype), affine[..., 1:].to(dtype)
-        x: Tensor = codes.to(dtype) * scale + low
-        return x
+        low, scale = affine[..., :1].float(), affine[..., 1:].float()
+        x: Tensor = codes.float() * scale + low
+        return x.to(dtype)
 
 
 def _positive(scale: Tensor) -> Tensor:
     """A scale as it is stored, never zero: codes are made with the stored one, so that they decode with it."""
-    return scale.clamp_min(torch.finfo(_SCALE).smallest_normal).to(_SCALE)
+    return scale.clamp(_LEAST_SCALE, torch.finfo(_SCALE).max).to(_SCALE)
 
 
 def hadamard(dim: int, device: torch.device | None = None) -> Tensor:
@@ -132,7 +140,8 @@ def hadamard(dim: int, device: torch.device | None = None) -> Tensor:
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return torch.block_diag(*[matrix / size**0.5] * (dim // size)).to(device)
+    blocks: Tensor = torch.block_diag(*[matrix / size**0.5] * (dim // size))
+    return blocks.to(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +156,11 @@ class KVFormat:
     value: Coder
     rotated: bool = False
     centred: bool = False
+
+    @property
+    def lossless(self) -> bool:
+        """Whether keys and values are read as they were written, to the bit."""
+        return self.key.lossless and self.value.lossless and not (self.rotated or self.centred)
 
     def planes(self, shape: LayerShape, dtype: torch.dtype) -> tuple[Plane, ...]:
         """The planes of one layer, keys first."""
@@ -177,11 +191,11 @@ class LayerStore:
         return self.kind.rotated
 
     def turn_query(self, query: Tensor) -> Tensor:
-        """Queries [..., key_dim] as the keys are kept, so that scores stay what they are."""
+        """Queries [rows, heads, key_dim] as the keys are kept, so that scores stay what they are."""
         return _turned(query, self._key_turn)
 
     def turn_output(self, output: Tensor) -> Tensor:
-        """Attention's output [..., value_dim] turned back; the matrix is its own inverse."""
+        """Attention's output [rows, heads, value_dim] turned back; the matrix is its own inverse."""
         return _turned(output, self._value_turn)
 
     def centre(self, mean: Tensor) -> None:
@@ -201,9 +215,10 @@ class LayerStore:
     def read(self, span: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values at `span`, [n, kv_heads, dim], rotated if `turned`."""
         rows = [plane[span] for plane in self.planes]
-        key = self.kind.key.decode(rows[: self._keys], self.dtype)
-        if self._center is not None:
-            key = key + self._center.to(self.dtype)
+        if self._center is None:
+            key = self.kind.key.decode(rows[: self._keys], self.dtype)
+        else:
+            key = (self.kind.key.decode(rows[: self._keys], torch.float32) + self._center).to(self.dtype)
         return key, self.kind.value.decode(rows[self._keys :], self.dtype)
 
     def read_plain(self, span: slice | Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +228,16 @@ class LayerStore:
 
 
 def _turned(x: Tensor, turn: Tensor | None) -> Tensor:
-    return x if turn is None else x @ turn.to(x.dtype)
+    """`x` [rows, heads, dim] rotated, in float32 at least.
+
+    In blocks of one size: not even the last bit of what is rounded to codes may depend on how many rows there are.
+    """
+    if turn is None:
+        return x
+    wide = x if x.dtype == torch.float64 else x.float()
+    turn = turn.to(wide.dtype)
+    turned: Tensor = in_blocks(lambda block: block @ turn, wide, _ROTATED_ROWS).to(x.dtype)
+    return turned
 
 
 NATIVE = KVFormat("native", _AsIs(), _AsIs())

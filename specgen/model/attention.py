@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -31,6 +31,7 @@ from specgen.kernels.reference import tree_attention
 from specgen.kv.formats import LayerStore
 from specgen.kv.pool import KVPool
 from specgen.kv.segment import Segment
+from specgen.model.row_attention import Seen, row_by_row, seen_in_chain, seen_in_mask
 
 _PACKED_HEADS_ROWS = 64
 _names = (f"specgen-{number}" for number in itertools.count())
@@ -84,17 +85,31 @@ class Batch:
         writes = [s.table.span(s.end - len(s.tokens), s.end) for s in segments]
         self.write = writes[0] if len(writes) == 1 else _concatenated(writes)
         self._views: dict[tuple[int, Reach], tuple[slice | Tensor, Tensor | None]] = {}
+        self._seen: dict[tuple[int, Reach], tuple[slice | Tensor, list[Seen], int]] = {}
 
     def view(self, index: int, reach: Reach) -> tuple[slice | Tensor, Tensor | None]:
         """Slots that segment `index` reads, and bool[rows, keys] of what each row sees; `None` = everything."""
         cached = self._views.get((index, reach))
         if cached is None:
             segment = self.segments[index]
-            start = 0 if self.gathered or reach == EVERYTHING else _first_seen(segment, reach)
+            start = self._start(segment, reach)
             mask = _mask(segment, start, reach)
             mask = None if mask is None else mask.to(self.pool.device)
             cached = self._views[index, reach] = segment.table.span(start, segment.end), mask
         return cached
+
+    def seen(self, index: int, reach: Reach) -> tuple[slice | Tensor, list[Seen], int]:
+        """Slots that segment `index` reads, what each row sees of them, and how many of them are committed."""
+        cached = self._seen.get((index, reach))
+        if cached is None:
+            segment = self.segments[index]
+            start = self._start(segment, reach)
+            span = segment.table.span(start, segment.end)
+            cached = self._seen[index, reach] = span, _seen_rows(segment, start, reach), segment.table.length - start
+        return cached
+
+    def _start(self, segment: Segment, reach: Reach) -> int:
+        return 0 if self.gathered or reach == EVERYTHING else _first_seen(segment, reach)
 
     @cached_property
     def offsets(self) -> Tensor:
@@ -107,6 +122,16 @@ def _first_seen(segment: Segment, reach: Reach) -> int:
     """The first position of the prefix that any row sees."""
     earliest = min(segment.positions[segment.tail - len(segment.tokens) :])
     return min(segment.table.length, reach.oldest(earliest))
+
+
+def _seen_rows(segment: Segment, start: int, reach: Reach) -> list[Seen]:
+    prefix, rows = segment.table.length, len(segment.tokens)
+    if segment.visible is None and list(segment.positions) == list(range(prefix, prefix + segment.tail)):
+        return seen_in_chain(start, segment.end, [reach.oldest(p) for p in segment.positions[-rows:]])
+    mask = _mask(segment, start, reach)
+    if mask is None:
+        mask = torch.ones(1, segment.end - start, dtype=torch.bool)
+    return seen_in_mask(mask, prefix - start)
 
 
 def _concatenated(spans: Sequence[slice | Tensor]) -> Tensor:
@@ -238,26 +263,32 @@ class PackedAttention:
             raise UnsupportedModel(f"layer {layer} ({type(module).__name__}) {surprise}")
         store = _stored(batch.pool, self._stores, layer)
         turned = store.turned and not batch.gathered
+        queries = query[0].transpose(0, 1)
         if turned:
-            query = store.turn_query(query)
+            queries = store.turn_query(queries)
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        attend = partial(_attend, scale=scale, softcap=softcap, sinks=s_aux)
         outputs = []
         row = column = 0
         for index, segment in enumerate(batch.segments):
-            span, visible = batch.view(index, reach)
-            if batch.gathered:
-                keys, values = (t[0, :, column : column + segment.end] for t in (key, value))
-            else:
-                keys, values = (rows.transpose(0, 1) for rows in store.read(span))
-            queries = query[0, :, row : row + len(segment.tokens)]
+            given = [t[0, :, column : column + segment.end].transpose(0, 1) for t in (key, value)]
+            mine = queries[row : row + len(segment.tokens)]
             row, column = row + len(segment.tokens), column + segment.end
-            attend = partial(_attend, scale=scale, softcap=softcap, sinks=s_aux)
-            outputs.append((_row_by_row if self._invariant else _at_once)(attend, queries, keys, values, visible))
-        packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+            if self._invariant:
+                span, seen, prefix = batch.seen(index, reach)
+                # Contiguous: a row's keys lie alike whatever made them.
+                keys, values = (t.contiguous() for t in given) if batch.gathered else store.read(span)
+                outputs.append(row_by_row(attend, mine, keys, values, seen, prefix))
+            else:
+                span, visible = batch.view(index, reach)
+                keys, values = given if batch.gathered else store.read(span)
+                by_head = (t.transpose(0, 1) for t in (mine, keys, values))
+                outputs.append(attend(*by_head, visible=visible))
+        packed = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).transpose(0, 1)
         if turned:
             packed = store.turn_output(packed)
         # Contiguous as transformers' own functions return it: some models call `view` on it.
-        return packed.transpose(0, 1).contiguous().unsqueeze(0), None
+        return packed.contiguous().unsqueeze(0), None
 
 
 def _nested(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -283,8 +314,8 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    visible: Tensor | None,
     *,
+    visible: Tensor | None = None,
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
@@ -292,23 +323,6 @@ def _attend(
     if softcap is None and sinks is None:
         return _sdpa(query, key, value, visible, scale)
     return tree_attention(query, key, value, visible, scale=scale, softcap=softcap, sinks=sinks)
-
-
-def _at_once(
-    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None
-) -> Tensor:
-    return attend(query, key, value, visible)
-
-
-def _row_by_row(
-    attend: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None
-) -> Tensor:
-    """Each row over a copy of the keys it sees and of nothing else: the same call whatever stands beside it."""
-    rows = []
-    for row in range(query.shape[1]):
-        seen = slice(None) if visible is None else visible[row].nonzero().flatten()
-        rows.append(attend(query[:, row : row + 1], key[:, seen].contiguous(), value[:, seen].contiguous(), None))
-    return torch.cat(rows, dim=1)
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float) -> Tensor:

@@ -12,9 +12,10 @@ from specgen.kv.pool import KVPool
 from specgen.model.architecture import Architecture, context_limit
 
 _TEXT = """The harbour lies quiet in the early morning. Boats that left at three are coming back, and the first \
-lorries wait by the market hall. "How much did you get?" asks the woman with the ledger. About 240 kilos, mostly herring; the \
-rest is cod. She writes it down, multiplies 240 by 3.20 and says: 768, minus fees. In the office a clerk types the \
-numbers into a table: {"date": "2021-05-14", "boat": "Margit", "kilos": 240}. Later in the day a programme adds them:
+lorries wait by the market hall. "How much did you get?" asks the woman with the ledger. About 240 kilos, mostly \
+herring; the rest is cod. She writes it down, multiplies 240 by 3.20 and says: 768, minus fees. In the office a \
+clerk types the numbers into a table: {"date": "2021-05-14", "boat": "Margit", "kilos": 240}. Later in the day a \
+programme adds them:
 
 def total(rows):
     return sum(row["kilos"] for row in rows if row["kilos"] > 0)
