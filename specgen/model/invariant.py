@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, activations
 from transformers.pytorch_utils import Conv1D
 
+from specgen.errors import UnsupportedModel
 from specgen.kernels.blocks import in_blocks
-from specgen.model.architecture import refuse
 
 _SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 _PROBED_ROWS = 192  # a multiple of every size
@@ -61,7 +61,8 @@ class InvariantLayers:
                 if kind not in sizes:
                     sizes[kind] = _sizes_alike(module)
                 if not sizes[kind]:
-                    raise refuse(model, f"{name} ({type(module).__name__}) rounds a row by its place among others")
+                    reason = f"{name} ({type(module).__name__}) rounds a row by its place among others"
+                    raise UnsupportedModel(f"invariant=True cannot be kept: {reason}; take invariant=False")
                 self._forwards.append((module, partial(_in_blocks, module.forward, sizes[kind])))
             elif (forward := _pointwise(module)) is not None:
                 self._forwards.append((module, forward))
@@ -146,10 +147,13 @@ def _sizes_alike(module: nn.Module) -> tuple[int, ...]:
                 break
         else:
             families.append((output, [size]))
-    output, sizes = max(families, key=lambda found: len(found[1]))
-    # Blocks of several sizes put a row in several places; one size alone must be asked.
-    moved = output if len(sizes) > 1 else in_blocks(module.forward, x.roll(1, 0), sizes).roll(-1, 0)
-    return tuple(sizes) if torch.equal(moved, output) else ()
+    # The more sizes the better; of single ones a middling one, neither much padding nor many calls.
+    families.sort(key=lambda found: (len(found[1]), found[1][0] <= _POINTWISE_ROWS, found[1][0]), reverse=True)
+    for output, sizes in families:
+        # Blocks of several sizes put a row in several places; one size alone must be asked.
+        if len(sizes) > 1 or torch.equal(in_blocks(module.forward, x.roll(1, 0), sizes).roll(-1, 0), output):
+            return tuple(sizes)
+    return ()
 
 
 def _probe(module: Any) -> Tensor:
