@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from specgen.kv.prefix import CacheKey
-from tests.kv.world import KEYS, PAGE, World
+from tests.kv.world import KEYS, World
 
 # Few tokens, so that texts begin alike; long enough for several pages.
 IDS = st.lists(st.integers(0, 1), min_size=1, max_size=6)
@@ -150,7 +150,11 @@ class DiskMachine(CacheMachine):
 def machine(name: str, base: type[CacheMachine], **options: Any) -> Any:
     kind = type(name, (base,), {"options": options})
     few = settings(
-        max_examples=20, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+        max_examples=20,
+        stateful_step_count=40,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
     )
     kind.TestCase.settings = few  # type: ignore[attr-defined]
     return kind.TestCase  # type: ignore[attr-defined]
@@ -183,7 +187,9 @@ def trace(id_type: type[int], seed: int) -> list[tuple[int, ...]]:
             seen.append((reader.table.length, *reader.table.pages))
         elif world.readers:
             reader = rng.choice(world.readers)
-            action = rng.choice((world.end, world.preempt, lambda r: world.read(r, 7), lambda r: world.decode(r, [1], 1)))
+            action = rng.choice(
+                (world.end, world.preempt, lambda r: world.read(r, 7), lambda r: world.decode(r, [1], 1))
+            )
             action(reader)
         world.check()
     world.finish()
