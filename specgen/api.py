@@ -15,10 +15,13 @@ from specgen.context.pipeline import ContextPipeline
 from specgen.draft.drafter import Drafter, DrafterSetup
 from specgen.engine import Counters, EngineCore
 from specgen.errors import UnknownName
+from specgen.kv.stored import CacheOptions
+from specgen.model.calibration import calibration_ids
 from specgen.model.loading import check_same_tokenizer, load_model, load_tokenizer
 from specgen.model.target import Target
 from specgen.params import SamplingParams
 from specgen.plugins import Plugins, load_plugins
+from specgen.prefixes import EnginePrefix
 from specgen.requests import RequestBuilder, with_options
 from specgen.runner import Runner
 from specgen.stream import Stream
@@ -34,6 +37,7 @@ class Engine:
         result = engine.generate([{"role": "user", "content": "Hello"}], max_tokens=64)
 
     `options` are the fields of `EngineConfig`, and `draft_model` for a smaller model of the same tokenizer.
+    `prefix` pins, saves and loads the prefix cache.
     Raises UnsupportedModel, DrafterMismatch, PluginError or InvalidRequest when something does not fit.
     """
 
@@ -49,12 +53,14 @@ class Engine:
         self.config = config or EngineConfig.of(options)
         self.plugins = plugins or load_plugins()
         self.tokenizer = tokenizer
-        self.target = Target(model, kv_tokens=self.config.kv_tokens, max_context=self.config.max_context)
+        self.target = self._target(model, self.config.kv_tokens)
         self._core = EngineCore(
             self.target,
             self._drafters(),
             max_running=self.config.max_running,
             max_prompt_rows=self.config.max_prompt_rows,
+            prefix_cache=_cache_options(self.config),
+            invariant=bool(self.config.invariant),
         )
         self._builder = RequestBuilder(
             tokenizer,
@@ -69,6 +75,7 @@ class Engine:
         self._base = SamplingParams(speculation=self.config.speculation)
         self._core.drafting.check_names(self.config.speculation)
         self._runner = Runner(self._core, self.plugins)
+        self.prefix = EnginePrefix(self._core, self._runner, self._builder, self._base)
         self._finalizer = weakref.finalize(self, self._runner.close)
 
     @classmethod
@@ -164,7 +171,26 @@ class Engine:
         if not isinstance(source, PreTrainedModel):
             check_same_tokenizer(load_tokenizer(source), tokenizer)
             source = load_model(source, dtype=self.target.model.dtype, device=self.target.device)
-        return Target(source, kv_tokens=self.target.pool.capacity, max_context=self.config.max_context)
+        return self._target(source, self.target.pool.capacity)
+
+    def _target(self, model: PreTrainedModel, kv_tokens: int | None) -> Target:
+        formats = self.plugins.collect("kv_formats")
+        if self.config.kv_format not in formats:
+            raise UnknownName("KV format", self.config.kv_format, formats, param="kv_format")
+        return Target(
+            model,
+            kv_tokens=kv_tokens,
+            max_context=self.config.max_context,
+            kv_format=formats[self.config.kv_format](),
+            calibration=calibration_ids(self.tokenizer),
+            invariant=self.config.invariant,
+        )
+
+
+def _cache_options(config: EngineConfig) -> CacheOptions | None:
+    if not config.prefix_cache:
+        return None
+    return CacheOptions(config.prefix_cache_bytes, config.host_cache_bytes, config.disk_cache, config.disk_cache_bytes)
 
 
 def wrap(model: PreTrainedModel, tokenizer: Any = None, **options: Any) -> Engine:

@@ -12,12 +12,19 @@ from specgen.draft.drafter import DrafterFactory
 from specgen.draft.prediction import Prediction
 from specgen.draft.prompt_lookup import PromptLookup
 from specgen.hookspecs import hookimpl
+from specgen.kv.formats import FORMATS, KVFormatFactory
 
 
 @hookimpl
 def context_stages() -> Mapping[str, ContextStageFactory]:
     """The stages every engine can list."""
     return {"chat-template": chat_template, "truncate": truncate}
+
+
+@hookimpl
+def kv_formats() -> Mapping[str, KVFormatFactory]:
+    """The model's own dtype, and four that take fewer bytes."""
+    return FORMATS
 
 
 @hookimpl

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -10,7 +11,16 @@ import msgspec
 from specgen.errors import InvalidRequest, UnknownName
 from specgen.types import Speculation
 
-_LEAST = {"max_context": 1, "kv_tokens": 1, "max_running": 1, "max_prompt_rows": 1}
+_LEAST = {
+    "max_context": 1,
+    "kv_tokens": 1,
+    "max_running": 1,
+    "max_prompt_rows": 1,
+    "prefix_cache_bytes": 0,
+    "host_cache_bytes": 0,
+    "disk_cache_bytes": 0,
+}
+_MAY_BE_NONE = ("max_context", "kv_tokens", "prefix_cache_bytes")
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -21,6 +31,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     speculation: what requests do that do not say it themselves.
     max_context: most tokens of one sequence; `None` takes what the model's positions allow.
     kv_tokens: tokens that the KV pool holds; `None` takes a quarter of the free memory, at most 16 full contexts.
+    kv_format: how the pool keeps keys and values; a name that a plugin offers ("native", "int8", "k8v4", "int4",
+    "fp8"). prefix_cache: keep the KV of finished text for prompts that begin alike.
+    prefix_cache_bytes: most bytes of the pool for it; `None` takes what nobody needs. host_cache_bytes: host memory
+    for pages that the pool has no room for; 0 is off. disk_cache: a folder for pages that memory has no room for,
+    found again by the next engine of the same model; disk_cache_bytes: most bytes there.
+    invariant: compute each row so that its bits do not depend on the rows beside it. Then drafting, batch-mates and
+    chunks change nothing in any dtype, at the price of slower steps and prompts. `None` turns it on where exactness
+    needs it: with a KV format that rounds, for which the last bit of a sum may be a step of the code, unless the model
+    computes in float64. False forbids it: texts may then differ by what is drafted. A model that cannot do it is
+    refused by name.
     max_running: sequences in one forward. max_prompt_rows: prompt tokens in one forward.
 
     Raises InvalidRequest naming the field.
@@ -33,6 +53,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     speculation: Speculation = Speculation()
     max_context: int | None = None
     kv_tokens: int | None = None
+    kv_format: str = "native"
+    prefix_cache: bool = True
+    prefix_cache_bytes: int | None = None
+    host_cache_bytes: int = 0
+    disk_cache: str | Path | None = None
+    disk_cache_bytes: int = 10 << 30
+    invariant: bool | None = None
     max_running: int = 16
     max_prompt_rows: int = 512
 
@@ -58,7 +85,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return cls(**values)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.invariant, bool | None):
+            raise InvalidRequest(f"invariant is {self.invariant!r}; choices: True, False, None", param="invariant")
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            if value is None and name in _MAY_BE_NONE:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InvalidRequest(f"{name} is {value!r}; it must be a whole number, at least {least}", param=name)
+        if not isinstance(self.disk_cache, str | Path | None):
+            raise InvalidRequest(f"disk_cache is {self.disk_cache!r}; it must be a folder", param="disk_cache")
+        for name in ("prefix_cache_bytes", "host_cache_bytes", "disk_cache"):
+            if getattr(self, name) and not self.prefix_cache:
+                message = f"{name} is {getattr(self, name)!r}, but prefix_cache is off; set prefix_cache=True"
+                raise InvalidRequest(message, param=name)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,9 +14,12 @@ from torch import Tensor
 from specgen.draft.drafter import Drafter, DraftHints
 from specgen.draft.drafting import Drafting
 from specgen.errors import OutOfPages, RequestCancelled
+from specgen.kv.prefix import CacheKey
 from specgen.kv.segment import Segment
+from specgen.kv.stored import CacheOptions, StoredPrefixes, open_cache
+from specgen.model.identity import kv_identity, model_name
 from specgen.model.target import Target
-from specgen.params import Request
+from specgen.params import Request, SamplingParams
 from specgen.sampling import Sampler
 from specgen.scheduler import Scheduler, Turn
 from specgen.sequence import Sequence, StopRules
@@ -23,6 +27,7 @@ from specgen.text import TextCursor
 from specgen.types import EMPTY_TREE, Finish, StepOutput, TokenTree
 
 _MEASURED_ROWS = (1, 2, 4, 8, 16, 32)
+_DEFAULT_CACHE = CacheOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +60,20 @@ class EngineCore:
         *,
         max_running: int = 16,
         max_prompt_rows: int = 512,
+        prefix_cache: CacheOptions | None = _DEFAULT_CACHE,
+        invariant: bool = False,
     ) -> None:
         self.target = target
+        self._key = CacheKey(model_name(target.model), target.pool.kind.name)
+        self._invariant = invariant
         self.drafting = Drafting(drafters, target.vocab_size)
-        self.scheduler = Scheduler(target.pool, max_running=max_running, max_prompt_rows=max_prompt_rows)
+        self.prefix = None
+        if prefix_cache is not None:
+            self.prefix = open_cache(
+                target.pool, prefix_cache, identity=lambda: self._identity, token_seconds=self._token_seconds
+            )
+        self._max_prompt_rows = max_prompt_rows
+        self.scheduler = Scheduler(target.pool, self.prefix, max_running=max_running, max_prompt_rows=max_prompt_rows)
         self.counters = Counters()
         if drafters:
             self._measure()
@@ -68,9 +83,17 @@ class EngineCore:
         """Whether a step would do anything."""
         return bool(self.scheduler.running or self.scheduler.waiting)
 
+    def key(self, params: SamplingParams) -> CacheKey:
+        """Whose KV a request may read and leaves behind."""
+        return replace(self._key, tenant=params.cache_salt)
+
+    def stored(self) -> StoredPrefixes | None:
+        """The prefix cache's way to files; the first call reads all weights once, to tell models apart."""
+        return StoredPrefixes(self.prefix, self._identity) if self.prefix else None
+
     def add(self, request: Request, samples: Many[Sample]) -> None:
         """Queue one sequence per sample."""
-        hints = DraftHints(request.prediction)
+        hints = DraftHints(request.prediction, request.params.cache_salt)
         for index, sample in enumerate(samples):
             drafts = self.drafting.open(request.ids, hints, request.params.speculation)
             self.scheduler.add(
@@ -82,6 +105,7 @@ class EngineCore:
                     cursor=sample.cursor,
                     drafts=drafts,
                     table=self.target.pool.open(),
+                    key=self.key(request.params),
                 )
             )
 
@@ -95,6 +119,8 @@ class EngineCore:
     def step(self) -> list[StepOutput]:
         """One forward over everything that runs; what it added to each sequence that drew."""
         turns = self.scheduler.plan()
+        if not turns:
+            return self._refuse()
         trees = self._propose(turns)
         segments = [turn.sequence.rows(turn.chain, tree) for turn, tree in zip(turns, trees, strict=True)]
         logits = self._score(segments)
@@ -110,8 +136,10 @@ class EngineCore:
         self.target.pool.check()
         for drafter in self.drafting.drafters.values():
             drafter.check()
-        if not self.busy and self.target.pool.free_pages != self.target.pool.pages:
-            raise RuntimeError("KV pool: pages are held though no sequence is left")
+        if self.prefix:
+            self.prefix.check()
+        if not self.busy and self.target.pool.open_tables:
+            raise RuntimeError("KV pool: tables are open though no sequence is left")
 
     def _measure(self) -> None:
         """Begin with what rows cost on this machine, so that not even the first tree is larger than it pays."""
@@ -150,6 +178,7 @@ class EngineCore:
         sequence = turn.sequence
         if not turn.complete:
             sequence.table.commit(turn.chain)
+            self.scheduler.publish(sequence, tail=False)
             return None
         logits, best = rows
         try:
@@ -159,10 +188,28 @@ class EngineCore:
         # Before the sequence, whose result may hold the drafters' share in this step.
         self.drafting.commit(sequence.drafts, tree, walked[0].committed)
         output = sequence.commit(turn.chain, len(tree), *walked)
+        if turn.chain > 1:
+            self.scheduler.publish(sequence, tail=True)
         self.counters.committed += len(output.tokens)
         self.counters.drafted += len(tree)
         self.counters.accepted += len(output.tokens) - 1
         return self._close(sequence, output) if output.result else output
+
+    def _refuse(self) -> list[StepOutput]:
+        """The first in line fails when nobody can run: all pages are free for it by then, so it can never fit."""
+        if not self.scheduler.waiting:
+            return []
+        sequence = self.scheduler.waiting[0]
+        error = OutOfPages(f"{len(sequence.ids) + 1} tokens do not fit a KV pool of {self.target.pool.capacity}")
+        return [self._close(sequence, sequence.end(Finish("error", error=error)))]
+
+    @cached_property
+    def _identity(self) -> str:
+        return kv_identity(self.target.model, self.target.pool, invariant=self._invariant)
+
+    def _token_seconds(self) -> float:
+        """What a token of a long prompt costs."""
+        return self.drafting.cost.seconds(self._max_prompt_rows) / self._max_prompt_rows
 
     def _close(self, sequence: Sequence, output: StepOutput) -> StepOutput:
         self.scheduler.remove(sequence)

@@ -15,6 +15,7 @@ import pluggy
 
 from specgen.context.stage import ContextStageFactory
 from specgen.draft.drafter import DrafterFactory
+from specgen.kv.formats import KVFormatFactory
 from specgen.params import Request
 from specgen.types import LogitsProcessor, Result, StepOutput
 
@@ -40,6 +41,15 @@ def context_stages() -> Mapping[str, ContextStageFactory]:
     """Offer stages between a request and its token ids, by the name a config uses for them.
 
     Called when an engine is built. The order of stages is the config's, never the hooks'.
+    """
+    return {}
+
+
+@hookspec
+def kv_formats() -> Mapping[str, KVFormatFactory]:
+    """Offer ways to keep keys and values, by the name that `kv_format` in a config uses.
+
+    Called when an engine is built.
     """
     return {}
 

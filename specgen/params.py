@@ -50,6 +50,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     plugin_processors: name -> options of processors that plugins offer.
     logprobs: log-probabilities of committed tokens under the unprocessed model, with that many alternatives, 0 to 20.
     prediction: text that the caller expects to see, drafted where it fits.
+    cache_salt: requests share cached prefixes only with requests of the same salt.
 
     Raises InvalidRequest naming the field, its value and the choices.
     """
@@ -82,6 +83,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     plugin_processors: Mapping[str, Mapping[str, Any]] | None = None
     speculation: Speculation = Speculation()
     prediction: str | tuple[int, ...] = ()
+    cache_salt: str = ""
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> SamplingParams:

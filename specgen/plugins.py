@@ -20,6 +20,7 @@ from specgen.context.stage import ContextStageFactory
 from specgen.draft.drafter import DrafterFactory
 from specgen.errors import DuplicateName, PluginError, UnknownName
 from specgen.hookspecs import PROJECT, LogitsProcessorFactory
+from specgen.kv.formats import KVFormatFactory
 from specgen.log import Log
 
 ALLOW_LIST: Final = "SPECGEN_PLUGINS"
@@ -29,6 +30,7 @@ _DISTRIBUTION = "specgen-llm"
 _KINDS: Final[Mapping[str, str]] = {
     "context_stages": "context stage",
     "drafters": "drafter",
+    "kv_formats": "KV format",
     "logits_processors": "logits processor",
 }
 
@@ -100,6 +102,8 @@ class Plugins:
 
     @overload
     def collect(self, hook: Literal["context_stages"]) -> dict[str, ContextStageFactory]: ...
+    @overload
+    def collect(self, hook: Literal["kv_formats"]) -> dict[str, KVFormatFactory]: ...
     @overload
     def collect(self, hook: Literal["drafters"]) -> dict[str, DrafterFactory]: ...
     @overload

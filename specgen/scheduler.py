@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from specgen.kv.pool import KVPool
+from specgen.kv.prefix import PrefixCache
 from specgen.sequence import Sequence
 
 
@@ -29,8 +31,9 @@ class Scheduler:
     a long prompt does not hold up running streams.
     """
 
-    def __init__(self, pool: KVPool, *, max_running: int, max_prompt_rows: int) -> None:
+    def __init__(self, pool: KVPool, prefix: PrefixCache | None, *, max_running: int, max_prompt_rows: int) -> None:
         self._pool = pool
+        self._prefix = prefix
         self._max_running = max_running
         self._max_prompt_rows = max_prompt_rows
         self.waiting: deque[Sequence] = deque()
@@ -47,38 +50,105 @@ class Scheduler:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
-        sequence.table.release()
+        self._retire(sequence)
 
     def plan(self) -> list[Turn]:
-        """The turns of the next step; every one owns the pages for its chain."""
+        """The turns of the next step; every one owns the pages for its chain. None when nobody can run."""
         room = self._max_prompt_rows
-        turns: list[Turn] = []
+        turns: dict[Sequence, Turn] = {}
+        preemptions = self.preemptions
         for sequence in list(self.running):
             chain = 1 if sequence.pending == 1 else min(sequence.pending, room)
-            if not chain or sequence not in self.running or not self._reserve(sequence, chain):
+            if not chain or sequence not in self.running or not self._reserve(sequence, chain, turns):
                 continue
             room -= chain if sequence.pending > 1 else 0
-            turns.append(Turn(sequence, chain))
-        while self.waiting and room and len(self.running) < self._max_running:
-            sequence = self.waiting[0]
-            if self._pool.free_pages < sequence.table.missing_pages(sequence.pending + 1):
-                break
-            self.running.append(self.waiting.popleft())
-            chain = min(sequence.pending, room)
-            sequence.table.reserve(chain)
-            room -= chain
-            turns.append(Turn(sequence, chain))
-        return turns
+            turns[sequence] = Turn(sequence, chain)
+        # Who was preempted just now would only be so again.
+        if preemptions == self.preemptions:
+            for sequence in self._admissible():
+                if not room or not self._admit(sequence):
+                    break
+                chain = min(sequence.pending, room)
+                room -= chain
+                turns[sequence] = Turn(sequence, chain)
+        return list(turns.values())
 
-    def _reserve(self, sequence: Sequence, chain: int) -> bool:
+    def publish(self, sequence: Sequence, *, tail: bool) -> None:
+        """Offer a sequence's committed KV to others; with `tail` its partly filled page too."""
+        if self._prefix:
+            self._prefix.publish(sequence.key, sequence.ids, sequence.table, tail=tail)
+
+    def _admissible(self) -> Iterator[Sequence]:
+        """Those whose turn to be admitted it is, while there are places.
+
+        A place is kept for each that waits for another's prompt: it is next when that is read, and looking at all
+        that wait, in every step, would take long when there are many.
+        """
+        held = 0
+        for sequence in list(self.waiting):
+            if len(self.running) + held >= self._max_running:
+                return
+            if self._is_being_read(sequence):
+                held += 1
+            else:
+                yield sequence
+
+    def _is_being_read(self, sequence: Sequence) -> bool:
+        """Whether a running prompt goes on like this one for a page more than is cached: then waiting is cheaper."""
+        others = [other for other in self.running if other.pending > 1 and other.key == sequence.key]
+        if self._prefix is None or not others:
+            return False
+        start = self._prefix.length(sequence.key, sequence.ids)
+        end = start + self._pool.page_size
+        return len(sequence.ids) > end and any(
+            # The new page first: prompts that differ mostly differ there.
+            other.ids[start:end] == sequence.ids[start:end] and other.ids[:start] == sequence.ids[:start]
+            for other in others
+        )
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Let a sequence run, on its longest cached prefix; False when there are no pages for the rest of its ids."""
+        tokens = len(sequence.ids) + 1
+        if self._prefix:
+            missing = self._prefix.missing_pages(sequence.key, sequence.ids, tokens)
+        else:
+            missing = sequence.table.missing_pages(tokens)
+        if not self._pool.has(missing) and (self.running or not self._unpin(sequence, tokens)):
+            return False
+        if self._prefix:
+            sequence.adopt(self._prefix.match(sequence.key, sequence.ids))
+        sequence.table.reserve(tokens)
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        return True
+
+    def _unpin(self, sequence: Sequence, tokens: int) -> bool:
+        """Nobody runs who might give pages back, so pinned ones go. Whether there is room then."""
+        if self._prefix is None:
+            return False
+        while self._prefix.pins:
+            self._prefix.pins[0].release()
+            if self._pool.has(self._prefix.missing_pages(sequence.key, sequence.ids, tokens)):
+                return True
+        return False
+
+    def _retire(self, sequence: Sequence) -> None:
+        if self._prefix:
+            self._prefix.retire(sequence.key, sequence.ids, sequence.table)
+        else:
+            sequence.table.release()
+
+    def _reserve(self, sequence: Sequence, chain: int, turns: Mapping[Sequence, Turn]) -> bool:
         """Pages for the chain: free ones, then what drafts left unused, then those of the youngest sequences.
 
         False when the youngest was the sequence itself.
         """
         needed = sequence.table.length + chain
-        if sequence.table.missing_pages(needed) > self._pool.free_pages:
-            self._reclaim(sequence)
-        while sequence.table.missing_pages(needed) > self._pool.free_pages:
+        if not self._pool.has(sequence.table.missing_pages(needed)):
+            self._reclaim(turns)
+        while not self._pool.has(missing := sequence.table.missing_pages(needed)):
+            if self.running == [sequence] and self._prefix and self._prefix.yield_pins(missing):
+                break
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:
@@ -86,15 +156,16 @@ class Scheduler:
         sequence.table.reserve(needed)
         return True
 
-    def _reclaim(self, sequence: Sequence) -> None:
-        """Take back unused pages of `sequence` and of those behind it, which have no turn in this step yet."""
-        for later in self.running[self.running.index(sequence) :]:
-            later.table.trim(later.table.length)
+    def _reclaim(self, turns: Mapping[Sequence, Turn]) -> None:
+        """Take back pages that neither committed tokens nor the chains of this step need."""
+        for sequence in self.running:
+            chain = turns[sequence].chain if sequence in turns else 0
+            sequence.table.trim(sequence.table.length + chain)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's pages; it waits first in line and computes its KV again, which changes nothing it says."""
         self.running.remove(sequence)
-        sequence.table.release()
-        sequence.table = self._pool.open()
+        self._retire(sequence)
+        sequence.restart(self._pool.open())
         self.waiting.appendleft(sequence)
         self.preemptions += 1

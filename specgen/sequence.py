@@ -10,6 +10,7 @@ from torch import Tensor
 
 from specgen.draft.drafting import Drafts
 from specgen.kv.pool import BlockTable
+from specgen.kv.prefix import CacheKey, Lease
 from specgen.kv.segment import Segment, hung_rows
 from specgen.params import Request
 from specgen.sampling import Sampler, logprob
@@ -39,7 +40,7 @@ class StopRules:
 
 
 class Sequence:
-    """The mutable state of one sample of one request. Changed by `commit` and `end` alone."""
+    """The mutable state of one sample of one request. Changed by `adopt`, `commit`, `restart` and `end` alone."""
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class Sequence:
         cursor: TextCursor,
         drafts: Drafts,
         table: BlockTable,
+        key: CacheKey,
     ) -> None:
         self.request = request
         self.index = index
@@ -59,6 +61,8 @@ class Sequence:
         self.cursor = cursor
         self.drafts = drafts
         self.table = table
+        self.key = key
+        self.cached_tokens: int | None = None
         self.ids = list(request.ids)
         self.finish: Finish | None = None
         self._buffer = torch.tensor([self.ids], device=table.pool.device)
@@ -76,6 +80,16 @@ class Sequence:
     def deepest_draft(self) -> int:
         """Draft tokens that could still be committed before the length ends the sequence."""
         return self.stops.max_length - len(self.ids) - 1
+
+    def adopt(self, lease: Lease) -> None:
+        """Begin on a cached prefix. What the first admission finds is what usage reports."""
+        self.table.adopt(lease.pages, lease.tokens)
+        if self.cached_tokens is None:
+            self.cached_tokens = lease.tokens
+
+    def restart(self, table: BlockTable) -> None:
+        """Go on with an empty table: what was committed is pending again."""
+        self.table = table
 
     def rows(self, chain: int, tree: TokenTree) -> Segment:
         """The next `chain` pending tokens as rows, and below them, if they are all that is pending, the tree."""
@@ -136,7 +150,7 @@ class Sequence:
             ids=tuple(self.ids[prompt:]),
             finish_reason=finish.reason,
             stop=finish.stop,
-            usage=Usage(prompt, len(self.ids) - prompt),
+            usage=Usage(prompt, len(self.ids) - prompt, self.cached_tokens or 0),
             stats=stats,
             seed=self.request.seed,
             logprobs=tuple(self._logprobs),

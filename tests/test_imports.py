@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("plugins",),
     ("engine",),
     ("requests", "runner"),
+    ("prefixes",),
     ("api",),
     ("dropin",),
     ("server", "testing", "__init__"),

@@ -15,6 +15,7 @@ from specgen.draft.budget import survivals
 from specgen.draft.drafter import Drafter, DrafterSetup, DraftHints, DraftSession
 from specgen.errors import DrafterMismatch, InvalidRequest, OutOfPages
 from specgen.kv.pool import BlockTable, KVPool
+from specgen.kv.prefix import CacheKey, PrefixCache
 from specgen.kv.segment import Segment
 from specgen.options import read_options
 from specgen.tree import path, select
@@ -54,6 +55,7 @@ class DraftModel(Drafter):
         self.depth, self.width = options.depth, options.width
         self.model: PackedModel = setup.load_model(options.model, tokenizer=setup.tokenizer)
         self.vocab_size = setup.vocab_size
+        self.prefix = PrefixCache(self.model.pool)
         self._open = 0
         if self.model.vocab_size != setup.vocab_size:
             raise DrafterMismatch(
@@ -64,7 +66,7 @@ class DraftModel(Drafter):
     def open(self, prompt: Sequence[int], hints: DraftHints) -> DraftSession:
         """A session with a table of its own in the draft model's pool; the prompt is read after the first commit."""
         self._open += 1
-        return _Session(self, prompt)
+        return _Session(self, prompt, CacheKey(tenant=hints.cache_salt))
 
     def closed(self) -> None:
         """A session was closed."""
@@ -87,8 +89,9 @@ class DraftModel(Drafter):
     def check(self) -> None:
         """Raise RuntimeError if pages are held though no session is open."""
         self.model.pool.check()
-        if not self._open and self.model.pool.free_pages != self.model.pool.pages:
-            raise RuntimeError("draft model: pages are held without a session")
+        self.prefix.check()
+        if not self._open and self.model.pool.open_tables:
+            raise RuntimeError("draft model: tables are open without a session")
 
     def _read(self, growths: Sequence[_Growth]) -> None:
         """Bring every session's KV up to its last committed token; its logits are the first level of the tree."""
@@ -105,8 +108,9 @@ class DraftModel(Drafter):
 
 
 class _Session(DraftSession):
-    def __init__(self, drafter: DraftModel, prompt: Sequence[int]) -> None:
+    def __init__(self, drafter: DraftModel, prompt: Sequence[int], key: CacheKey) -> None:
         self._drafter = drafter
+        self._key = key
         self.ids = list(prompt)
         self._prompt_length = len(prompt)
         self.table: BlockTable = drafter.model.pool.open()
@@ -123,7 +127,7 @@ class _Session(DraftSession):
         self.ids.extend(tokens)
 
     def close(self) -> None:
-        self.table.release()
+        self._drafter.prefix.retire(self._key, self.ids, self.table)
         self._drafter.closed()
 
     def grow(self) -> _Growth:
@@ -146,6 +150,9 @@ class _Session(DraftSession):
             self.table.length = len(self.ids) - 1
         if len(self.ids) + self._drafter.depth > self._drafter.model.context_length:
             return False
+        if not self.table.pages:
+            lease = self._drafter.prefix.match(self._key, self.ids)
+            self.table.adopt(lease.pages, lease.tokens)
         try:
             self.table.reserve(len(self.ids) + tree_rows)
         except OutOfPages:

@@ -12,9 +12,11 @@ from specgen.types import TokenTree
 
 @dataclass(frozen=True, slots=True)
 class DraftHints:
-    """What a session may know besides the ids. `prediction` is the text the caller expects, as token ids."""
+    """What a session may know besides the ids. `prediction` is the text the caller expects, as token ids; what is kept
+    beyond the session may be shown only to sessions of the same `cache_salt`."""
 
     prediction: tuple[int, ...] = ()
+    cache_salt: str = ""
 
 
 class DraftSession(ABC):

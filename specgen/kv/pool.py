@@ -1,34 +1,49 @@
 """The paged KV pool: one allocation per layer shape, shared by all sequences of one model.
 
-A *slot* holds one token's key and value in every layer; a *page* is `page_size` consecutive slots. A sequence owns
-whole pages through its `BlockTable`. Pages are handed out so that a sequence's slots stay consecutive where they can:
-attention then reads a view instead of gathering a copy.
+A *slot* holds one token's key and value in every layer; a *page* is `page_size` consecutive slots. A sequence refers
+to whole pages through its `BlockTable`, the prefix cache through its nodes; a page is free when nobody refers to it.
+Rows that anyone but their writer may read are never written again. Pages are handed out so that a sequence's slots stay
+consecutive where they can: attention then reads a view instead of gathering a copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from specgen.errors import OutOfPages
+from specgen.kv.formats import NATIVE, KVFormat, LayerShape, LayerStore
 
 PAGE_SIZE = 16
 
 
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """Key and value of one token in one layer: `kv_heads` x `key_dim` and `kv_heads` x `value_dim`."""
+class Holder(Protocol):
+    """Whoever refers to pages: a table, a prefix cache."""
 
-    kv_heads: int
-    key_dim: int
-    value_dim: int
+    @property
+    def held_pages(self) -> Iterable[int]:
+        """One entry per reference."""
+
+
+class Reserve(Protocol):
+    """Someone who holds pages that nobody needs now, and gives them up when they are wanted."""
+
+    def evict(self, count: int) -> None:
+        """Give up `count` of its idle pages, or all of them."""
+
+    def idled(self, page: int) -> None:
+        """The last one besides the reserve has let go of a page that was shelved."""
 
 
 class KVPool:
-    """Storage for `pages` pages. Owned by one engine and touched from its thread alone."""
+    """Storage for `pages` pages of a KV format. Owned by one engine and touched from its thread alone.
+
+    reserve: gives up pages when there are too few; a prefix cache.
+    """
 
     def __init__(
         self,
@@ -37,35 +52,53 @@ class KVPool:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        kind: KVFormat = NATIVE,
         page_size: int = PAGE_SIZE,
     ) -> None:
         self.pages = pages
         self.page_size = page_size
         self.device = device
+        self.kind = kind
+        self.shapes = tuple(layers)
+        self.bytes_per_token = kind.bytes_per_token(layers, dtype)
+        self.holders: set[Holder] = set()
+        self.reserve: Reserve | None = None
         self._free = torch.ones(pages, dtype=torch.bool)
         self._free_count = pages
-        self._tables: set[BlockTable] = set()
-        self._stacks: list[Tensor] = []
-        self.keys: list[Tensor] = [torch.empty(0)] * len(layers)
-        self.values: list[Tensor] = [torch.empty(0)] * len(layers)
-        slots = pages * page_size
+        self._references = [0] * pages
+        self._shelved: set[int] = set()
+        self._idle_count = 0
+        self.stacks: list[Tensor] = []
+        stores: dict[int, LayerStore] = {}
         for shape in dict.fromkeys(layers):
             members = [index for index, layer in enumerate(layers) if layer == shape]
-            for views, dim in ((self.keys, shape.key_dim), (self.values, shape.value_dim)):
-                stack = torch.empty(len(members), slots, shape.kv_heads, dim, dtype=dtype, device=device)
-                self._stacks.append(stack)
-                for view, index in zip(stack, members, strict=True):
-                    views[index] = view
-
-    @staticmethod
-    def bytes_per_token(layers: Sequence[LayerShape], dtype: torch.dtype) -> int:
-        """Bytes one token takes in all layers together."""
-        return sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers) * dtype.itemsize
+            stacks = [
+                torch.empty(len(members), pages * page_size, *plane.shape, dtype=plane.dtype, device=device)
+                for plane in kind.planes(shape, dtype)
+            ]
+            self.stacks += stacks
+            for place, index in enumerate(members):
+                stores[index] = LayerStore(kind, shape, dtype, [stack[place] for stack in stacks])
+        self.layers = [stores[index] for index in range(len(layers))]
 
     @property
     def free_pages(self) -> int:
-        """Pages that no table owns."""
+        """Pages that nobody refers to."""
         return self._free_count
+
+    def has(self, count: int) -> bool:
+        """Whether `take(count)` would succeed."""
+        return count <= self._free_count + self._idle_count
+
+    @property
+    def idle_pages(self) -> int:
+        """Pages that only the reserve refers to. Each can be given up: see `PrefixCache.publish`."""
+        return self._idle_count
+
+    @property
+    def open_tables(self) -> int:
+        """Tables that were opened and not released."""
+        return sum(isinstance(holder, BlockTable) for holder in self.holders)
 
     @property
     def capacity(self) -> int:
@@ -75,25 +108,18 @@ class KVPool:
     def open(self) -> BlockTable:
         """An empty table. The caller owns it until `release()`."""
         table = BlockTable(self)
-        self._tables.add(table)
+        self.holders.add(table)
         return table
 
     def move(self, source: Tensor, destination: Tensor | slice) -> None:
         """Copy the slots `source` int64[n] onto the slots `destination`, in every layer."""
-        for stack in self._stacks:
+        for stack in self.stacks:
             stack[:, destination] = stack[:, source]
 
-    def check(self) -> None:
-        """Raise RuntimeError unless every page is either free or owned by exactly one open table."""
-        owned = [page for table in self._tables for page in table.pages]
-        if len(set(owned)) != len(owned):
-            raise RuntimeError("KV pool: a page is owned twice")
-        if self._free[owned].any() or len(owned) + int(self._free.sum()) != self.pages:
-            raise RuntimeError(f"KV pool: {len(owned)} pages owned, {int(self._free.sum())} free, {self.pages} in all")
-        if self._free_count != int(self._free.sum()):
-            raise RuntimeError("KV pool: the count of free pages is off")
-
-    def _take(self, count: int, after: int | None) -> list[int]:
+    def take(self, count: int, after: int | None = None) -> list[int]:
+        """`count` free pages with one reference each, behind the page `after` where possible. Raises OutOfPages."""
+        if count > self._free_count and self.reserve is not None:
+            self.reserve.evict(count - self._free_count)
         if count > self._free_count:
             raise OutOfPages(f"{count} pages wanted, {self._free_count} free of {self.pages}")
         taken: list[int] = []
@@ -101,9 +127,66 @@ class KVPool:
             beside = after is not None and after + 1 < self.pages and bool(self._free[after + 1])
             after = after + 1 if beside and after is not None else self._roomiest()
             self._free[after] = False
+            self._references[after] = 1
             taken.append(after)
         self._free_count -= count
         return taken
+
+    def share(self, pages: Iterable[int]) -> None:
+        """One reference more to each of `pages`, which are in use."""
+        for page in pages:
+            self._idle_count -= self._references[page] == 1 and page in self._shelved
+            self._references[page] += 1
+
+    def shelve(self, page: int) -> None:
+        """One reference more to a page in use: the reserve's, which may be asked to give it up."""
+        self.share([page])
+        self._shelved.add(page)
+
+    def unshelve(self, page: int) -> None:
+        """The reserve's reference back."""
+        self._idle_count -= self._references[page] == 1
+        self._shelved.remove(page)
+        self.drop([page])
+
+    def rows_of(self, page: int) -> list[Tensor]:
+        """A page's content, one tensor [layers, page_size, ...] per stack; views."""
+        start = page * self.page_size
+        return [stack[:, start : start + self.page_size] for stack in self.stacks]
+
+    def fill(self, page: int, rows: Sequence[Tensor]) -> None:
+        """Write what `rows_of` gave."""
+        for view, values in zip(self.rows_of(page), rows, strict=True):
+            view.copy_(values)
+
+    def drop(self, pages: Iterable[int]) -> None:
+        """One reference less to each of `pages`; those that nobody refers to are free."""
+        for page in pages:
+            if not self._references[page]:
+                raise RuntimeError(f"KV pool: page {page} is given back though nobody refers to it")
+            self._references[page] -= 1
+            if not self._references[page]:
+                self._free[page] = True
+                self._free_count += 1
+            elif self._references[page] == 1 and page in self._shelved:
+                self._idle_count += 1
+                if self.reserve is not None:
+                    self.reserve.idled(page)
+
+    def references(self, page: int) -> int:
+        """How many refer to a page."""
+        return self._references[page]
+
+    def check(self) -> None:
+        """Raise RuntimeError unless the references to every page are those of its holders."""
+        held = Counter(page for holder in self.holders for page in holder.held_pages)
+        for page, count in enumerate(self._references):
+            if held[page] != count or bool(self._free[page]) != (count == 0):
+                raise RuntimeError(f"KV pool: page {page} has {count} references, its holders have {held[page]}")
+        if self._free_count != int(self._free.sum()):
+            raise RuntimeError("KV pool: the count of free pages is off")
+        if self._idle_count != sum(self._references[page] == 1 for page in self._shelved):
+            raise RuntimeError("KV pool: the count of idle pages is off")
 
     def _roomiest(self) -> int:
         """Where a new run starts: in the middle of the longest free run, so that no neighbour's growth is stopped."""
@@ -113,10 +196,6 @@ class KVPool:
         longest = int((stops - starts).argmax())
         start, stop = int(starts[longest]), int(stops[longest])
         return start if start == 0 else (start + stop) // 2
-
-    def _give_back(self, pages: list[int]) -> None:
-        self._free[pages] = True
-        self._free_count += len(pages)
 
 
 class BlockTable:
@@ -133,35 +212,42 @@ class BlockTable:
         self._consecutive = True
 
     @property
+    def held_pages(self) -> list[int]:
+        """The pages this table refers to."""
+        return self.pages
+
+    @property
     def capacity(self) -> int:
-        """Tokens that fit the pages owned now."""
+        """Tokens that fit the pages at hand."""
         return len(self.pages) * self.pool.page_size
+
+    def adopt(self, pages: Sequence[int], length: int) -> None:
+        """Begin an empty table with `pages`, whose references the caller hands over, and `length` committed tokens."""
+        self.pages = list(pages)
+        self.length = length
+        self._number()
 
     def missing_pages(self, tokens: int) -> int:
         """Pages that `reserve(tokens)` would take."""
         return max(0, -(-tokens // self.pool.page_size) - len(self.pages))
 
     def reserve(self, tokens: int) -> None:
-        """Own pages for `tokens` tokens in all. Raises OutOfPages, nothing changed, when the pool cannot give them."""
+        """Have pages for `tokens` tokens in all. Raises OutOfPages, nothing changed, when the pool cannot give them."""
         missing = self.missing_pages(tokens)
-        if not missing:
-            return
-        self.pages += self.pool._take(missing, self.pages[-1] if self.pages else None)
-        size = self.pool.page_size
-        pages = torch.tensor(self.pages)
-        self._slots = (pages[:, None] * size + torch.arange(size)).flatten()
-        self._consecutive = bool(pages.diff().eq(1).all())
+        if missing:
+            self.pages += self.pool.take(missing, self.pages[-1] if self.pages else None)
+            self._number()
 
     def trim(self, tokens: int) -> None:
         """Give back whole pages behind the first `tokens` slots, which rejected rows leave unused."""
         kept = -(-tokens // self.pool.page_size)
-        self.pool._give_back(self.pages[kept:])
+        self.pool.drop(self.pages[kept:])
         del self.pages[kept:]
         self._slots = self._slots[: self.capacity]
 
     def span(self, start: int, stop: int) -> slice | Tensor:
         """Slots of positions `[start, stop)`: a slice when they are consecutive, else int64[stop - start]."""
-        if self._consecutive:
+        if self._consecutive and self.pages:
             first = self.pages[0] * self.pool.page_size
             return slice(first + start, first + stop)
         return self._slots[start:stop]
@@ -186,4 +272,10 @@ class BlockTable:
         """Give all pages back and close the table. Doing so twice is harmless."""
         self.trim(0)
         self.length = 0
-        self.pool._tables.discard(self)
+        self.pool.holders.discard(self)
+
+    def _number(self) -> None:
+        size = self.pool.page_size
+        pages = torch.tensor(self.pages, dtype=torch.int64)
+        self._slots = (pages[:, None] * size + torch.arange(size)).flatten()
+        self._consecutive = bool(pages.diff().eq(1).all())

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from specgen.errors import UnsupportedModel
-from specgen.kv.pool import LayerShape
+from specgen.kv.formats import LayerShape
 from specgen.model.attention import EVERYTHING, Reach
 
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)

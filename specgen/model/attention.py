@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -28,8 +28,10 @@ from transformers import AttentionInterface, Cache, PreTrainedConfig, PreTrained
 
 from specgen.errors import UnsupportedModel
 from specgen.kernels.reference import tree_attention
+from specgen.kv.formats import LayerStore
 from specgen.kv.pool import KVPool
 from specgen.kv.segment import Segment
+from specgen.model.row_attention import Seen, row_by_row, seen_in_chain, seen_in_mask
 
 _PACKED_HEADS_ROWS = 64
 _names = (f"specgen-{number}" for number in itertools.count())
@@ -83,17 +85,31 @@ class Batch:
         writes = [s.table.span(s.end - len(s.tokens), s.end) for s in segments]
         self.write = writes[0] if len(writes) == 1 else _concatenated(writes)
         self._views: dict[tuple[int, Reach], tuple[slice | Tensor, Tensor | None]] = {}
+        self._seen: dict[tuple[int, Reach], tuple[slice | Tensor, list[Seen], int]] = {}
 
     def view(self, index: int, reach: Reach) -> tuple[slice | Tensor, Tensor | None]:
         """Slots that segment `index` reads, and bool[rows, keys] of what each row sees; `None` = everything."""
         cached = self._views.get((index, reach))
         if cached is None:
             segment = self.segments[index]
-            start = 0 if self.gathered or reach == EVERYTHING else _first_seen(segment, reach)
+            start = self._start(segment, reach)
             mask = _mask(segment, start, reach)
             mask = None if mask is None else mask.to(self.pool.device)
             cached = self._views[index, reach] = segment.table.span(start, segment.end), mask
         return cached
+
+    def seen(self, index: int, reach: Reach) -> tuple[slice | Tensor, list[Seen], int]:
+        """Slots that segment `index` reads, what each row sees of them, and how many of them are committed."""
+        cached = self._seen.get((index, reach))
+        if cached is None:
+            segment = self.segments[index]
+            start = self._start(segment, reach)
+            span = segment.table.span(start, segment.end)
+            cached = self._seen[index, reach] = span, _seen_rows(segment, start, reach), segment.table.length - start
+        return cached
+
+    def _start(self, segment: Segment, reach: Reach) -> int:
+        return 0 if self.gathered or reach == EVERYTHING else _first_seen(segment, reach)
 
     @cached_property
     def offsets(self) -> Tensor:
@@ -106,6 +122,16 @@ def _first_seen(segment: Segment, reach: Reach) -> int:
     """The first position of the prefix that any row sees."""
     earliest = min(segment.positions[segment.tail - len(segment.tokens) :])
     return min(segment.table.length, reach.oldest(earliest))
+
+
+def _seen_rows(segment: Segment, start: int, reach: Reach) -> list[Seen]:
+    prefix, rows = segment.table.length, len(segment.tokens)
+    if segment.visible is None and list(segment.positions) == list(range(prefix, prefix + segment.tail)):
+        return seen_in_chain(start, segment.end, [reach.oldest(p) for p in segment.positions[-rows:]])
+    mask = _mask(segment, start, reach)
+    if mask is None:
+        mask = torch.ones(1, segment.end - start, dtype=torch.bool)
+    return seen_in_mask(mask, prefix - start)
 
 
 def _concatenated(spans: Sequence[slice | Tensor]) -> Tensor:
@@ -141,13 +167,13 @@ class PackedCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Write [1, kv_heads, rows, dim] to the pool; return what the model is to attend to."""
         batch = self.batch
-        keys, values = _stored(batch.pool, self.stores, layer_idx)
-        keys[batch.write] = key_states[0].transpose(0, 1)
-        values[batch.write] = value_states[0].transpose(0, 1)
+        store = _stored(batch.pool, self.stores, layer_idx)
+        store.write(batch.write, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1))
         if not batch.gathered:
             return key_states, value_states
-        spans = [segment.table.span(0, segment.end) for segment in batch.segments]
-        return _gather(keys, spans), _gather(values, spans)
+        parts = [store.read_plain(segment.table.span(0, segment.end)) for segment in batch.segments]
+        keys, values = (torch.cat(side).transpose(0, 1).unsqueeze(0) for side in zip(*parts, strict=True))
+        return keys, values
 
     def get_seq_length(self, layer_idx: int | None = None) -> int | Tensor:  # type: ignore[override]
         """Zero for the model, to which positions are given.
@@ -157,15 +183,11 @@ class PackedCache(Cache):
         return 0 if layer_idx is None else self.batch.offsets
 
 
-def _stored(pool: KVPool, stores: Sequence[int | None], layer: int) -> tuple[Tensor, Tensor]:
+def _stored(pool: KVPool, stores: Sequence[int | None], layer: int) -> LayerStore:
     store = stores[layer]
     if store is None:
         raise UnsupportedModel(f"layer {layer} attends, though the model's own cache holds nothing of it")
-    return pool.keys[store], pool.values[store]
-
-
-def _gather(store: Tensor, spans: Sequence[slice | Tensor]) -> Tensor:
-    return torch.cat([store[span] for span in spans]).transpose(0, 1).unsqueeze(0)
+    return pool.layers[store]
 
 
 def dense_mask(batch: Batch, dtype: torch.dtype) -> Tensor:
@@ -187,7 +209,15 @@ def dense_mask(batch: Batch, dtype: torch.dtype) -> Tensor:
 class PackedAttention:
     """The attention function of one model, registered with transformers under a name of its own."""
 
-    def __init__(self, model: PreTrainedModel, reaches: Sequence[Reach], stores: Sequence[int | None]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reaches: Sequence[Reach],
+        stores: Sequence[int | None],
+        *,
+        invariant: bool = False,
+    ) -> None:
+        self._invariant = invariant
         self._configs = tuple(_nested(model.config))
         self._reaches = reaches
         self._stores = stores
@@ -231,27 +261,34 @@ class PackedAttention:
         reach = self._reaches[layer]
         if (surprise := _surprise(attention_mask, reach, kwargs)) is not None:
             raise UnsupportedModel(f"layer {layer} ({type(module).__name__}) {surprise}")
-        pool_keys, pool_values = _stored(batch.pool, self._stores, layer)
+        store = _stored(batch.pool, self._stores, layer)
+        turned = store.turned and not batch.gathered
+        queries = query[0].transpose(0, 1)
+        if turned:
+            queries = store.turn_query(queries)
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        attend = partial(_attend, scale=scale, softcap=softcap, sinks=s_aux)
         outputs = []
         row = column = 0
         for index, segment in enumerate(batch.segments):
-            span, visible = batch.view(index, reach)
-            if batch.gathered:
-                keys, values = (t[0, :, column : column + segment.end] for t in (key, value))
-            else:
-                keys, values = pool_keys[span].transpose(0, 1), pool_values[span].transpose(0, 1)
-            queries = query[0, :, row : row + len(segment.tokens)]
+            given = [t[0, :, column : column + segment.end].transpose(0, 1) for t in (key, value)]
+            mine = queries[row : row + len(segment.tokens)]
             row, column = row + len(segment.tokens), column + segment.end
-            if softcap is None and s_aux is None:
-                outputs.append(_sdpa(queries, keys, values, visible, scale))
+            if self._invariant:
+                span, seen, prefix = batch.seen(index, reach)
+                # Contiguous: a row's keys lie alike whatever made them.
+                keys, values = (t.contiguous() for t in given) if batch.gathered else store.read(span)
+                outputs.append(row_by_row(attend, mine, keys, values, seen, prefix))
             else:
-                outputs.append(
-                    tree_attention(queries, keys, values, visible, scale=scale, softcap=softcap, sinks=s_aux)
-                )
-        packed = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+                span, visible = batch.view(index, reach)
+                keys, values = given if batch.gathered else store.read(span)
+                by_head = (t.transpose(0, 1) for t in (mine, keys, values))
+                outputs.append(attend(*by_head, visible=visible))
+        packed = (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)).transpose(0, 1)
+        if turned:
+            packed = store.turn_output(packed)
         # Contiguous as transformers' own functions return it: some models call `view` on it.
-        return packed.transpose(0, 1).contiguous().unsqueeze(0), None
+        return packed.contiguous().unsqueeze(0), None
 
 
 def _nested(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -271,6 +308,21 @@ def _surprise(attention_mask: Tensor | None, reach: Reach, kwargs: dict[str, Any
     # Nearly all values are None or False, so that the names need not be looked at.
     unknown = [name for name, value in kwargs.items() if value is not None and value is not False and name not in _IDLE]
     return f"asks its attention for {', '.join(unknown)}, which cannot be packed" if unknown else None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    visible: Tensor | None = None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    if softcap is None and sinks is None:
+        return _sdpa(query, key, value, visible, scale)
+    return tree_attention(query, key, value, visible, scale=scale, softcap=softcap, sinks=sinks)
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float) -> Tensor:

@@ -14,13 +14,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specgen.errors import InvalidRequest
+from specgen.kv.formats import NATIVE, KVFormat
 from specgen.kv.pool import PAGE_SIZE, KVPool
 from specgen.kv.segment import Segment
 from specgen.model.architecture import context_limit, inspect_layers
 from specgen.model.attention import Batch, PackedAttention, PackedCache, Seam, dense_mask
+from specgen.model.calibration import centre_keys
+from specgen.model.invariance_check import CHECK_PAGES, check_invariance
+from specgen.model.invariant import InvariantLayers
 from specgen.model.seam_check import choose_seam
 
 _FULL_CONTEXTS = 16
+_SEAM_CHECK_PAGES = 2
 _LONGEST_CONTEXT = 1 << 20
 
 
@@ -33,10 +38,22 @@ class Target:
     kv_tokens: tokens the KV pool holds; `None` takes a quarter of the free memory, at most 16 full contexts.
     max_context: most tokens of one sequence; `None` takes what the model's positions allow. LongRoPE models stay below
         their original length: behind it one text would change how another is read.
+    kv_format: how the pool keeps keys and values. calibration: ids of a text, for formats that centre keys.
+    invariant: compute each row so that its bits do not depend on the rows beside it, which loading proves. `None` does
+        so for formats that round, where the last bit of a sum may be a step of the code, below float64.
     Raises UnsupportedModel, naming the layer and what to do instead, and InvalidRequest for sizes below 1.
     """
 
-    def __init__(self, model: PreTrainedModel, *, kv_tokens: int | None = None, max_context: int | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        kv_tokens: int | None = None,
+        max_context: int | None = None,
+        kv_format: KVFormat = NATIVE,
+        calibration: Sequence[int] = (),
+        invariant: bool | None = None,
+    ) -> None:
         for name, size in (("kv_tokens", kv_tokens), ("max_context", max_context)):
             if size is not None and size < 1:
                 raise InvalidRequest(f"{name} is {size}; it must be at least 1", param=name)
@@ -46,19 +63,25 @@ class Target:
         self.vocab_size = self.architecture.vocab_size
         self.forwards = 0
         self.rows = 0
-        self._attention = PackedAttention(model, self.architecture.reaches, self.architecture.stores)
+        rounds = not kv_format.lossless and self.architecture.dtype != torch.float64
+        self.invariant = rounds if invariant is None else invariant
+        self._attention = PackedAttention(
+            model, self.architecture.reaches, self.architecture.stores, invariant=self.invariant
+        )
+        self._layers = InvariantLayers(model) if self.invariant else None
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         context = min(n for n in (context_limit(model), max_context, _LONGEST_CONTEXT) if n is not None)
-        self.pool = KVPool(
-            self.architecture.shapes,
-            # Two pages at least: the check at load packs two sequences.
-            max(2, -(-(kv_tokens or self._affordable_tokens(context)) // PAGE_SIZE)),
-            dtype=self.architecture.dtype,
-            device=self.device,
-        )
-        self.context_length = min(context, self.pool.capacity)
+        # The check compares with the model itself, so it keeps KV as it is; the real pool comes after.
         self.seam = Seam.DIRECT
+        self.pool = self._make_pool(_SEAM_CHECK_PAGES, NATIVE)
         self.seam = choose_seam(self)
+        if self.invariant:
+            self._check_invariance(kv_format, asked=invariant is True)
+        tokens = kv_tokens or self._affordable_tokens(context, kv_format)
+        self.pool = self._make_pool(-(-tokens // PAGE_SIZE), kv_format)
+        self.context_length = min(context, self.pool.capacity)
+        if kv_format.centred:
+            centre_keys(self.pool, model, calibration, self.architecture)
         self.forwards = self.rows = 0
 
     @torch.inference_mode()
@@ -75,7 +98,10 @@ class Target:
         dense = self.seam is Seam.DENSE
         self.forwards += 1
         self.rows += batch.rows
-        with nullcontext() if dense else self._attention.over(batch):
+        with (
+            nullcontext() if dense else self._attention.over(batch),
+            self._layers.active() if self._layers else nullcontext(),
+        ):
             logits: Tensor = self.model(
                 input_ids=ids,
                 position_ids=position_ids,
@@ -105,8 +131,19 @@ class Target:
         self.forward([segment])
         return time.perf_counter() - started
 
-    def _affordable_tokens(self, context: int) -> int:
-        per_token = KVPool.bytes_per_token(self.architecture.shapes, self.architecture.dtype)
+    def _check_invariance(self, kv_format: KVFormat, *, asked: bool) -> None:
+        """With KV as it is, where a difference cannot hide behind rounding, and as it will be kept."""
+        instead = "load it without" if asked else f"without it kv_format={kv_format.name!r} is not exact: take 'native'"
+        instead += ", or invariant=False, and drafting may change the last bits, and so at times the text"
+        for kind in dict.fromkeys((NATIVE, kv_format)):
+            self.pool = self._make_pool(CHECK_PAGES, kind)
+            check_invariance(self, instead)
+
+    def _make_pool(self, pages: int, kind: KVFormat) -> KVPool:
+        return KVPool(self.architecture.shapes, pages, dtype=self.architecture.dtype, device=self.device, kind=kind)
+
+    def _affordable_tokens(self, context: int, kv_format: KVFormat) -> int:
+        per_token = kv_format.bytes_per_token(self.architecture.shapes, self.architecture.dtype)
         return min(_FULL_CONTEXTS * context, max(PAGE_SIZE, _free_memory(self.device) // 4 // per_token))
 
 

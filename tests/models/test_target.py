@@ -143,7 +143,7 @@ def test_two_targets_may_share_a_model(llama: Target) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_data_types_load(name: str, dtype: torch.dtype) -> None:
     target = Target(build(name).to(dtype), kv_tokens=256)
-    assert target.pool.keys[0].dtype == dtype
+    assert target.pool.stacks[0].dtype == dtype
 
 
 def test_the_context_ends_where_the_first_of_three_limits_is() -> None:

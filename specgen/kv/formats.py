@@ -1,0 +1,254 @@
+"""How the pool keeps a token's key and value: as they are, or in fewer bits.
+
+Every format encodes each token alone, once, when it is written. So a rejected row is simply forgotten: there is no
+full-precision tail, nothing is flushed later and nothing is rolled back, and what a token's KV reads as does not
+depend on what was drafted, batched or cached around it.
+
+Rotation (QuaRot, Ashkboos et al. 2024): heads are turned by an orthonormal Hadamard matrix, which spreads outlier
+channels; scores are kept by turning the query too, and the output is turned back once.
+Centring: a constant vector taken off all keys of a head moves every score of a query alike, so its mean over a text
+can be taken off before the keys are rounded, and is put back when they are read.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from specgen.errors import UnsupportedModel
+from specgen.kernels.blocks import in_blocks
+
+_SCALE = torch.float16
+_LEAST_SCALE = 2.0**-20
+_ROTATED_ROWS = (16,)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """Key and value of one token in one layer: `kv_heads` x `key_dim` and `kv_heads` x `value_dim`."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """One tensor of a layer's store: what it holds for each slot."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Bytes per slot."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Coder(ABC):
+    """Vectors to planes and back, each vector alone. `x` is float[n, heads, dim]."""
+
+    lossless: ClassVar[bool] = False
+    """Whether `decode` answers what `encode` was given, to the bit."""
+
+    @abstractmethod
+    def planes(self, heads: int, dim: int, dtype: torch.dtype) -> tuple[Plane, ...]:
+        """What is kept of `heads` vectors of `dim` numbers of `dtype`."""
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        """One tensor per plane, [n, *plane.shape]."""
+
+    @abstractmethod
+    def decode(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """What the planes stand for, as `dtype`."""
+
+
+class _AsIs(Coder):
+    """The model's own dtype."""
+
+    lossless = True
+
+    def planes(self, heads: int, dim: int, dtype: torch.dtype) -> tuple[Plane, ...]:
+        return (Plane((heads, dim), dtype),)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x,)
+
+    def decode(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        return planes[0]
+
+
+class _Scaled(Coder):
+    """One scale per vector: symmetric, `largest` being the largest number that `dtype` stands for."""
+
+    def __init__(self, dtype: torch.dtype, largest: float) -> None:
+        self._dtype = dtype
+        self._largest = largest
+
+    def planes(self, heads: int, dim: int, dtype: torch.dtype) -> tuple[Plane, ...]:
+        return Plane((heads, dim), self._dtype), Plane((heads, 1), _SCALE)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = x.float()
+        scale = _positive(x.abs().amax(dim=-1, keepdim=True) / self._largest)
+        codes = (x / scale.float()).clamp(-self._largest, self._largest)
+        return (codes if self._dtype.is_floating_point else codes.round()).to(self._dtype), scale
+
+    def decode(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        codes, scale = planes
+        return (codes.float() * scale.float()).to(dtype)
+
+
+class _FourBit(Coder):
+    """Sixteen levels from a vector's smallest to its largest number; two codes a byte."""
+
+    def planes(self, heads: int, dim: int, dtype: torch.dtype) -> tuple[Plane, ...]:
+        if dim % 2:
+            raise UnsupportedModel(f"KV heads of {dim} numbers cannot be kept in 4 bits; choose int8 or fp8")
+        return Plane((heads, dim // 2), torch.uint8), Plane((heads, 2), _SCALE)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = x.float()
+        low = x.amin(dim=-1, keepdim=True).to(_SCALE)
+        scale = _positive((x.amax(dim=-1, keepdim=True) - low.float()) / 15)
+        codes = ((x - low.float()) / scale.float()).round().clamp(0, 15).to(torch.uint8)
+        return codes[..., ::2] | (codes[..., 1::2] << 4), torch.cat([low, scale], dim=-1)
+
+    def decode(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        packed, affine = planes
+        codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+        low, scale = affine[..., :1].float(), affine[..., 1:].float()
+        x: Tensor = codes.float() * scale + low
+        return x.to(dtype)
+
+
+def _positive(scale: Tensor) -> Tensor:
+    """A scale as it is stored, never zero: codes are made with the stored one, so that they decode with it."""
+    return scale.clamp(_LEAST_SCALE, torch.finfo(_SCALE).max).to(_SCALE)
+
+
+def hadamard(dim: int, device: torch.device | None = None) -> Tensor:
+    """float32[dim, dim], orthonormal and symmetric: Hadamard blocks of the largest power of two that divides `dim`."""
+    size = dim & -dim
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    blocks: Tensor = torch.block_diag(*[matrix / size**0.5] * (dim // size))
+    return blocks.to(device)
+
+
+@dataclass(frozen=True, slots=True)
+class KVFormat:
+    """How keys and values are kept. Offered by plugins through the hook `kv_formats`.
+
+    rotated: turn heads by a Hadamard matrix first. centred: take each key channel's mean over a text off first.
+    """
+
+    name: str
+    key: Coder
+    value: Coder
+    rotated: bool = False
+    centred: bool = False
+
+    @property
+    def lossless(self) -> bool:
+        """Whether keys and values are read as they were written, to the bit."""
+        return self.key.lossless and self.value.lossless and not (self.rotated or self.centred)
+
+    def planes(self, shape: LayerShape, dtype: torch.dtype) -> tuple[Plane, ...]:
+        """The planes of one layer, keys first."""
+        keys = self.key.planes(shape.kv_heads, shape.key_dim, dtype)
+        return keys + self.value.planes(shape.kv_heads, shape.value_dim, dtype)
+
+    def bytes_per_token(self, layers: Sequence[LayerShape], dtype: torch.dtype) -> int:
+        """Bytes that one token takes in all layers together."""
+        return sum(plane.bytes for shape in layers for plane in self.planes(shape, dtype))
+
+
+class LayerStore:
+    """One layer of a pool: planes of [slots, ...], and what turns keys and values into them and back."""
+
+    def __init__(self, kind: KVFormat, shape: LayerShape, dtype: torch.dtype, planes: Sequence[Tensor]) -> None:
+        self.kind = kind
+        self.dtype = dtype
+        self.planes = tuple(planes)
+        self._keys = len(kind.key.planes(shape.kv_heads, shape.key_dim, dtype))
+        device = planes[0].device
+        self._center = torch.zeros(shape.kv_heads, shape.key_dim, device=device) if kind.centred else None
+        self._key_turn = hadamard(shape.key_dim, device) if kind.rotated else None
+        self._value_turn = hadamard(shape.value_dim, device) if kind.rotated else None
+
+    @property
+    def turned(self) -> bool:
+        """Whether `read` answers rotated heads: then turn the query before attention and the output after it."""
+        return self.kind.rotated
+
+    def turn_query(self, query: Tensor) -> Tensor:
+        """Queries [rows, heads, key_dim] as the keys are kept, so that scores stay what they are."""
+        return _turned(query, self._key_turn)
+
+    def turn_output(self, output: Tensor) -> Tensor:
+        """Attention's output [rows, heads, value_dim] turned back; the matrix is its own inverse."""
+        return _turned(output, self._value_turn)
+
+    def centre(self, mean: Tensor) -> None:
+        """Set the mean key, float[kv_heads, key_dim]. Before the first write: what is written stands."""
+        if self._center is not None:
+            self._center.copy_(_turned(mean.float(), self._key_turn))
+
+    def write(self, slots: slice | Tensor, key: Tensor, value: Tensor) -> None:
+        """Keep key and value, [rows, kv_heads, dim], at `slots`."""
+        if self._key_turn is not None:
+            key, value = _turned(key.float(), self._key_turn), _turned(value.float(), self._value_turn)
+        if self._center is not None:
+            key = key - self._center
+        for plane, rows in zip(self.planes, self.kind.key.encode(key) + self.kind.value.encode(value), strict=True):
+            plane[slots] = rows
+
+    def read(self, span: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values at `span`, [n, kv_heads, dim], rotated if `turned`."""
+        rows = [plane[span] for plane in self.planes]
+        if self._center is None:
+            key = self.kind.key.decode(rows[: self._keys], self.dtype)
+        else:
+            key = (self.kind.key.decode(rows[: self._keys], torch.float32) + self._center).to(self.dtype)
+        return key, self.kind.value.decode(rows[self._keys :], self.dtype)
+
+    def read_plain(self, span: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values at `span` as the model made them, up to rounding."""
+        key, value = self.read(span)
+        return _turned(key, self._key_turn), _turned(value, self._value_turn)
+
+
+def _turned(x: Tensor, turn: Tensor | None) -> Tensor:
+    """`x` [rows, heads, dim] rotated, in float32 at least.
+
+    In blocks of one size: not even the last bit of what is rounded to codes may depend on how many rows there are.
+    """
+    if turn is None:
+        return x
+    wide = x if x.dtype == torch.float64 else x.float()
+    turn = turn.to(wide.dtype)
+    turned: Tensor = in_blocks(lambda block: block @ turn, wide, _ROTATED_ROWS).to(x.dtype)
+    return turned
+
+
+NATIVE = KVFormat("native", _AsIs(), _AsIs())
+_INT8, _FP8 = _Scaled(torch.int8, 127.0), _Scaled(torch.float8_e4m3fn, 448.0)
+KVFormatFactory: TypeAlias = Callable[[], KVFormat]
+
+_BUILT_IN = (
+    NATIVE,
+    KVFormat("int8", _INT8, _INT8),
+    KVFormat("k8v4", _INT8, _FourBit(), rotated=True),
+    KVFormat("int4", _FourBit(), _FourBit(), rotated=True, centred=True),
+    KVFormat("fp8", _FP8, _FP8),
+)
+FORMATS: Mapping[str, KVFormatFactory] = {kind.name: partial(replace, kind) for kind in _BUILT_IN}

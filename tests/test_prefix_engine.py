@@ -1,0 +1,265 @@
+"""The prefix cache in the engine: what is computed, what is not, and that nobody can tell from the text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from specgen.api import Engine
+from specgen.config import EngineConfig
+from specgen.errors import InvalidRequest
+from specgen.kv.pagefile import read_header
+from specgen.kv.prefix import CacheKey
+from tests.models.tiny import build
+
+# Full attention, sliding windows, latents (MLA), sinks.
+FAMILIES = ("llama", "mistral", "deepseek_v3", "gpt_oss")
+PHRASE = [5, 17, 40, 8, 61, 33, 90, 12, 77, 29]
+PROMPTS = [PHRASE * 4, [*PHRASE * 3, 4, 9, 50], [*PHRASE[::-1] * 3, 7]]
+NEW = 12
+HOST = {"host_cache_bytes": 1 << 24}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[..., Engine]]:
+    """Opens engines over one model, checks them after every step and closes them."""
+    engines: list[Engine] = []
+    models: dict[str, Any] = {}
+
+    def open_engine(name: str = "llama", **options: Any) -> Engine:
+        model = models.setdefault(name, build(name)) if isinstance(name, str) else name
+        engine = Engine(model, **{"kv_tokens": 1024, "drafters": ["prompt-lookup"], **options})
+        core, step = engine._core, engine._core.step
+
+        def checked() -> Any:
+            outputs = step()
+            core.check()
+            return outputs
+
+        core.step = checked  # type: ignore[method-assign]
+        if engine._core.prefix and engine._core.prefix.tiers:
+            # Tiny models compute a page in no time: what is restored must not depend on the clock.
+            engine._core.prefix.tiers._token_seconds = lambda: 1e6
+        engines.append(engine)
+        return engine
+
+    yield open_engine
+    for engine in engines:
+        engine.check()
+        engine.close()
+
+
+def texts(engine: Engine, *, batch: bool = True, speculation: str = "auto", **options: Any) -> list[tuple[int, ...]]:
+    """What greedy and seeded sampling say, all prompts at once or one after the other."""
+    found = []
+    for sampling in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 7}):
+        params = {**sampling, "max_tokens": NEW, "speculation": speculation, **options}
+        results = engine.generate(PROMPTS, **params) if batch else [engine.generate(p, **params) for p in PROMPTS]
+        found += [result.ids for result in results]
+    return found
+
+
+def evict(engine: Engine) -> None:
+    core = engine._core
+    assert core.prefix
+    engine.prefix.on_engine(lambda: core.prefix.evict(core.target.pool.pages))  # type: ignore[union-attr]
+    assert engine.prefix.stats.pages == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nobody_can_tell_from_the_text(family: str, opened: Callable[..., Engine], tmp_path: Path) -> None:
+    alone = opened(family, prefix_cache=False)
+    expected = texts(alone, batch=False, speculation="off")
+    assert len(set(expected)) == len(expected)
+
+    engine = opened(family)
+    assert texts(engine) == expected, "cold"
+    assert texts(engine) == expected, "warm"
+    assert texts(engine, batch=False) == expected, "warm, alone"
+    assert texts(engine, speculation="off") == expected, "warm, without speculation"
+    assert engine.prefix.stats.cached_tokens > engine.prefix.stats.queried_tokens // 2
+
+    for options in (HOST, {"disk_cache": tmp_path}):
+        engine = opened(family, **options)
+        assert texts(engine) == expected, "cold, with a tier"
+        for speculation in ("auto", "off"):
+            evict(engine)
+            assert texts(engine, speculation=speculation) == expected, "back from a tier"
+        assert engine.prefix.stats.restored_pages >= 4
+
+    again = opened(family, disk_cache=tmp_path)
+    assert texts(again, batch=False) == expected, "back from the disk in another engine"
+    assert again.prefix.stats.restored_pages
+    assert again.prefix.stats.damaged_pages == 0
+
+    small = opened(family, kv_tokens=96, **HOST)
+    for speculation in ("auto", "off"):
+        assert texts(small, speculation=speculation) == expected, "with preemption"
+    assert small._core.scheduler.preemptions
+    assert small.prefix.stats.evicted_pages
+
+
+def test_ten_turns_of_a_chat_compute_every_token_once(opened: Callable[..., Engine]) -> None:
+    engine = opened(speculation="off")
+    ids: list[int] = []
+    for turn in range(10):
+        ids += [turn + 3, 4, turn * 2 + 20]
+        ids += engine.generate(ids, max_tokens=5, temperature=0.0).ids
+    # The last token is never read by the model.
+    assert engine.target.rows == len(ids) - 1
+
+
+@pytest.mark.parametrize("length", [17, 20, 33, 64, 100])
+def test_samples_share_the_prompt(length: int, opened: Callable[..., Engine]) -> None:
+    engine = opened(speculation="off")
+    prompt = [(n * n) % 90 + 3 for n in range(length)]
+    results = engine.generate(prompt, n=4, max_tokens=3, temperature=1.0, seed=1)
+    # The others read the last token for its logits; each of the four then reads two of its own.
+    assert engine.target.rows == length + 3 + 4 * 2
+    assert [result.usage.cached_tokens for result in results] == [0, *[length - 1] * 3]
+
+
+def test_prompts_that_begin_alike_are_read_once_though_they_come_at_once(opened: Callable[..., Engine]) -> None:
+    """In chunks, too."""
+    engine = opened(max_prompt_rows=16, speculation="off")
+    long = [(n * n) % 90 + 3 for n in range(110)]
+    engine.generate([long, [*long[:32], 7]], max_tokens=1)
+    assert engine.target.rows == 110 + 1
+
+
+def test_tenants_do_not_hit_each_other_and_the_same_one_does(opened: Callable[..., Engine]) -> None:
+    engine = opened(**HOST)
+    for salt, cached in (("a", 0), ("b", 0), ("", 0), ("a", 39), ("b", 39), ("", 39)):
+        result = engine.generate(PROMPTS[0], max_tokens=2, temperature=0.0, cache_salt=salt)
+        assert result.usage.cached_tokens == cached
+
+
+def test_a_pinned_prompt_outlives_others(opened: Callable[..., Engine]) -> None:
+    engine = opened(kv_tokens=128)
+    with engine.prefix.pin(PROMPTS[0]) as pinned:
+        assert pinned.tokens == 32
+        assert engine.prefix.stats.pinned_pages == 2
+        for n in range(6):
+            engine.generate([n + 3] * 50, max_tokens=2)
+        assert engine.generate(PROMPTS[0], max_tokens=1).usage.cached_tokens >= 32
+    assert pinned.tokens == 0
+    for n in range(6):
+        engine.generate([n + 3] * 50, max_tokens=2)
+    assert engine.generate(PROMPTS[0], max_tokens=1).usage.cached_tokens == 0
+
+
+def test_pins_give_way_before_a_request_waits_for_ever(opened: Callable[..., Engine]) -> None:
+    engine = opened(kv_tokens=112)
+    pins = [engine.prefix.pin([n + 3] * 33) for n in range(3)]
+    result = engine.generate([9] * 60, max_tokens=40, temperature=0.0)
+    assert len(result.ids) == 40
+    assert sum(pin.tokens for pin in pins) < 96
+
+
+def test_saved_prefixes_are_loaded_by_the_same_model_only(opened: Callable[..., Engine], tmp_path: Path) -> None:
+    first = opened()
+    expected = texts(first)
+    saved = first.prefix.save(tmp_path)
+    assert saved == len(list(tmp_path.iterdir())) >= 7
+    second = opened()
+    assert second.prefix.load(tmp_path) == saved
+    assert texts(second) == expected
+    assert second.generate(PROMPTS[0], max_tokens=1).usage.cached_tokens >= 32
+
+    changed = build("llama")
+    with torch.no_grad():
+        changed.model.layers[1].self_attn.k_proj.weight[0, 0] += 1e-3
+    for other in (opened(changed), opened(kv_format="int8"), opened("mistral")):
+        assert other.prefix.load(tmp_path) == 0
+    assert first.prefix.save(tmp_path) == saved
+
+
+def test_a_damaged_file_costs_its_page_and_those_behind_it(opened: Callable[..., Engine], tmp_path: Path) -> None:
+    first = opened()
+    expected = texts(first)
+    first.prefix.save(tmp_path)
+    (second_page,) = (file for file in tmp_path.iterdir() if read_header(file).ids == tuple(PROMPTS[0][16:32]))
+    raw = bytearray(second_page.read_bytes())
+    raw[-5] ^= 4
+    second_page.write_bytes(raw)
+    second = opened()
+    assert 0 < second.prefix.load(tmp_path) < first.prefix.stats.pages
+    assert texts(second) == expected
+    assert all(file.exists() for file in tmp_path.iterdir()), "a folder that was saved is not tidied up"
+
+
+def test_a_cleared_cache_is_cold(opened: Callable[..., Engine], tmp_path: Path) -> None:
+    engine = opened(disk_cache=tmp_path)
+    engine.generate(PROMPTS[0], max_tokens=2)
+    evict(engine)
+    assert list(tmp_path.iterdir())
+    engine.prefix.clear()
+    assert not list(tmp_path.iterdir())
+    assert engine.generate(PROMPTS[0], max_tokens=2).usage.cached_tokens == 0
+
+
+def test_the_cache_keeps_to_its_bytes(opened: Callable[..., Engine]) -> None:
+    engine = opened(prefix_cache_bytes=3 * 16 * 384)
+    texts(engine)
+    stats = engine.prefix.stats
+    assert stats.bytes_per_token == 384
+    assert stats.pages == 3
+
+
+def test_a_request_that_can_never_fit_fails_and_the_next_one_runs(opened: Callable[..., Engine]) -> None:
+    engine = opened(kv_tokens=64)
+    request, samples = engine._builder.build([3] * 60, engine._base, copies=False)
+    object.__setattr__(request, "ids", (3,) * 80)
+    with pytest.raises(Exception, match="81 tokens do not fit a KV pool of 64"):
+        engine._runner.submit(request, samples).results()
+    assert len(engine.generate([3] * 20, max_tokens=4).ids) == 4
+
+
+def test_keys_hold_what_changes_kv(opened: Callable[..., Engine]) -> None:
+    llama, int8, mistral = opened(), opened(kv_format="int8"), opened("mistral")
+    keys = {engine._core.key(engine._base) for engine in (llama, int8, mistral)}
+    assert len(keys) == 3
+    assert CacheKey() not in keys
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"host_cache_bytes": -1}, "host_cache_bytes is -1; it must be a whole number, at least 0"),
+        ({"host_cache_bytes": None}, "host_cache_bytes is None"),
+        ({"disk_cache": 7}, "disk_cache is 7; it must be a folder"),
+        ({"disk_cache_bytes": 0.5}, "disk_cache_bytes is 0.5"),
+        ({"prefix_cache": False, "host_cache_bytes": 9}, "host_cache_bytes is 9, but prefix_cache is off"),
+        ({"prefix_cache": False, "disk_cache": "/x"}, "disk_cache is '/x', but prefix_cache is off"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        EngineConfig.of(options)
+
+
+def test_a_folder_that_cannot_be_used_is_refused_at_load(opened: Callable[..., Engine], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidRequest, match=r"disk_cache .*file/below.* cannot be used: .*; choose a folder"):
+        opened(disk_cache=tmp_path / "file" / "below")
+
+
+def test_without_a_cache_there_is_nothing_to_pin(opened: Callable[..., Engine], tmp_path: Path) -> None:
+    engine = opened(prefix_cache=False)
+    for call in (lambda: engine.prefix.pin([3]), lambda: engine.prefix.stats, lambda: engine.prefix.save(tmp_path)):
+        with pytest.raises(InvalidRequest, match="this engine has no prefix cache; build it with prefix_cache=True"):
+            call()
+    with pytest.raises(InvalidRequest, match="there is no folder"):
+        opened().prefix.load(tmp_path / "nowhere")
