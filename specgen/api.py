@@ -60,7 +60,6 @@ class Engine:
             max_running=self.config.max_running,
             max_prompt_rows=self.config.max_prompt_rows,
             prefix_cache=_cache_options(self.config),
-            invariant=bool(self.config.invariant),
         )
         self._builder = RequestBuilder(
             tokenizer,

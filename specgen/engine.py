@@ -61,11 +61,9 @@ class EngineCore:
         max_running: int = 16,
         max_prompt_rows: int = 512,
         prefix_cache: CacheOptions | None = _DEFAULT_CACHE,
-        invariant: bool = False,
     ) -> None:
         self.target = target
         self._key = CacheKey(model_name(target.model), target.pool.kind.name)
-        self._invariant = invariant
         self.drafting = Drafting(drafters, target.vocab_size)
         self.prefix = None
         if prefix_cache is not None:
@@ -205,7 +203,7 @@ class EngineCore:
 
     @cached_property
     def _identity(self) -> str:
-        return kv_identity(self.target.model, self.target.pool, invariant=self._invariant)
+        return kv_identity(self.target.model, self.target.pool, invariant=self.target.invariant)
 
     def _token_seconds(self) -> float:
         """What a token of a long prompt costs."""
