@@ -713,6 +713,27 @@ def test_the_drop_in_takes_the_speculation(speaking: PreTrainedModel, speculatio
     assert (engine.counters.drafted == 0) == (speculation == "off")
 
 
+def test_a_text_that_is_cut_short_is_an_error_and_no_shorter_text(speaking: PreTrainedModel) -> None:
+    """Here by another thread that uses the one-line helpers for another model, which closes the engine."""
+    slow = Slow(0.01)
+
+    def generate() -> Tensor:
+        return speaking.generate(
+            torch.tensor([PROMPT]),
+            min_new_tokens=100,
+            max_new_tokens=100,
+            logits_processor=LogitsProcessorList([slow]),
+            custom_generate=specgen.custom_generate,
+        )
+
+    with ThreadPoolExecutor(1) as pool:
+        text = pool.submit(generate)
+        until(lambda: slow.calls > 3)
+        specgen.generate(build("llama", seed=1), PROMPT, max_tokens=2)
+        with pytest.raises(EngineClosed):
+            text.result(SECONDS)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "beams": ({"num_beams": 2}, "num_beams", "num_beams=2 is not supported by specgen; leave it out"),
     "scores": (
