@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,6 +54,7 @@ class Engine:
         self.config = config or EngineConfig.of(options)
         self.plugins = plugins or load_plugins()
         self.tokenizer = tokenizer
+        self.model = model
         self.target = self._target(model, self.config.kv_tokens)
         self._core = EngineCore(
             self.target,
@@ -120,7 +122,10 @@ class Engine:
         """Continue one prompt and hand out what each step adds: iterate over it with `for` or `async for`."""
         params = with_options(params, options, self._base)
         request, samples = self._builder.build(prompt, params, copies=False)
-        return self._runner.submit(request, samples)
+        stream = self._runner.submit(request, samples)
+        # An engine that only its stream holds must not be closed by the collector before the stream ends.
+        stream.owner = self
+        return stream
 
     @property
     def counters(self) -> Counters:
@@ -198,17 +203,17 @@ def wrap(model: PreTrainedModel, tokenizer: Any = None, **options: Any) -> Engin
 
 
 _latest: list[Engine] = []
+_making = threading.Lock()
 
 
 def engine_of(model: PreTrainedModel, tokenizer: Any = None) -> Engine:
     """The engine that the one-line helpers use for `model`: made once, kept until they are called for another model."""
     for engine in _latest:
-        if engine.target.model is model and tokenizer in (None, engine.tokenizer):
+        if engine.model is model and tokenizer in (None, engine.tokenizer):
             return engine
-    while _latest:
-        _latest.pop().close()
-    _latest.append(wrap(model, tokenizer))
-    return _latest[0]
+    with _making:
+        _latest[:] = [wrap(model, tokenizer)]
+        return _latest[0]
 
 
 def generate(model: PreTrainedModel, prompt: Any, *, tokenizer: Any = None, **options: Any) -> Result | Any:

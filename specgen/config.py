@@ -73,6 +73,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for name in values:
             if name not in cls.__struct_fields__:
                 raise UnknownName("engine option", name, (*cls.__struct_fields__, "draft_model"), param=name)
+        if isinstance(drafters, str):
+            drafters = [drafters]
         if drafters is not None:
             values["drafters"] = dict(drafters) if isinstance(drafters, Mapping) else {name: {} for name in drafters}
         if draft_model is not None:
@@ -81,7 +83,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if "speculation" in values:
             values["speculation"] = Speculation.of(values["speculation"])
         if "context" in values:
-            values["context"] = tuple(values["context"])
+            context = values["context"]
+            values["context"] = (context,) if isinstance(context, str) else tuple(context)
         return cls(**values)
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from specgen.api import engine_of
 from specgen.errors import InvalidRequest
 from specgen.params import SamplingParams
-from specgen.types import Speculation
+from specgen.types import Result, Speculation
 
 _REFUSED = {
     "num_beams": (1, None),
@@ -89,7 +89,7 @@ def custom_generate(
             **common,
         )
         streams.append(engine.stream(ids[padding:].tolist(), params))
-    results = [stream.results()[0] for stream in streams]
+    results = [_whole(stream.results()[0]) for stream in streams]
     sequences = _padded(input_ids, [result.ids for result in results], generation_config)
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
@@ -169,6 +169,13 @@ class _Padded:
         if self._padding.numel():
             ids = torch.cat([self._padding.to(ids.device), ids], dim=1)
         return self._function(ids, scores)
+
+
+def _whole(result: Result) -> Result:
+    """The result, unless somebody else ended it before its end: what `generate` returns has no place to say so."""
+    if result.finish_reason == "cancelled" and result.error is not None:
+        raise result.error
+    return result
 
 
 def _padded(prompts: Tensor, outputs: list[tuple[int, ...]], config: GenerationConfig) -> Tensor:

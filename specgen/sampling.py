@@ -33,6 +33,8 @@ from specgen.errors import RequestFailed
 from specgen.params import SamplingParams
 from specgen.types import LogitsProcessor, Logprob
 
+_COLDEST = 1e-30
+"""Below it logits overflow, and infinities tie; nobody can tell it from anything colder."""
 _KEYS_PER_BLOCK = 512
 _WORDS_PER_COUNTER = 4
 _GOLDEN, _MIX1, _MIX2 = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -152,7 +154,7 @@ def _warpers(params: SamplingParams) -> list[LogitsProcessor]:
         return []
     found: list[LogitsProcessor] = []
     if params.temperature != 1.0:
-        found.append(TemperatureLogitsWarper(float(params.temperature)))
+        found.append(TemperatureLogitsWarper(max(float(params.temperature), _COLDEST)))
     if params.top_k:
         found.append(TopKLogitsWarper(params.top_k))
     if params.top_p is not None and params.top_p < 1.0:

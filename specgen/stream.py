@@ -26,6 +26,7 @@ class Stream:
 
     def __init__(self, request_id: str, samples: int, cancel: Callable[[str], None]) -> None:
         self.request_id = request_id
+        self.owner: object = None
         self._cancel = cancel
         self._unfinished = samples
         self._results: dict[int, Result] = {}

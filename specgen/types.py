@@ -52,9 +52,10 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     adaptive: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_nodes <= MAX_TREE_NODES:
+        whole = isinstance(self.max_nodes, int) and not isinstance(self.max_nodes, bool)
+        if not whole or not 0 <= self.max_nodes <= MAX_TREE_NODES:
             raise InvalidRequest(
-                f"speculation.max_nodes is {self.max_nodes}; it must be 0 to {MAX_TREE_NODES}", param="speculation"
+                f"speculation.max_nodes is {self.max_nodes!r}; it must be 0 to {MAX_TREE_NODES}", param="speculation"
             )
 
     @classmethod

@@ -533,9 +533,31 @@ def test_one_line_generates_and_keeps_the_engine(model: PreTrainedModel) -> None
     assert specgen.generate(model, PROMPT, tokenizer=Letters(), max_tokens=6).text == Letters().decode(expected)
     other = build("llama", seed=1)
     assert list(specgen.generate(other, PROMPT, max_tokens=6).ids) == greedy(other, PROMPT, 6)
-    assert [engine.target.model for engine in api._latest] == [other]
-    with pytest.raises(EngineClosed):
-        first.generate(PROMPT)
+    assert [engine.model for engine in api._latest] == [other]
+    # Whoever still holds the former engine, another thread in the midst of a call for instance, may finish with it.
+    assert list(first.generate(PROMPT, max_tokens=6).ids) == expected
+    gone = weakref.ref(first)
+    del first
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_caller_may_use_the_model_while_the_engine_runs(model: PreTrainedModel) -> None:
+    """The engine's forwards go through a twin that shares the weights."""
+    expected = greedy(model, PROMPT, 12)
+    with Engine(model, kv_tokens=512) as engine:
+        assert engine.target.model is not model
+        assert engine.target.model.lm_head.weight is model.lm_head.weight
+        stream = engine.stream(PROMPT, max_tokens=200, ignore_eos=True)
+        for _ in range(5):
+            assert greedy(model, PROMPT, 12) == expected
+        assert list(stream.results()[0].ids[:12]) == expected
+
+
+def test_a_stream_keeps_its_engine(model: PreTrainedModel) -> None:
+    stream = Engine(model, kv_tokens=512).stream(PROMPT, max_tokens=40, ignore_eos=True)
+    gc.collect()
+    assert len(stream.results()[0].ids) == 40
 
 
 def test_engines_of_one_model_do_not_disturb_one_another(model: PreTrainedModel) -> None:
@@ -711,6 +733,27 @@ def test_the_drop_in_takes_the_speculation(speaking: PreTrainedModel, speculatio
     assert found.tolist() == speaking.generate(**batch, **settings).tolist()
     [engine] = api._latest
     assert (engine.counters.drafted == 0) == (speculation == "off")
+
+
+def test_a_text_that_is_cut_short_is_an_error_and_no_shorter_text(speaking: PreTrainedModel) -> None:
+    """Here because its engine is closed under it."""
+    slow = Slow(0.01)
+
+    def generate() -> Tensor:
+        return speaking.generate(
+            torch.tensor([PROMPT]),
+            min_new_tokens=100,
+            max_new_tokens=100,
+            logits_processor=LogitsProcessorList([slow]),
+            custom_generate=specgen.custom_generate,
+        )
+
+    with ThreadPoolExecutor(1) as pool:
+        text = pool.submit(generate)
+        until(lambda: slow.calls > 3)
+        api._latest.pop().close()
+        with pytest.raises(EngineClosed):
+            text.result(SECONDS)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {

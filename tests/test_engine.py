@@ -974,12 +974,12 @@ def test_a_drafter_that_forgets_a_session_is_switched_off(model: PreTrainedModel
 
 
 def test_a_drafter_that_stalls_is_switched_off(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drafting, "_STALL_SECONDS", 0.02)
+    monkeypatch.setattr(drafting, "_STALL_SECONDS", 0.2)
     calls = []
 
     def slow(ids: list[int]) -> TokenTree:
         calls.append(len(ids))
-        time.sleep(0.05 if len(calls) == 3 else 0)
+        time.sleep(0.4 if len(calls) == 3 else 0)
         return BUSH
 
     bench = Bench(model, {"slow": Scripted(slow)})

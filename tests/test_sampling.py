@@ -388,6 +388,14 @@ def test_rounding_in_the_last_bits_of_the_logits_moves_no_draw() -> None:
     assert [gumbel_argmax(scores + noise, keys[position]) for position in range(2000)] == drawn
 
 
+def test_however_cold_the_likeliest_token_wins() -> None:
+    """Divided by next to nothing all logits would be infinite, and the first of them would win."""
+    for temperature in (1e-3, 1e-10, 1e-40, 5e-324):
+        for scores in rows(12)[6:]:
+            cold = apply(ours(SamplingParams(temperature=temperature)), TEXT, scores * 100)
+            assert gumbel_argmax(cold[0], PositionKeys(3)[7]) == scores.argmax()
+
+
 @pytest.mark.parametrize("greedy", [True, False])
 def test_where_all_is_banned_the_request_fails_and_says_why(greedy: bool) -> None:
     def ban(ids: Tensor, scores: Tensor) -> Tensor:

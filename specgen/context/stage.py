@@ -32,7 +32,7 @@ class Context:
         """
         if isinstance(prompt, str):
             return cls(max_prompt_tokens=max_prompt_tokens, text=prompt)
-        items: tuple[Any, ...] = tuple(prompt) if isinstance(prompt, Sequence) else ()
+        items: tuple[Any, ...] = tuple(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) else ()
         if not items:
             raise InvalidRequest(f"the prompt is {prompt!r}; it must be {_CHOICES}", param="prompt")
         if all(isinstance(item, Mapping) for item in items):

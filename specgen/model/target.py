@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import time
@@ -33,7 +34,7 @@ class Target:
     """A model that scores rows of many sequences in one forward.
 
     Loading proves that the packed forward says what the model says alone, on a small tree; a model for which it does
-    not is refused. The model itself is left as it was found between forwards.
+    not is refused. The caller's model is never touched: `model` is a twin of it that shares its weights.
 
     kv_tokens: tokens the KV pool holds; `None` takes a quarter of the free memory, at most 16 full contexts.
     max_context: most tokens of one sequence; `None` takes what the model's positions allow. LongRoPE models stay below
@@ -57,7 +58,7 @@ class Target:
         for name, size in (("kv_tokens", kv_tokens), ("max_context", max_context)):
             if size is not None and size < 1:
                 raise InvalidRequest(f"{name} is {size}; it must be at least 1", param=name)
-        self.model = model.eval()
+        self.model = model = twin(model).eval()
         self.device = model.device
         self.architecture = inspect_layers(model)
         self.vocab_size = self.architecture.vocab_size
@@ -153,6 +154,15 @@ def _wanted_rows(segments: Sequence[Segment]) -> Tensor:
         [start + row for start, segment in zip(starts, segments, strict=False) for row in segment.logits],
         dtype=torch.int64,
     )
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """The same modules around the same weights, with a config of their own.
+
+    A packed forward goes through other attention than the caller's own calls do, which may run at the same time.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo=shared)
 
 
 def _free_memory(device: torch.device) -> int:
