@@ -393,9 +393,8 @@ class PrefixCache:
 
     def _hang(self, node: Node, ids: tuple[int, ...], page: int) -> Node:
         """The child `ids` of `node` with a page of its own."""
-        # The same page with fewer ids, published while its table went on writing behind them.
-        if (shorter := self._by_page.get(page)) is not None:
-            self._forget(shorter)
+        # A partly filled page that the new one says all of; maybe the same page, filled further since. Nothing longer
+        # stands beside one, so if there is one it is the nearest.
         length, contained = node.nearest(ids)
         if contained is not None and length == len(contained.ids) < len(ids):
             self._forget(contained)

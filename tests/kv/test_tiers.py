@@ -34,6 +34,8 @@ def warm(world: World, ids: list[int] = TEXT) -> None:
     world.read(reader, len(ids))
     world.end(reader)
     world.cache.evict(world.pages)
+    for stack in world.pool.stacks:
+        stack.fill_(float("nan"))
     world.check()
 
 
@@ -249,7 +251,7 @@ def test_a_damaged_page_ends_the_prefix_and_goes(tmp_path: Path) -> None:
 
 
 def test_a_page_published_again_with_more_ids_stands_for_one_node_only() -> None:
-    """Also when another text shares more with it than its own beginning does."""
+    """Also when another text has the same beginning."""
     world = World()
     first, second = world.admit(KEYS[0], [1, 1]), world.admit(KEYS[0], [1, 1, 0])
     assert first
