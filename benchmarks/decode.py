@@ -149,8 +149,10 @@ def first_layers(model: PreTrainedModel, count: int = _DRAFT_LAYERS) -> PreTrain
 def build(model: PreTrainedModel, tokenizer: Any, draft: PreTrainedModel, tokens: int, stack: ExitStack) -> Runs:
     """All systems; `stack` closes the engines. Ours share the model with transformers."""
     draft.generation_config.num_assistant_tokens = _ASSISTANT_TOKENS
-    engine = stack.enter_context(Engine(model, tokenizer, kv_tokens=_KV_TOKENS))
-    drafting = stack.enter_context(Engine(model, tokenizer, kv_tokens=_KV_TOKENS, draft_model=draft))
+    engine = stack.enter_context(Engine(model, tokenizer, kv_tokens=_KV_TOKENS, prefix_cache=False))
+    drafting = stack.enter_context(
+        Engine(model, tokenizer, kv_tokens=_KV_TOKENS, prefix_cache=False, draft_model=draft)
+    )
     return {
         HF: partial(run_transformers, model, tokens, {}),
         LOOKUP: partial(run_transformers, model, tokens, {"prompt_lookup_num_tokens": 10}),

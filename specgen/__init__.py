@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         UnsupportedModel,
     )
     from specgen.hookspecs import LogitsProcessorFactory, hookimpl
+    from specgen.kv.formats import Coder, KVFormat, KVFormatFactory, Plane
     from specgen.options import read_options
     from specgen.params import SamplingParams
     from specgen.stream import Stream
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Coder",
     "Context",
     "ContextLengthExceeded",
     "ContextStage",
@@ -52,8 +54,11 @@ __all__ = [
     "EngineClosed",
     "EngineConfig",
     "InvalidRequest",
+    "KVFormat",
+    "KVFormatFactory",
     "LogitsProcessorFactory",
     "Logprob",
+    "Plane",
     "PluginError",
     "RequestCancelled",
     "RequestFailed",
@@ -78,6 +83,10 @@ __all__ = [
 
 # What a name needs is imported when it is first asked for: torch and transformers take seconds, a command's help none.
 _HOMES = {
+    "Plane": "specgen.kv.formats",
+    "KVFormatFactory": "specgen.kv.formats",
+    "KVFormat": "specgen.kv.formats",
+    "Coder": "specgen.kv.formats",
     "Context": "specgen.context.stage",
     "ContextLengthExceeded": "specgen.errors",
     "ContextStage": "specgen.context.stage",

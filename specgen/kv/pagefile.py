@@ -24,6 +24,8 @@ from pathlib import Path
 from safetensors.torch import load, save
 from torch import Tensor
 
+from specgen.log import Log
+
 log = Log("specgen.kv")
 
 _SUFFIX = ".kv.safetensors"
