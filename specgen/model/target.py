@@ -79,7 +79,7 @@ class Target:
         if self.invariant:
             self._check_invariance(kv_format, asked=invariant is True)
         tokens = kv_tokens or self._affordable_tokens(context, kv_format)
-        self.pool = self._make_pool(-(-tokens // PAGE_SIZE), kv_format)
+        self.pool = self._make_pool(max(2, -(-tokens // PAGE_SIZE)), kv_format)
         self.context_length = min(context, self.pool.capacity)
         if kv_format.centred:
             centre_keys(self.pool, model, calibration, self.architecture)
