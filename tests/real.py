@@ -148,20 +148,20 @@ class Bench:
     def learn(self, jobs: Iterable[Job], *, alone: bool = True) -> None:
         """Find out the truths of jobs: transformers' own ids if greedy, else those with speculation off.
 
-        alone: one job after the other. The engine must be idle: the model is used beside it.
+        alone: one job after the other, with nobody else there.
         """
         unknown = {(job.prompt.id, job.setting): replace(job, mode="off") for job in jobs}
         unknown = {key: job for key, job in unknown.items() if key not in self._truths}
         for key, job in unknown.items():
             if job.setting == "greedy":
-                self._truths[key] = by_transformers(self.engine.target.model, job.prompt.ids, self.tokens)
+                self._truths[key] = by_transformers(self.engine.model, job.prompt.ids, self.tokens)
         sampled = [job for job in unknown.values() if job.setting != "greedy"]
         for batch in [[job] for job in sampled] if alone else [sampled]:
             for running in self.start(batch):
                 self._truths[running.job.prompt.id, running.job.setting] = running.result().ids
 
     def flaws(self, running: Sequence[Running]) -> str:
-        """Wait for the end of all jobs, which must be all there are; what is wrong with them, a line each."""
+        """Wait for the end of all jobs; what is wrong with them, a line each."""
         for run in running:
             run.result()
         found = [flaw for run in running for flaw in self._flaws(run)]
@@ -243,7 +243,7 @@ def _perturbed_scores(engine: Engine, job: Job, output: Sequence[int], tokens: i
     params = SamplingParams.of(SETTINGS[job.setting]() | {"max_tokens": tokens, "seed": job.seed})
     sampler = engine._builder.build(list(job.prompt.ids), params, copies=False)[1][0].sampler
     ids = torch.tensor([[*job.prompt.ids, *output]], device=engine.target.device)
-    logits = engine.target.model(ids, logits_to_keep=len(output) + 1).logits[0].float()
+    logits = engine.model(ids, logits_to_keep=len(output) + 1).logits[0].float()
     # Every position, since processors may keep state.
     for index, row in enumerate(logits):
         prefix = ids[:, : len(job.prompt.ids) + index]

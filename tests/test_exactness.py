@@ -34,7 +34,7 @@ PAIRS = (("qa-1", "filters"), ("math-1", "penalties"), ("code_edit-1", "moody"))
 """Prompt and setting of the quick tests."""
 ALONE = ("prompt-lookup", "draft-model", "echo-0", "echo-50", "echo-100")
 
-PROMPT_COUNT, PARTS = 24, 6
+PROMPT_COUNT, PARTS = 24, 12
 """The full matrix runs in parts, so that a failure is found early and a part can be run alone."""
 
 
