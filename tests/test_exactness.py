@@ -1,6 +1,6 @@
 """The promise on a real model: whatever drafts and whoever shares the batch, the ids are those of plain decoding.
 
-Sampled settings are compared with speculation off, alone; greedy ones with `model.generate`. In float32: there two
+Plain greedy decoding is compared with `model.generate`, every other setting with speculation off. In float32: there two
 tokens have to tie within some 1e-5 for a packed forward's rounding to choose between them. A test that fails says how
 near to a tie it was.
 """
