@@ -14,7 +14,7 @@ from torch import Tensor
 from specgen.draft.drafter import Drafter, DraftHints
 from specgen.draft.drafting import Drafting
 from specgen.errors import OutOfPages, RequestCancelled
-from specgen.kv.prefix import CacheKey
+from specgen.kv.radix import CacheKey
 from specgen.kv.segment import Segment
 from specgen.kv.stored import CacheOptions, StoredPrefixes, open_cache
 from specgen.model.identity import kv_identity, model_name
@@ -161,15 +161,10 @@ class EngineCore:
         """Per segment: the logits of its wanted rows, and their argmax."""
         started = time.perf_counter()
         logits = self.target.forward(segments)
-        best = logits.argmax(dim=-1).tolist()
+        best = logits.argmax(dim=-1).cpu()
         self.drafting.cost.observe(sum(len(s.tokens) for s in segments), time.perf_counter() - started)
-        rows = []
-        start = 0
-        for segment in segments:
-            stop = start + len(segment.logits)
-            rows.append((logits[start:stop], best[start:stop]))
-            start = stop
-        return rows
+        wanted = [len(segment.logits) for segment in segments]
+        return [(rows, best.tolist()) for rows, best in zip(logits.split(wanted), best.split(wanted), strict=True)]
 
     def _settle(self, turn: Turn, tree: TokenTree, rows: tuple[Tensor, list[int]]) -> StepOutput | None:
         """Walk and commit one turn. A sequence whose own code raises ends with the error; the others go on."""

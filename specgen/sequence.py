@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from specgen.draft.drafting import Drafts
+from specgen.kv.lease import Lease
 from specgen.kv.pool import BlockTable
-from specgen.kv.prefix import CacheKey, Lease
+from specgen.kv.radix import CacheKey
 from specgen.kv.segment import Segment, hung_rows
 from specgen.params import Request
 from specgen.sampling import Sampler, logprob

@@ -49,13 +49,7 @@ PROMPTS = ([9, 31, 40, 9, 31, 77], [5], [3, 4, 3, 4, 3, 4, 3], [88, 1, 60, 61])
 SECONDS = 30
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors: several threads only wait for one another, for ever so long where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

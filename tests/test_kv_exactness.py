@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,7 @@ GREEDY: dict[str, Any] = {"temperature": 0}
 SMALL = ("llama", "mistral", "deepseek_v3", "gpt_oss", "gemma2")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def texts(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int, **options: Any) -> list[tuple[int, ...]]:

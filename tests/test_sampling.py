@@ -23,13 +23,7 @@ TEXT = torch.tensor([[*PROMPT, 9, 31, 40, 12, 9, 31]])
 EOS = [2, 17]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors: several threads only wait for one another, for ever so long where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

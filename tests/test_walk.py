@@ -309,13 +309,7 @@ def test_draws_of_neighbouring_positions_samples_and_seeds_are_independent() -> 
     assert p_value(observed, product) < 1e-6, "so many draws tell if one in ten repeats its neighbour"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors: several threads only wait for one another, for ever so long where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 ALLOWED = (5, 23, 42)

@@ -15,7 +15,8 @@ from specgen.draft.budget import survivals
 from specgen.draft.drafter import Drafter, DrafterSetup, DraftHints, DraftSession
 from specgen.errors import DrafterMismatch, InvalidRequest, OutOfPages
 from specgen.kv.pool import BlockTable, KVPool
-from specgen.kv.prefix import CacheKey, PrefixCache
+from specgen.kv.prefix import PrefixCache
+from specgen.kv.radix import CacheKey
 from specgen.kv.segment import Segment
 from specgen.options import read_options
 from specgen.tree import path, select

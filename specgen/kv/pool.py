@@ -95,6 +95,10 @@ class KVPool:
         """Pages that only the reserve refers to. Each can be given up: see `PrefixCache.publish`."""
         return self._idle_count
 
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold `tokens` tokens."""
+        return -(-tokens // self.page_size)
+
     @property
     def open_tables(self) -> int:
         """Tables that were opened and not released."""
@@ -229,7 +233,7 @@ class BlockTable:
 
     def missing_pages(self, tokens: int) -> int:
         """Pages that `reserve(tokens)` would take."""
-        return max(0, -(-tokens // self.pool.page_size) - len(self.pages))
+        return max(0, self.pool.pages_for(tokens) - len(self.pages))
 
     def reserve(self, tokens: int) -> None:
         """Have pages for `tokens` tokens in all. Raises OutOfPages, nothing changed, when the pool cannot give them."""
@@ -240,7 +244,7 @@ class BlockTable:
 
     def trim(self, tokens: int) -> None:
         """Give back whole pages behind the first `tokens` slots, which rejected rows leave unused."""
-        kept = -(-tokens // self.pool.page_size)
+        kept = self.pool.pages_for(tokens)
         self.pool.drop(self.pages[kept:])
         del self.pages[kept:]
         self._slots = self._slots[: self.capacity]

@@ -10,111 +10,20 @@ Ids are compared, never their hashes alone. A node whose page was evicted stays 
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from itertools import count
 
 import torch
 
 from specgen.errors import OutOfPages
+from specgen.kv.lease import Lease, Pin
 from specgen.kv.pool import BlockTable, KVPool
-from specgen.kv.tiers import Kept, Tiers
+from specgen.kv.radix import CacheKey, Node
+from specgen.kv.tiers import Tiers
 
 _LEAST_QUEUE = 64
-
-
-@dataclass(frozen=True, slots=True)
-class CacheKey:
-    """Everything besides the ids that changes a token's KV, or that must not be shared.
-
-    model, kv_format: fixed within one engine, kept for what goes to disk. adapter and its revision. tenant: a salt
-    that the server derives; tenants never see one another's pages, not even by timing.
-    """
-
-    model: str = ""
-    kv_format: str = ""
-    adapter: str = ""
-    revision: str = ""
-    tenant: str = ""
-
-
-@dataclass(slots=True, eq=False)
-class Node:
-    """One page of the tree: in the pool (`page`), kept by a tier (`kept`), or both; a root has neither, but a key.
-
-    name: its file's, once that was asked for. resident: children that are in the pool.
-    queued: whether it stands in the queue of those to evict.
-    """
-
-    ids: tuple[int, ...]
-    parent: Node | None
-    key: CacheKey
-    name: str | None = None
-    page: int | None = None
-    kept: Kept | None = None
-    used: int = 0
-    resident: int = 0
-    queued: bool = False
-    children: dict[tuple[int, ...], Node] = field(default_factory=dict)
-    order: list[tuple[int, ...]] = field(default_factory=list)
-
-    def child(self, ids: tuple[int, ...]) -> Node:
-        """A new node below, still without a page."""
-        child = self.children[ids] = Node(ids, self, self.key)
-        insort(self.order, ids)
-        return child
-
-    def remove(self, child: Node) -> None:
-        """Take `child` away."""
-        del self.children[child.ids]
-        del self.order[bisect_left(self.order, child.ids)]
-
-    def nearest(self, ids: tuple[int, ...]) -> tuple[int, Node | None]:
-        """The child that begins with most of `ids`, and how many: it stands beside `ids` in the children's order."""
-        at = bisect_left(self.order, ids)
-        best: tuple[int, Node | None] = (0, None)
-        for neighbour in self.order[max(0, at - 1) : at + 1]:
-            if (length := _common(neighbour, ids)) > best[0]:
-                best = length, self.children[neighbour]
-        return best
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """A cached prefix: `tokens` ids whose KV is readable in `pages`, until they are released or a table adopts them."""
-
-    pool: KVPool
-    pages: tuple[int, ...] = ()
-    tokens: int = 0
-
-    def release(self) -> None:
-        """Give the pages back. Not after a table has adopted them."""
-        self.pool.drop(self.pages)
-
-
-class Pin:
-    """Pages that stay in the pool until `release`, or until no request could run without them."""
-
-    def __init__(self, cache: PrefixCache, pages: Sequence[int]) -> None:
-        self._cache = cache
-        self.held_pages = list(pages)
-        self.tokens = len(pages) * cache.pool.page_size
-        cache.pins.append(self)
-        cache.pool.holders.add(self)
-
-    def release(self) -> None:
-        """Let them go. Doing so twice is harmless."""
-        if self in self._cache.pins:
-            self._cache.pins.remove(self)
-            self._cache.pool.holders.remove(self)
-            self._cache.pool.drop(reversed(self.held_pages))
-            self.tokens = 0
 
 
 @dataclass(slots=True)
@@ -188,7 +97,7 @@ class PrefixCache:
         The matched pages need not be taken; but those of them that are idle cannot be evicted for the rest.
         """
         path = self._walk(key, ids, len(ids) - 1)
-        return -(-tokens // self.pool.page_size) - len(path) + sum(map(self._idle, path))
+        return self.pool.pages_for(tokens) - len(path) + sum(map(self._idle, path))
 
     def publish(self, key: CacheKey, ids: Sequence[int], table: BlockTable, *, tail: bool = False) -> None:
         """Offer the committed KV of `table`, which stands for `ids[:table.length]`, to others.
@@ -197,16 +106,14 @@ class PrefixCache:
         whoever refers to a page of the tree refers to all before it, and every idle page can be evicted, leaves first.
         """
         self._publish(key, ids, table, tail=tail, foreign=False)
-        if (surplus := len(self._by_page) - self._max_pages) > 0:
-            self.evict(surplus)
+        self.evict(len(self._by_page) - self._max_pages)
 
     def retire(self, key: CacheKey, ids: Sequence[int], table: BlockTable) -> None:
         """Publish all of `table` and release it."""
         # Below pages of others too, which would not do if the table went on referring to its own.
         self._publish(key, ids, table, tail=True, foreign=True)
         table.release()
-        if (surplus := len(self._by_page) - self._max_pages) > 0:
-            self.evict(surplus)
+        self.evict(len(self._by_page) - self._max_pages)
 
     def _publish(self, key: CacheKey, ids: Sequence[int], table: BlockTable, *, tail: bool, foreign: bool) -> None:
         size = self.pool.page_size
@@ -441,16 +348,19 @@ class PrefixCache:
         if node.parent is not None and node.parent.children.get(node.ids) is node:
             self._unhouse(node)
             node.parent.remove(node)
-        if node.kept is not None and self.tiers is not None:
-            kept, node.kept = node.kept, None
-            self.tiers.discard(kept)
+        self._discard(node)
 
     def _unkeep(self, node: Node) -> None:
         """No tier keeps `node` any more."""
         if node.page is None:
             self._forget(node)
             self.tidy(node.key)
-        elif node.kept is not None and self.tiers is not None:
+        else:
+            self._discard(node)
+
+    def _discard(self, node: Node) -> None:
+        """Drop what a tier keeps of `node`, if one does."""
+        if node.kept is not None and self.tiers is not None:
             kept, node.kept = node.kept, None
             self.tiers.discard(kept)
 

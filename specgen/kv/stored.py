@@ -10,7 +10,8 @@ from pathlib import Path
 from specgen.errors import InvalidRequest, OutOfPages
 from specgen.kv.pagefile import PageFolder, PageHeader, page_name, root_name
 from specgen.kv.pool import KVPool
-from specgen.kv.prefix import CacheKey, Node, PrefixCache
+from specgen.kv.prefix import PrefixCache
+from specgen.kv.radix import CacheKey, Node
 from specgen.kv.tiers import Tiers, fits
 
 _HEADROOM = 1 / 16

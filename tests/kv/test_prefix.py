@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from specgen.kv.prefix import CacheKey
+from specgen.kv.radix import CacheKey
 from tests.kv.world import KEYS, World
 
 # Few tokens, so that texts begin alike; long enough for several pages.

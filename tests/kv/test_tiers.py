@@ -14,7 +14,7 @@ import torch
 
 from specgen.kv import pagefile
 from specgen.kv.pagefile import DamagedPage, PageFolder, PageHeader, decode, encode
-from specgen.kv.prefix import CacheKey
+from specgen.kv.radix import CacheKey
 from specgen.kv.tiers import Kept, Tiers
 from tests.kv.world import KEYS, PAGE, World
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 
 from specgen.kv.formats import LayerShape
+from specgen.kv.lease import Pin
 from specgen.kv.pagefile import PageFolder
 from specgen.kv.pool import BlockTable, KVPool
-from specgen.kv.prefix import CacheKey, Pin, PrefixCache
+from specgen.kv.prefix import PrefixCache
+from specgen.kv.radix import CacheKey
 from specgen.kv.stored import StoredPrefixes
 from specgen.kv.tiers import Tiers
 
