@@ -109,7 +109,7 @@ class Engine:
         many = _is_batch(prompt)
         prompts = list(prompt) if many else [prompt]
         built = [self._builder.build(one, params, copies=len(prompts) > 1) for one in prompts]
-        streams = [self._runner.submit(request, samples) for request, samples in built]
+        streams = self._runner.submit(*built)
         try:
             results = [stream.results() for stream in streams]
         finally:
@@ -121,8 +121,7 @@ class Engine:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Stream:
         """Continue one prompt and hand out what each step adds: iterate over it with `for` or `async for`."""
         params = with_options(params, options, self._base)
-        request, samples = self._builder.build(prompt, params, copies=False)
-        stream = self._runner.submit(request, samples)
+        (stream,) = self._runner.submit(self._builder.build(prompt, params, copies=False))
         # An engine that only its stream holds must not be closed by the collector before the stream ends.
         stream.owner = self
         return stream

@@ -11,7 +11,8 @@ import msgspec
 
 from specgen.engine import EngineCore
 from specgen.errors import InvalidRequest
-from specgen.kv.prefix import Pin, PrefixCache
+from specgen.kv.lease import Pin
+from specgen.kv.prefix import PrefixCache
 from specgen.kv.stored import StoredPrefixes
 from specgen.params import SamplingParams
 from specgen.requests import RequestBuilder
@@ -105,7 +106,8 @@ class EnginePrefix:
             if pin.tokens == wanted or attempt == _ATTEMPTS - 1:
                 break
             # Others may evict it between its end and the next look; what is pinned already stays meanwhile.
-            self._runner.submit(request, samples).results()
+            for stream in self._runner.submit((request, samples)):
+                stream.results()
             self.on_engine(pin.release)
         return PinnedPrefix(self, pin)
 

@@ -33,19 +33,22 @@ class Runner:
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def submit(self, request: Request, samples: Sequence[Sample]) -> Stream:
-        """Queue a request; its stream ends when all samples are finished. Raises EngineClosed after `close`."""
-        stream = Stream(request.id, len(samples), self.cancel)
+    def submit(self, *built: tuple[Request, Sequence[Sample]]) -> list[Stream]:
+        """Queue requests, all in time for the same step; a stream ends when all samples of its request are finished.
+
+        Raises EngineClosed after `close`.
+        """
+        streams = [Stream(request.id, len(samples), self.cancel) for request, samples in built]
         with self._wake:
             if self._closed:
                 raise EngineClosed("this engine was closed; open a new one")
-            self._streams[request.id] = stream
-            self._commands.append(lambda: self._accept(request, samples))
+            self._streams.update({stream.request_id: stream for stream in streams})
+            self._commands.append(lambda: self._accept(built))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="specgen-engine", daemon=True)
                 self._thread.start()
             self._wake.notify()
-        return stream
+        return streams
 
     def cancel(self, request_id: str) -> None:
         """End a request between two steps; unknown or finished ones are left alone."""
@@ -128,15 +131,16 @@ class Runner:
             return
         self._hand_out(outputs)
 
-    def _accept(self, request: Request, samples: Sequence[Sample]) -> None:
-        try:
-            self._core.add(request, samples)
-        except Exception as error:
-            log.exception("a request could not be queued", request=request.id)
-            if stream := self._streams.get(request.id):
-                stream.fail(RequestFailed(f"request {request.id} could not be queued: {error!r}"))
-            return
-        self._plugins.notify("on_request", request=request)
+    def _accept(self, built: Sequence[tuple[Request, Sequence[Sample]]]) -> None:
+        for request, samples in built:
+            try:
+                self._core.add(request, samples)
+            except Exception as error:
+                log.exception("a request could not be queued", request=request.id)
+                if stream := self._streams.get(request.id):
+                    stream.fail(RequestFailed(f"request {request.id} could not be queued: {error!r}"))
+                continue
+            self._plugins.notify("on_request", request=request)
 
     def _fail(self, finish: Finish, *, waiting: bool = True) -> None:
         scheduler = self._core.scheduler

@@ -13,7 +13,7 @@ from specgen.api import Engine
 from specgen.config import EngineConfig
 from specgen.errors import InvalidRequest
 from specgen.kv.pagefile import read_header
-from specgen.kv.prefix import CacheKey
+from specgen.kv.radix import CacheKey
 from tests.models.tiny import build
 
 # Full attention, sliding windows, latents (MLA), sinks.
@@ -24,12 +24,7 @@ NEW = 12
 HOST = {"host_cache_bytes": 1 << 24}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -223,7 +218,7 @@ def test_a_request_that_can_never_fit_fails_and_the_next_one_runs(opened: Callab
     request, samples = engine._builder.build([3] * 60, engine._base, copies=False)
     object.__setattr__(request, "ids", (3,) * 80)
     with pytest.raises(Exception, match="81 tokens do not fit a KV pool of 64"):
-        engine._runner.submit(request, samples).results()
+        engine._runner.submit((request, samples))[0].results()
     assert len(engine.generate([3] * 20, max_tokens=4).ids) == 4
 
 
