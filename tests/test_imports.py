@@ -16,8 +16,8 @@ PACKAGE = ROOT / "specgen"
 # another. Everything is looked at, imports inside functions and under TYPE_CHECKING too.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("types",),
-    ("config", "tree", "kernels", "params", "text", "stream", "options", "log"),
+    ("types", "folders", "log"),
+    ("config", "tree", "kernels", "params", "text", "stream", "options"),
     ("sampling", "kv"),
     ("context", "draft", "verify", "model"),
     ("sequence", "hookspecs"),

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from specgen.errors import UnsupportedModel
 from specgen.kv.formats import LayerShape
-from specgen.model.attention import EVERYTHING, Reach
+from specgen.model.batch import EVERYTHING, Reach
 
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 _ALTERNATIVE = "run it with transformers' own generate"

@@ -1,13 +1,14 @@
 """Attention for packed forwards, at the seams that transformers offers.
 
-DIRECT    The model calls transformers' `AttentionInterface`. Our function reads the pool, segment by segment.
+DIRECT    The model calls transformers' `AttentionInterface`. Our function reads the pool, segment by segment; on a CPU
+          a kernel may do so for all segments at once.
 GATHERED  The same, for models that transform what the cache gives back (MLA expands latents): the cache returns the
           rows of all segments side by side, our function reads each segment's part.
 DENSE     The model computes attention itself: the cache returns all segments side by side, and a dense mask keeps
           them apart.
 
-In all three `PackedCache.update` writes the new rows to the pool, and every row sees the same keys. What a model asks
-of its attention beyond that, our function refuses by name rather than ignore.
+In all three the new rows are written to the pool, and every row sees the same keys. What a model asks of its attention
+beyond that, our function refuses by name rather than ignore.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,8 +30,8 @@ from specgen.errors import UnsupportedModel
 from specgen.kernels.reference import tree_attention
 from specgen.kv.formats import LayerStore
 from specgen.kv.pool import KVPool
-from specgen.kv.segment import Segment
-from specgen.model.row_attention import Seen, row_by_row, seen_in_chain, seen_in_mask
+from specgen.model.batch import Batch, Reach
+from specgen.model.row_attention import row_by_row
 
 _PACKED_HEADS_ROWS = 64
 _names = (f"specgen-{number}" for number in itertools.count())
@@ -48,112 +48,9 @@ class Seam(Enum):
     DENSE = "dense"
 
 
-@dataclass(frozen=True, slots=True)
-class Reach:
-    """How far back a layer looks: `window` tokens including itself, or the tokens of its own `chunk`; `None` = all."""
-
-    window: int | None = None
-    chunk: int | None = None
-
-    def oldest(self, position: int) -> int:
-        """The first position that a row at `position` may see."""
-        if self.window is not None:
-            return max(0, position - self.window + 1)
-        return 0 if self.chunk is None else position // self.chunk * self.chunk
-
-    def allows(self, query: Tensor, key: Tensor) -> Tensor:
-        """Whether positions `query` may see positions `key`, by broadcasting; causality is not looked at."""
-        allowed = torch.ones(torch.broadcast_shapes(query.shape, key.shape), dtype=torch.bool)
-        if self.window is not None:
-            allowed &= key > query - self.window
-        if self.chunk is not None:
-            allowed &= key // self.chunk == query // self.chunk
-        return allowed
-
-
-EVERYTHING = Reach()
-
-
-class Batch:
-    """The segments of one packed forward, with what all layers share: slots and masks. Lives for one forward."""
-
-    def __init__(self, segments: Sequence[Segment], pool: KVPool, *, gathered: bool) -> None:
-        self.segments = segments
-        self.pool = pool
-        self.gathered = gathered
-        self.rows = sum(len(segment.tokens) for segment in segments)
-        writes = [s.table.span(s.end - len(s.tokens), s.end) for s in segments]
-        self.write = writes[0] if len(writes) == 1 else _concatenated(writes)
-        self._views: dict[tuple[int, Reach], tuple[slice | Tensor, Tensor | None]] = {}
-        self._seen: dict[tuple[int, Reach], tuple[slice | Tensor, list[Seen], int]] = {}
-
-    def view(self, index: int, reach: Reach) -> tuple[slice | Tensor, Tensor | None]:
-        """Slots that segment `index` reads, and bool[rows, keys] of what each row sees; `None` = everything."""
-        cached = self._views.get((index, reach))
-        if cached is None:
-            segment = self.segments[index]
-            start = self._start(segment, reach)
-            mask = _mask(segment, start, reach)
-            mask = None if mask is None else mask.to(self.pool.device)
-            cached = self._views[index, reach] = segment.table.span(start, segment.end), mask
-        return cached
-
-    def seen(self, index: int, reach: Reach) -> tuple[slice | Tensor, list[Seen], int]:
-        """Slots that segment `index` reads, what each row sees of them, and how many of them are committed."""
-        cached = self._seen.get((index, reach))
-        if cached is None:
-            segment = self.segments[index]
-            start = self._start(segment, reach)
-            span = segment.table.span(start, segment.end)
-            cached = self._seen[index, reach] = span, _seen_rows(segment, start, reach), segment.table.length - start
-        return cached
-
-    def _start(self, segment: Segment, reach: Reach) -> int:
-        return 0 if self.gathered or reach == EVERYTHING else _first_seen(segment, reach)
-
-    @cached_property
-    def offsets(self) -> Tensor:
-        """int64[rows]: each row's position less its row number."""
-        positions = [p for s in self.segments for p in s.positions[s.tail - len(s.tokens) :]]
-        return (torch.tensor(positions) - torch.arange(self.rows)).to(self.pool.device)
-
-
-def _first_seen(segment: Segment, reach: Reach) -> int:
-    """The first position of the prefix that any row sees."""
-    earliest = min(segment.positions[segment.tail - len(segment.tokens) :])
-    return min(segment.table.length, reach.oldest(earliest))
-
-
-def _seen_rows(segment: Segment, start: int, reach: Reach) -> list[Seen]:
-    prefix, rows = segment.table.length, len(segment.tokens)
-    if segment.visible is None and list(segment.positions) == list(range(prefix, prefix + segment.tail)):
-        return seen_in_chain(start, segment.end, [reach.oldest(p) for p in segment.positions[-rows:]])
-    mask = _mask(segment, start, reach)
-    if mask is None:
-        mask = torch.ones(1, segment.end - start, dtype=torch.bool)
-    return seen_in_mask(mask, prefix - start)
-
-
-def _concatenated(spans: Sequence[slice | Tensor]) -> Tensor:
-    return torch.cat([torch.arange(s.start, s.stop) if isinstance(s, slice) else s for s in spans])
-
-
-def _mask(segment: Segment, start: int, reach: Reach) -> Tensor | None:
-    prefix, tail, rows = segment.table.length, segment.tail, len(segment.tokens)
-    if rows == tail == 1 and reach.oldest(segment.first_position) <= start:
-        return None
-    visible = segment.visible
-    if visible is None:
-        visible = torch.ones(tail, tail, dtype=torch.bool).tril()[tail - rows :]
-    mask = torch.cat([torch.ones(rows, prefix - start, dtype=torch.bool), visible], dim=1)
-    if reach != EVERYTHING:
-        keys = torch.tensor([*range(start, prefix), *segment.positions])
-        mask &= reach.allows(keys[-rows:, None], keys[None, :])
-    return mask
-
-
 class PackedCache(Cache):
-    """The cache object that a packed forward hands to the model: it writes new KV to the pool."""
+    """The cache object that a packed forward hands to the model: it writes new KV to the pool, or leaves that to the
+    kernel."""
 
     is_compileable = False
 
@@ -167,6 +64,8 @@ class PackedCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Write [1, kv_heads, rows, dim] to the pool; return what the model is to attend to."""
         batch = self.batch
+        if batch.kernel:
+            return key_states, value_states
         store = _stored(batch.pool, self.stores, layer_idx)
         store.write(batch.write, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1))
         if not batch.gathered:
@@ -188,22 +87,6 @@ def _stored(pool: KVPool, stores: Sequence[int | None], layer: int) -> LayerStor
     if store is None:
         raise UnsupportedModel(f"layer {layer} attends, though the model's own cache holds nothing of it")
     return pool.layers[store]
-
-
-def dense_mask(batch: Batch, dtype: torch.dtype) -> Tensor:
-    """[1, 1, rows, keys of all segments]: 0 where a row sees a key, the dtype's minimum elsewhere."""
-    keys = sum(segment.end for segment in batch.segments)
-    mask = torch.full((batch.rows, keys), torch.finfo(dtype).min, dtype=dtype, device=batch.pool.device)
-    row = column = 0
-    for index, segment in enumerate(batch.segments):
-        _, visible = batch.view(index, EVERYTHING)
-        block = mask[row : row + len(segment.tokens), column : column + segment.end]
-        if visible is None:
-            block.zero_()
-        else:
-            block.masked_fill_(visible, 0)
-        row, column = row + len(segment.tokens), column + segment.end
-    return mask[None, None]
 
 
 class PackedAttention:
@@ -262,11 +145,13 @@ class PackedAttention:
         if (surprise := _surprise(attention_mask, reach, kwargs)) is not None:
             raise UnsupportedModel(f"layer {layer} ({type(module).__name__}) {surprise}")
         store = _stored(batch.pool, self._stores, layer)
+        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        if batch.kernel:
+            return _by_kernel(batch.plan, store, reach, (query, key, value), scale, softcap, s_aux), None
         turned = store.turned and not batch.gathered
         queries = query[0].transpose(0, 1)
         if turned:
             queries = store.turn_query(queries)
-        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         attend = partial(_attend, scale=scale, softcap=softcap, sinks=s_aux)
         outputs = []
         row = column = 0
@@ -308,6 +193,25 @@ def _surprise(attention_mask: Tensor | None, reach: Reach, kwargs: dict[str, Any
     # Nearly all values are None or False, so that the names need not be looked at.
     unknown = [name for name, value in kwargs.items() if value is not None and value is not False and name not in _IDLE]
     return f"asks its attention for {', '.join(unknown)}, which cannot be packed" if unknown else None
+
+
+def _by_kernel(
+    plan: Tensor,
+    store: LayerStore,
+    reach: Reach,
+    new: tuple[Tensor, Tensor, Tensor],
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Query, key and value, [1, heads, rows, dim] each, through the CPU kernel."""
+    rows = [t[0].transpose(0, 1) for t in new]
+    sinks = None if sinks is None else sinks.float()
+    window, chunk = reach.window or 0, reach.chunk or 0
+    output: Tensor = torch.ops.specgen.tree_attention(
+        *rows, *store.planes, plan, scale, softcap or 0.0, sinks, window, chunk
+    )
+    return output.unsqueeze(0)
 
 
 def _attend(

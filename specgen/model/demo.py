@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from specgen.errors import SpecgenError
+from specgen.folders import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -42,13 +42,6 @@ class _Manifest(msgspec.Struct, frozen=True):
 
     recipe: int
     files: dict[str, int]
-
-
-def cache_folder() -> Path:
-    """Where specgen keeps what it has built: `$SPECGEN_CACHE`, else `specgen` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    if own := os.environ.get("SPECGEN_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "specgen"
 
 
 def demo_model(cache: Path | None = None, progress: Callable[[str], None] = print) -> Path:

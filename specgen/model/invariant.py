@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from specgen.errors import UnsupportedModel
 from specgen.kernels.blocks import in_blocks
+from specgen.model.packed_linear import PackedLinear
 
 _SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 _PROBED_ROWS = 192  # a multiple of every size
@@ -55,6 +56,8 @@ class InvariantLayers:
         sizes: dict[object, tuple[int, ...]] = {}
         for name, module in model.named_modules():
             if id(module) in inside:
+                continue
+            if isinstance(module, PackedLinear):
                 continue
             if isinstance(module, nn.Linear | Conv1D):
                 kind = (type(module), type(module.weight), module.weight.shape, module.weight.dtype)

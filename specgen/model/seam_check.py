@@ -14,7 +14,8 @@ from specgen.errors import UnsupportedModel
 from specgen.kv.pool import PAGE_SIZE, KVPool
 from specgen.kv.segment import Segment, hung_rows
 from specgen.model.architecture import Architecture, first_layer, refuse
-from specgen.model.attention import EVERYTHING, Seam
+from specgen.model.attention import Seam
+from specgen.model.batch import EVERYTHING
 
 # Thousandths of the vocabulary: ordinary tokens of any tokenizer, where special ones, which stand at both ends, make
 # a model's answer hang on the last bit of a rounding.

@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specgen.errors import InvalidRequest
+from specgen.errors import InvalidRequest, UnsupportedModel
+from specgen.kernels.cpu_kernels import available
 from specgen.kv.formats import NATIVE, KVFormat
 from specgen.kv.pool import PAGE_SIZE, KVPool
 from specgen.kv.segment import Segment
 from specgen.model.architecture import context_limit, inspect_layers
-from specgen.model.attention import Batch, PackedAttention, PackedCache, Seam, dense_mask
+from specgen.model.attention import PackedAttention, PackedCache, Seam
+from specgen.model.batch import Batch, dense_mask
 from specgen.model.calibration import centre_keys
 from specgen.model.invariance_check import CHECK_PAGES, check_invariance
 from specgen.model.invariant import InvariantLayers
+from specgen.model.packed_linear import pack_linears
 from specgen.model.seam_check import choose_seam
 
 _FULL_CONTEXTS = 16
@@ -54,6 +57,7 @@ class Target:
         kv_format: KVFormat = NATIVE,
         calibration: Sequence[int] = (),
         invariant: bool | None = None,
+        cpu_kernels: bool = True,
     ) -> None:
         for name, size in (("kv_tokens", kv_tokens), ("max_context", max_context)):
             if size is not None and size < 1:
@@ -66,6 +70,10 @@ class Target:
         self.rows = 0
         rounds = not kv_format.lossless and self.architecture.dtype != torch.float64
         self.invariant = rounds if invariant is None else invariant
+        self._kernel = False
+        if cpu_kernels and available(self.device, self.architecture.dtype):
+            pack_linears(model)
+            self._kernel = len(set(self.architecture.stores)) == len(self.architecture.stores)
         self._attention = PackedAttention(
             model, self.architecture.reaches, self.architecture.stores, invariant=self.invariant
         )
@@ -75,7 +83,7 @@ class Target:
         # The check compares with the model itself, so it keeps KV as it is; the real pool comes after.
         self.seam = Seam.DIRECT
         self.pool = self._make_pool(_SEAM_CHECK_PAGES, NATIVE)
-        self.seam = choose_seam(self)
+        self.seam = self._choose_seam()
         if self.invariant:
             self._check_invariance(kv_format, asked=invariant is True)
         tokens = kv_tokens or self._affordable_tokens(context, kv_format)
@@ -91,7 +99,8 @@ class Target:
 
         The tables must own the slots (`BlockTable.reserve`). Returns float32[wanted rows, vocab], segment by segment.
         """
-        batch = Batch(segments, self.pool, gathered=self.seam is not Seam.DIRECT)
+        kernel = self._kernel and self.seam is Seam.DIRECT and self.pool.kind.lossless
+        batch = Batch(segments, self.pool, gathered=self.seam is not Seam.DIRECT, kernel=kernel)
         wanted = _wanted_rows(segments)
         tokens = [token for segment in segments for token in segment.tokens]
         positions = [p for segment in segments for p in segment.positions[segment.tail - len(segment.tokens) :]]
@@ -131,6 +140,17 @@ class Target:
         started = time.perf_counter()
         self.forward([segment])
         return time.perf_counter() - started
+
+    def _choose_seam(self) -> Seam:
+        """With the attention kernel if the packed forward is the model's own with it."""
+        if self._kernel:
+            try:
+                if (seam := choose_seam(self)) is Seam.DIRECT:
+                    return seam
+            except UnsupportedModel:
+                pass  # then without it
+        self._kernel = False
+        return choose_seam(self)
 
     def _check_invariance(self, kv_format: KVFormat, *, asked: bool) -> None:
         """With KV as it is, where a difference cannot hide behind rounding, and as it will be kept."""

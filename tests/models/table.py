@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from specgen.errors import UnsupportedModel
 from specgen.model.architecture import Architecture
-from specgen.model.attention import Reach
+from specgen.model.batch import Reach
 from specgen.model.target import Target
 from tests.models.tiny import MODELS, build
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from specgen.errors import UnsupportedModel
 from specgen.kv.pool import BlockTable
 from specgen.kv.segment import Segment, hung_rows
-from specgen.model.attention import EVERYTHING, Reach
+from specgen.model import attention
+from specgen.model.batch import EVERYTHING, Reach
 from specgen.model.target import Target
 from tests.models import decoding, table
 from tests.models.decoding import decode, follows, generate, uncached
@@ -85,10 +86,11 @@ SUPPORTED = tuple(name for name in MODELS if name not in REFUSED)
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A model, its target, and what transformers' own generate says to `PROMPTS`."""
+    """A model, its target with and without CPU kernels, and what transformers' own generate says to `PROMPTS`."""
 
     model: PreTrainedModel
     target: Target
+    plain: Target
     truths: list[list[int]]
 
 
@@ -96,7 +98,8 @@ class Case:
 def case(request: pytest.FixtureRequest) -> Case:
     model = build(request.param)
     target = Target(model, kv_tokens=KV_TOKENS)
-    return Case(model, target, [generate(model, prompt, NEW_TOKENS) for prompt in PROMPTS])
+    plain = Target(model, kv_tokens=KV_TOKENS, cpu_kernels=False)
+    return Case(model, target, plain, [generate(model, prompt, NEW_TOKENS) for prompt in PROMPTS])
 
 
 def test_fifty_model_types_and_more_are_proven() -> None:
@@ -106,6 +109,7 @@ def test_fifty_model_types_and_more_are_proven() -> None:
 
 def test_noisy_trees_say_what_generate_says(case: Case) -> None:
     assert decode(case.target, PROMPTS, case.truths) == case.truths
+    assert decode(case.plain, PROMPTS, case.truths) == case.truths
 
 
 def test_generate_itself_says_what_its_model_says_without_a_cache(case: Case) -> None:
@@ -119,10 +123,16 @@ def test_a_wrong_mask_shows(case: Case, monkeypatch: pytest.MonkeyPatch) -> None
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "hung_rows", _all_visible)
         assert decode(case.target, PROMPTS, case.truths) != case.truths
+        assert decode(case.plain, PROMPTS, case.truths) != case.truths
     if set(case.target.architecture.reaches) != {EVERYTHING}:
         monkeypatch.setattr(Reach, "oldest", lambda reach, position: 0)
         monkeypatch.setattr(Reach, "allows", lambda reach, query, key: torch.ones(1, 1, dtype=torch.bool))
-        assert decode(case.target, PROMPTS, case.truths) != case.truths, "a forgotten window does not show"
+        by_kernel = attention._by_kernel
+        monkeypatch.setattr(
+            attention, "_by_kernel", lambda plan, store, reach, *rest: by_kernel(plan, store, EVERYTHING, *rest)
+        )
+        for target in (case.target, case.plain):
+            assert decode(target, PROMPTS, case.truths) != case.truths, "a forgotten window does not show"
 
 
 def _all_visible(table: BlockTable, chain: Sequence[int], tokens: Sequence[int], parents: Sequence[int]) -> Segment:

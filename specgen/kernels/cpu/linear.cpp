@@ -1,0 +1,244 @@
+// Linear layers over a few rows: the weights are read once, in the order in which they lie, and each number of the
+// output is one sum in one order, whatever rows stand beside its own.
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "tensors.h"
+#include "tiles.h"
+#include "vector.h"
+
+namespace specgen {
+namespace {
+
+// ---- without tiles: panels of 64 outputs, [outputs / 64][inputs][64]
+
+constexpr int64_t PANEL = 4 * WIDTH;
+constexpr int64_t ROWS = 6;  // 6 x 4 sums and 4 weights fit 32 registers
+
+template <class T>
+void pack_panels(const T* weight, T* packed, int64_t outputs, int64_t inputs) {
+  for (int64_t n = 0; n < rounded_up(outputs, PANEL); n++)
+    for (int64_t k = 0; k < inputs; k++)
+      packed[(n / PANEL * inputs + k) * PANEL + n % PANEL] = n < outputs ? weight[n * inputs + k] : T{};
+}
+
+template <class T>
+inline float widened(T x);
+template <>
+inline float widened(float x) { return x; }
+template <>
+inline float widened(bfloat16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
+template <class T, int R>
+void panel_rows(const T* x, const T* panel, const T* bias, T* out, int64_t inputs, int64_t stride, int64_t width) {
+  floats sums[R][4] = {};
+  for (int64_t k = 0; k < inputs; k++)
+    for (int v = 0; v < 4; v++) {
+      const floats weights = load(panel + k * PANEL + v * WIDTH);
+      for (int r = 0; r < R; r++) sums[r][v] += widened(x[r * inputs + k]) * weights;
+    }
+  for (int v = 0; v < 4 && v * WIDTH < width; v++) {
+    const int64_t count = std::min(WIDTH, width - v * WIDTH);
+    const floats shift = bias ? load_some(bias + v * WIDTH, count) : floats{};
+    for (int r = 0; r < R; r++) store_some(out + r * stride + v * WIDTH, sums[r][v] + shift, count);
+  }
+}
+
+template <class T>
+void panels(const T* x, const T* packed, const T* bias, T* out, int64_t rows, int64_t outputs, int64_t inputs,
+            int64_t stride, int64_t begin, int64_t end) {
+  for (int64_t n = begin * PANEL; n < std::min(end * PANEL, outputs); n += PANEL) {
+    const T* panel = packed + n * inputs;
+    for (int64_t r = 0; r < rows; r += ROWS) {
+      const T* at = x + r * inputs;
+      const T* shift = bias ? bias + n : nullptr;
+      T* to = out + r * stride + n;
+      const int64_t width = outputs - n;
+      switch (std::min(ROWS, rows - r)) {
+        case 1: panel_rows<T, 1>(at, panel, shift, to, inputs, stride, width); break;
+        case 2: panel_rows<T, 2>(at, panel, shift, to, inputs, stride, width); break;
+        case 3: panel_rows<T, 3>(at, panel, shift, to, inputs, stride, width); break;
+        case 4: panel_rows<T, 4>(at, panel, shift, to, inputs, stride, width); break;
+        case 5: panel_rows<T, 5>(at, panel, shift, to, inputs, stride, width); break;
+        default: panel_rows<T, 6>(at, panel, shift, to, inputs, stride, width);
+      }
+    }
+  }
+}
+
+// ---- with tiles: [outputs / 32][inputs / 32][2][16 pairs of inputs][16 outputs][2]
+
+constexpr int64_t TILE = 32;
+
+void pack_tiles(const bfloat16* weight, bfloat16* packed, int64_t outputs, int64_t inputs) {
+  const int64_t steps = rounded_up(inputs, TILE) / TILE;
+  for (int64_t n = 0; n < rounded_up(outputs, TILE); n++)
+    for (int64_t k = 0; k < steps * TILE; k++) {
+      const int64_t tile = (n / TILE * steps + k / TILE) * 2 + n % TILE / WIDTH;
+      bfloat16& to = packed[(tile * WIDTH + k % TILE / 2) * TILE + n % WIDTH * 2 + k % 2];
+      to = n < outputs && k < inputs ? weight[n * inputs + k] : bfloat16{};
+    }
+}
+
+#ifdef __AMX_BF16__
+void store_tile(const float (*sums)[WIDTH], const bfloat16* bias, bfloat16* out, int64_t rows, int64_t stride,
+                int64_t width) {
+  if (width <= 0) return;
+  const int64_t count = std::min(WIDTH, width);
+  const floats shift = bias ? load_some(bias, count) : floats{};
+  for (int64_t r = 0; r < rows; r++) {
+    const floats x = load(sums[r]) + shift;
+    if (count == WIDTH)
+      store(out + r * stride, x);
+    else
+      store_some(out + r * stride, x, count);
+  }
+}
+
+// Up to 32 rows of x, whose lines are `inputs` long and a multiple of 32.
+void tile_rows(const bfloat16* x, const bfloat16* panel, const bfloat16* bias, bfloat16* out, int64_t rows,
+               int64_t inputs, int64_t stride, int64_t width) {
+  const int64_t upper = std::min(WIDTH, rows), lower = rows - upper, line = inputs * sizeof(bfloat16);
+  alignas(64) float sums[4][WIDTH][WIDTH];
+  _tile_zero(0);
+  _tile_zero(1);
+  if (lower) {
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < inputs; k += TILE, panel += 2 * WIDTH * TILE) {
+      _tile_loadd(4, x + k, line);
+      _tile_loadd(6, panel, 64);
+      _tile_loadd(7, panel + WIDTH * TILE, 64);
+      _tile_loadd(5, x + upper * inputs + k, line);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(2, sums[2], 64);
+    _tile_stored(3, sums[3], 64);
+  } else {
+    for (int64_t k = 0; k < inputs; k += TILE, panel += 2 * WIDTH * TILE) {
+      _tile_loadd(4, x + k, line);
+      _tile_loadd(6, panel, 64);
+      _tile_loadd(7, panel + WIDTH * TILE, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+  }
+  _tile_stored(0, sums[0], 64);
+  _tile_stored(1, sums[1], 64);
+  for (int half = 0; half < 2; half++) {
+    const bfloat16* shift = bias ? bias + half * WIDTH : nullptr;
+    store_tile(sums[half], shift, out + half * WIDTH, upper, stride, width - half * WIDTH);
+    store_tile(sums[2 + half], shift, out + upper * stride + half * WIDTH, lower, stride, width - half * WIDTH);
+  }
+}
+
+void tiles(const bfloat16* x, const bfloat16* packed, const bfloat16* bias, bfloat16* out, int64_t rows,
+           int64_t outputs, int64_t inputs, int64_t stride, int64_t begin, int64_t end) {
+  int64_t shaped = 0;
+  for (int64_t n = begin * TILE; n < std::min(end * TILE, outputs); n += TILE)
+    for (int64_t r = 0; r < rows; r += TILE) {
+      const int64_t count = std::min(TILE, rows - r);
+      if (count != shaped) set_tiles(std::min(WIDTH, count), std::max<int64_t>(0, count - WIDTH));
+      shaped = count;
+      tile_rows(x + r * inputs, packed + n * inputs, bias ? bias + n : nullptr, out + r * stride + n, count, inputs,
+                stride, outputs - n);
+    }
+  _tile_release();
+}
+
+// Lines of a length that fills tiles.
+std::vector<bfloat16> padded(const bfloat16* x, int64_t rows, int64_t inputs) {
+  const int64_t line = rounded_up(inputs, TILE);
+  std::vector<bfloat16> lines(rows * line);
+  for (int64_t r = 0; r < rows; r++) std::memcpy(&lines[r * line], x + r * inputs, inputs * sizeof(bfloat16));
+  return lines;
+}
+#endif
+
+bool tiled(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16 && tiles_allowed(); }
+
+// Outputs that are computed together, and lie together in a packed weight.
+int64_t group_of(const Tensor& x) { return tiled(x) ? TILE : PANEL; }
+
+// Groups `begin` to `end` of one weight.
+template <class T>
+void multiply(const T* x, const T* packed, const T* bias, T* out, int64_t rows, int64_t outputs, int64_t inputs,
+              int64_t stride, int64_t begin, int64_t end) {
+#ifdef __AMX_BF16__
+  if constexpr (std::is_same_v<T, bfloat16>)
+    if (tiles_allowed()) return tiles(x, packed, bias, out, rows, outputs, inputs, stride, begin, end);
+#endif
+  panels(x, packed, bias, out, rows, outputs, inputs, stride, begin, end);
+}
+
+// All weights in one parallel region: x [rows, inputs] to out [rows, sum of outputs].
+template <class T>
+void multiply_all(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
+                  const std::vector<int64_t>& outputs, Tensor& out) {
+  int64_t inputs = x.size(-1);
+  const int64_t rows = x.numel() / inputs, stride = out.size(-1), group = group_of(x);
+  const T* lines = data<T>(x);
+#ifdef __AMX_BF16__
+  std::vector<bfloat16> filled;
+  if constexpr (std::is_same_v<T, bfloat16>)
+    if (tiled(x) && inputs % TILE) {
+      filled = padded(lines, rows, inputs);
+      lines = filled.data();
+      inputs = rounded_up(inputs, TILE);
+    }
+#endif
+  int64_t groups = 0;
+  for (int64_t count : outputs) groups += rounded_up(count, group) / group;
+  in_parallel(groups, [&](int64_t begin, int64_t end) {
+    int64_t first = 0, column = 0;
+    for (size_t i = 0; i < weights.size(); i++) {
+      const int64_t count = rounded_up(outputs[i], group) / group;
+      const int64_t from = std::max<int64_t>(begin - first, 0), to = std::min(end - first, count);
+      const T* bias = biases[i] ? data<T>(*biases[i]) : nullptr;
+      if (from < to)
+        multiply(lines, data<T>(weights[i]), bias, data<T>(out) + column, rows, outputs[i], inputs, stride, from, to);
+      first += count;
+      column += outputs[i];
+    }
+  });
+}
+
+}  // namespace
+
+Tensor pack_weight(const Tensor& weight) {
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  const int64_t size = rounded_up(outputs, group_of(weight)) * (tiled(weight) ? rounded_up(inputs, TILE) : inputs);
+  Tensor packed = torch::stable::new_empty(weight, {size});
+  if (tiled(weight))
+    pack_tiles(data<bfloat16>(weight), data<bfloat16>(packed), outputs, inputs);
+  else if (weight.scalar_type() == ScalarType::BFloat16)
+    pack_panels(data<bfloat16>(weight), data<bfloat16>(packed), outputs, inputs);
+  else
+    pack_panels(data<float>(weight), data<float>(packed), outputs, inputs);
+  return packed;
+}
+
+Tensor linear(const Tensor& x, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases,
+              std::vector<int64_t> outputs) {
+  const Tensor rows = torch::stable::contiguous(x);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = 0;
+  for (int64_t count : outputs) shape.back() += count;
+  Tensor out = torch::stable::new_empty(x, shape);
+  if (x.scalar_type() == ScalarType::BFloat16)
+    multiply_all<bfloat16>(rows, weights, biases, outputs, out);
+  else
+    multiply_all<float>(rows, weights, biases, outputs, out);
+  return out;
+}
+
+}  // namespace specgen

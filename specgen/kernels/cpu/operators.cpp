@@ -1,0 +1,30 @@
+// The operators, by the names under which Python finds them.
+#include <optional>
+#include <vector>
+
+#include "tensors.h"
+
+namespace specgen {
+
+Tensor pack_weight(const Tensor& weight);
+Tensor linear(const Tensor& x, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases,
+              std::vector<int64_t> outputs);
+Tensor tree_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& keys,
+                      const Tensor& values, const Tensor& plan, double scale, double softcap,
+                      const std::optional<Tensor>& sinks, int64_t window, int64_t chunk);
+
+}  // namespace specgen
+
+STABLE_TORCH_LIBRARY(specgen, library) {
+  library.def("pack_weight(Tensor weight) -> Tensor");
+  library.def("linear(Tensor x, Tensor[] weights, Tensor?[] biases, int[] outputs) -> Tensor");
+  library.def(
+      "tree_attention(Tensor query, Tensor key, Tensor value, Tensor keys, Tensor values, Tensor plan, float scale, "
+      "float softcap, Tensor? sinks, int window, int chunk) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(specgen, CPU, library) {
+  library.impl("pack_weight", TORCH_BOX(&specgen::pack_weight));
+  library.impl("linear", TORCH_BOX(&specgen::linear));
+  library.impl("tree_attention", TORCH_BOX(&specgen::tree_attention));
+}

@@ -1,0 +1,91 @@
+// Sixteen floats at once, in the compiler's own vectors: one register with AVX-512, several elsewhere.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace specgen {
+
+typedef float floats __attribute__((vector_size(64)));
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef uint32_t words __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32)));
+constexpr int64_t WIDTH = 16;
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+inline floats all(float x) { return x - floats{}; }
+
+inline floats load(const float* from) {
+  floats x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline floats load(const bfloat16* from) {
+  halves x;
+  std::memcpy(&x, from, sizeof x);
+  return (floats)(__builtin_convertvector(x, words) << 16);
+}
+
+inline void store(float* to, floats x) { std::memcpy(to, &x, sizeof x); }
+
+// To the nearest, ties to even, as torch rounds.
+inline void store(bfloat16* to, floats x) {
+  words bits = (words)x;
+  words rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  halves kept = __builtin_convertvector(x == x ? rounded : words{} + 0x7FC0, halves);
+  std::memcpy(to, &kept, sizeof kept);
+}
+
+// The first `count` of sixteen; zeros behind them.
+template <class T>
+inline floats load_some(const T* from, int64_t count) {
+  T padded[WIDTH] = {};
+  std::memcpy(padded, from, count * sizeof(T));
+  return load(padded);
+}
+
+template <class T>
+inline void store_some(T* to, floats x, int64_t count) {
+  T padded[WIDTH];
+  store(padded, x);
+  std::memcpy(to, padded, count * sizeof(T));
+}
+
+// Always in this order: a sum must not depend on who asks for it.
+inline float sum(floats x) {
+  for (int half = WIDTH / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) x[i] += x[i + half];
+  return x[0];
+}
+
+inline float largest(floats x) {
+  for (int half = WIDTH / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
+  return x[0];
+}
+
+// e^x for x <= 0, within 2 units in the last place; 0 for what is too small for a normal float. Cephes' expf.
+inline floats exp(floats x) {
+  ints vanishes = x < -87.3f;
+  x = vanishes ? floats{} : x;
+  ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, ints);
+  floats whole = __builtin_convertvector(n, floats);
+  floats r = x - whole * 0.693359375f;
+  r = r + whole * 2.12194440e-4f;
+  floats y = all(1.9875691500e-4f);
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  return vanishes ? floats{} : y * (floats)((n + 127) << 23);
+}
+
+}  // namespace specgen
