@@ -55,7 +55,7 @@ class Engine:
         self.plugins = plugins or load_plugins()
         self.tokenizer = tokenizer
         self.model = model
-        self.target = self._target(model, self.config.kv_tokens)
+        self.target = self._target(model, self.config.kv_tokens, self._invariant())
         self._core = EngineCore(
             self.target,
             self._drafters(),
@@ -174,9 +174,10 @@ class Engine:
         if not isinstance(source, PreTrainedModel):
             check_same_tokenizer(load_tokenizer(source), tokenizer)
             source = load_model(source, dtype=self.target.model.dtype, device=self.target.device)
-        return self._target(source, self.target.pool.capacity)
+        # What a drafter rounds changes no text.
+        return self._target(source, self.target.pool.capacity, invariant=False)
 
-    def _target(self, model: PreTrainedModel, kv_tokens: int | None) -> Target:
+    def _target(self, model: PreTrainedModel, kv_tokens: int | None, invariant: bool | None) -> Target:
         formats = self.plugins.collect("kv_formats")
         if self.config.kv_format not in formats:
             raise UnknownName("KV format", self.config.kv_format, formats, param="kv_format")
@@ -186,8 +187,14 @@ class Engine:
             max_context=self.config.max_context,
             kv_format=formats[self.config.kv_format](),
             calibration=calibration_ids(self.tokenizer),
-            invariant=self.config.invariant,
+            invariant=invariant,
+            compile=self.config.compile,
+            cpu_kernels=self.config.cpu_kernels,
         )
+
+    def _invariant(self) -> bool | None:
+        """Not by itself where the forward is exchanged on the way."""
+        return False if self.config.compile == "background" else self.config.invariant
 
 
 def _cache_options(config: EngineConfig) -> CacheOptions | None:

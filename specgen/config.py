@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -37,10 +37,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     for pages that the pool has no room for; 0 is off. disk_cache: a folder for pages that memory has no room for,
     found again by the next engine of the same model; disk_cache_bytes: most bytes there.
     invariant: compute each row so that its bits do not depend on the rows beside it. Then drafting, batch-mates and
-    chunks change nothing in any dtype, at the price of slower steps and prompts. `None` turns it on where exactness
-    needs it: with a KV format that rounds, for which the last bit of a sum may be a step of the code, unless the model
-    computes in float64. False forbids it: texts may then differ by what is drafted. A model that cannot do it is
-    refused by name.
+    chunks change nothing in any dtype, at the price of slower steps and prompts. `None` turns it on where it is cheap,
+    with the CPU kernels, and where exactness needs it: with a KV format that rounds, for which the last bit of a sum
+    may be a step of the code, unless the model computes in float64. False forbids it: texts may then differ by what is
+    drafted. With True a model that cannot do it is refused by name.
+    compile: compile the model's forward: True while the engine is built, "background" while it serves already, which
+    cannot be had with invariant=True, since the compiled forward rounds differently. What was compiled is kept in the
+    cache folder. A forward that cannot be compiled runs as it is, with a line in the log.
+    cpu_kernels: False computes in plain torch what specgen's kernels for CPUs do.
     max_running: sequences in one forward. max_prompt_rows: prompt tokens in one forward.
 
     Raises InvalidRequest naming the field.
@@ -60,6 +64,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     disk_cache: str | Path | None = None
     disk_cache_bytes: int = 10 << 30
     invariant: bool | None = None
+    compile: bool | Literal["background"] = False
+    cpu_kernels: bool = True
     max_running: int = 16
     max_prompt_rows: int = 512
 
@@ -90,6 +96,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         if not isinstance(self.invariant, bool | None):
             raise InvalidRequest(f"invariant is {self.invariant!r}; choices: True, False, None", param="invariant")
+        if self.compile not in (True, False, "background") or not isinstance(self.compile, bool | str):
+            message = f"compile is {self.compile!r}; choices: True, False, 'background'"
+            raise InvalidRequest(message, param="compile")
+        if self.compile == "background" and self.invariant:
+            message = "compile is 'background' and invariant is True: bits would change when the compiled forward comes"
+            raise InvalidRequest(f"{message}; take compile=True", param="compile")
+        if not isinstance(self.cpu_kernels, bool):
+            raise InvalidRequest(f"cpu_kernels is {self.cpu_kernels!r}; choices: True, False", param="cpu_kernels")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is None and name in _MAY_BE_NONE:

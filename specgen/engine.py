@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from specgen.draft.budget import RowCost
 from specgen.draft.drafter import Drafter, DraftHints
 from specgen.draft.drafting import Drafting
 from specgen.errors import OutOfPages, RequestCancelled
@@ -116,6 +117,8 @@ class EngineCore:
     @torch.no_grad()
     def step(self) -> list[StepOutput]:
         """One forward over everything that runs; what it added to each sequence that drew."""
+        if self.target.take_compiled():
+            self._measure()
         turns = self.scheduler.plan()
         if not turns:
             return self._refuse()
@@ -141,6 +144,7 @@ class EngineCore:
 
     def _measure(self) -> None:
         """Begin with what rows cost on this machine, so that not even the first tree is larger than it pays."""
+        self.drafting.cost = RowCost()
         for rows in _MEASURED_ROWS:
             if rows <= self.target.context_length:
                 self.drafting.cost.observe(rows, self.target.row_seconds(rows))
@@ -198,7 +202,7 @@ class EngineCore:
 
     @cached_property
     def _identity(self) -> str:
-        return kv_identity(self.target.model, self.target.pool, invariant=self.target.invariant)
+        return kv_identity(self.target.model, self.target.pool, arithmetic=self.target.arithmetic)
 
     def _token_seconds(self) -> float:
         """What a token of a long prompt costs."""

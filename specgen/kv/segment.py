@@ -35,6 +35,11 @@ class Segment:
         return len(self.positions)
 
     @property
+    def new_positions(self) -> Sequence[int]:
+        """Absolute positions of this forward's rows."""
+        return self.positions[self.tail - len(self.tokens) :]
+
+    @property
     def first_position(self) -> int:
         """Absolute position of this forward's first row."""
         return self.positions[self.tail - len(self.tokens)]

@@ -30,7 +30,7 @@ from specgen.errors import UnsupportedModel
 from specgen.kernels.reference import tree_attention
 from specgen.kv.formats import LayerStore
 from specgen.kv.pool import KVPool
-from specgen.model.batch import Batch, Reach
+from specgen.model.batch import Batch, PlannedBatch, Reach
 from specgen.model.row_attention import row_by_row
 
 _PACKED_HEADS_ROWS = 64
@@ -54,7 +54,7 @@ class PackedCache(Cache):
 
     is_compileable = False
 
-    def __init__(self, batch: Batch, stores: Sequence[int | None]) -> None:
+    def __init__(self, batch: Batch | PlannedBatch, stores: Sequence[int | None]) -> None:
         super().__init__(layers=[])
         self.batch = batch
         self.stores = stores
@@ -64,7 +64,7 @@ class PackedCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Write [1, kv_heads, rows, dim] to the pool; return what the model is to attend to."""
         batch = self.batch
-        if batch.kernel:
+        if isinstance(batch, PlannedBatch) or batch.kernel:
             return key_states, value_states
         store = _stored(batch.pool, self.stores, layer_idx)
         store.write(batch.write, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1))
@@ -90,31 +90,36 @@ def _stored(pool: KVPool, stores: Sequence[int | None], layer: int) -> LayerStor
 
 
 class PackedAttention:
-    """The attention function of one model, registered with transformers under a name of its own."""
+    """The attention function of one model, registered with transformers under a name of its own.
+
+    invariant: compute each row as if it were alone, where the kernel does not do so anyway.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
         reaches: Sequence[Reach],
         stores: Sequence[int | None],
-        *,
-        invariant: bool = False,
     ) -> None:
-        self._invariant = invariant
+        self.invariant = False
         self._configs = tuple(_nested(model.config))
         self._reaches = reaches
         self._stores = stores
-        self._batch: Batch | None = None
+        self.batch: Batch | PlannedBatch | None = None
         self._name = next(_names)
         itself = weakref.ref(self)
         AttentionInterface.register(self._name, lambda *args, **kwargs: itself()(*args, **kwargs))  # type: ignore[misc]
         weakref.finalize(self, AttentionInterface._global_mapping.pop, self._name, None)
 
+    def install(self) -> None:
+        """Route the model's attention here for good."""
+        self._configs[0]._attn_implementation = self._name
+
     @contextmanager
     def over(self, batch: Batch) -> Iterator[None]:
         """Route the model's attention here for one forward; the user's own calls keep their implementation."""
         before = [config._attn_implementation for config in self._configs]
-        self._batch = batch
+        self.batch = batch
         # Sets it on the nested configs too, so they are put back from the outermost inwards.
         self._configs[0]._attn_implementation = self._name
         try:
@@ -122,7 +127,7 @@ class PackedAttention:
         finally:
             for config, name in zip(self._configs, before, strict=True):
                 config._attn_implementation = name
-            self._batch = None
+            self.batch = None
 
     def __call__(
         self,
@@ -138,7 +143,7 @@ class PackedAttention:
     ) -> tuple[Tensor, None]:
         """transformers' attention function: query [1, heads, rows, dim]; returns [1, rows, heads, value_dim]."""
         layer: Any = module.layer_idx
-        batch = self._batch
+        batch = self.batch
         if batch is None:
             raise RuntimeError(f"attention {self._name} is called outside a packed forward")
         reach = self._reaches[layer]
@@ -146,7 +151,7 @@ class PackedAttention:
             raise UnsupportedModel(f"layer {layer} ({type(module).__name__}) {surprise}")
         store = _stored(batch.pool, self._stores, layer)
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-        if batch.kernel:
+        if isinstance(batch, PlannedBatch) or batch.kernel:
             return _by_kernel(batch.plan, store, reach, (query, key, value), scale, softcap, s_aux), None
         turned = store.turned and not batch.gathered
         queries = query[0].transpose(0, 1)
@@ -159,7 +164,7 @@ class PackedAttention:
             given = [t[0, :, column : column + segment.end].transpose(0, 1) for t in (key, value)]
             mine = queries[row : row + len(segment.tokens)]
             row, column = row + len(segment.tokens), column + segment.end
-            if self._invariant:
+            if self.invariant:
                 span, seen, prefix = batch.seen(index, reach)
                 # Contiguous: a row's keys lie alike whatever made them.
                 keys, values = (t.contiguous() for t in given) if batch.gathered else store.read(span)

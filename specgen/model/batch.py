@@ -96,13 +96,25 @@ class Batch:
     @cached_property
     def offsets(self) -> Tensor:
         """int64[rows]: each row's position less its row number."""
-        positions = [p for s in self.segments for p in s.positions[s.tail - len(s.tokens) :]]
+        positions = [p for s in self.segments for p in s.new_positions]
         return (torch.tensor(positions) - torch.arange(self.rows)).to(self.pool.device)
+
+
+class PlannedBatch:
+    """A batch as a compiled forward sees it: the plan alone. plan: int32[n]; position_ids: int64[1, rows]."""
+
+    gathered = False
+    kernel = True
+
+    def __init__(self, pool: KVPool, plan: Tensor, position_ids: Tensor) -> None:
+        self.pool = pool
+        self.plan = plan
+        self.offsets = position_ids[0] - torch.arange(position_ids.shape[1])
 
 
 def _first_seen(segment: Segment, reach: Reach) -> int:
     """The first position of the prefix that any row sees."""
-    earliest = min(segment.positions[segment.tail - len(segment.tokens) :])
+    earliest = min(segment.new_positions)
     return min(segment.table.length, reach.oldest(earliest))
 
 

@@ -22,7 +22,7 @@ def model_name(model: PreTrainedModel) -> str:
 
 
 @torch.no_grad()
-def kv_identity(model: PreTrainedModel, pool: KVPool, *, invariant: bool) -> str:
+def kv_identity(model: PreTrainedModel, pool: KVPool, *, arithmetic: str) -> str:
     """A digest that differs where a token's KV may differ in any bit. Reads every weight once.
 
     Versions and the kind of device are in it: they may round differently. Of the format counts what it makes of fixed
@@ -32,7 +32,7 @@ def kv_identity(model: PreTrainedModel, pool: KVPool, *, invariant: bool) -> str
     layout = [[list(rows.shape), str(rows.dtype)] for rows in pool.rows_of(0)]
     weights = [[name, str(tensor.dtype), *fingerprint(tensor)] for name, tensor in sorted(_tensors(model))]
     config = model.config.to_diff_dict()
-    return _digest([versions, invariant, pool.kind.name, pool.page_size, layout, _probe(pool), config, weights])
+    return _digest([versions, arithmetic, pool.kind.name, pool.page_size, layout, _probe(pool), config, weights])
 
 
 def fingerprint(tensor: Tensor) -> list[int]:

@@ -53,7 +53,7 @@ def choose_seam(target: PackedModel) -> Seam:
     reasons = []
     for seam in _possible(target):
         target.seam = seam
-        if (reason := _difference(target)) is None:
+        if (reason := difference(target)) is None:
             return seam
         reasons.append(reason)
     raise refuse(target.model, reasons[0])
@@ -78,7 +78,8 @@ def _possible(target: PackedModel) -> tuple[Seam, ...]:
 
 
 @torch.inference_mode()
-def _difference(target: PackedModel) -> str | None:
+def difference(target: PackedModel) -> str | None:
+    """How the packed forward differs from the model's own; `None` if it does not."""
     try:
         packed = _packed_logits(target)
         alone = torch.stack([_alone(target.model, ids) for ids in _paths(target.vocab_size)])

@@ -7,26 +7,32 @@ import inspect
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import nullcontext
-from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from specgen.errors import InvalidRequest, UnsupportedModel
-from specgen.kernels.cpu_kernels import available
+from specgen.kernels.cpu_kernels import available, why_not
 from specgen.kv.formats import NATIVE, KVFormat
 from specgen.kv.pool import PAGE_SIZE, KVPool
 from specgen.kv.segment import Segment
+from specgen.log import Log
 from specgen.model.architecture import context_limit, inspect_layers
 from specgen.model.attention import PackedAttention, PackedCache, Seam
 from specgen.model.batch import Batch, dense_mask
 from specgen.model.calibration import centre_keys
+from specgen.model.compiled import CompiledForward, compile_forward, in_background
 from specgen.model.invariance_check import CHECK_PAGES, check_invariance
 from specgen.model.invariant import InvariantLayers
 from specgen.model.packed_linear import pack_linears
+from specgen.model.plan import wanted_rows
 from specgen.model.seam_check import choose_seam
+
+log = Log("specgen.model")
 
 _FULL_CONTEXTS = 16
 _SEAM_CHECK_PAGES = 2
@@ -44,7 +50,11 @@ class Target:
         their original length: behind it one text would change how another is read.
     kv_format: how the pool keeps keys and values. calibration: ids of a text, for formats that centre keys.
     invariant: compute each row so that its bits do not depend on the rows beside it, which loading proves. `None` does
-        so for formats that round, where the last bit of a sum may be a step of the code, below float64.
+        so where it is cheap, with the CPU kernels, and for formats that round, where the last bit of a sum may be a
+        step of the code, below float64.
+    compile: `True` compiles the forward before this returns, "background" while `forward` runs as it is; either goes
+        on without, and says so in the log, when it cannot be done.
+    cpu_kernels: use them where they can be built; `False` is plain torch.
     Raises UnsupportedModel, naming the layer and what to do instead, and InvalidRequest for sizes below 1.
     """
 
@@ -57,40 +67,42 @@ class Target:
         kv_format: KVFormat = NATIVE,
         calibration: Sequence[int] = (),
         invariant: bool | None = None,
+        compile: bool | Literal["background"] = False,
         cpu_kernels: bool = True,
     ) -> None:
         for name, size in (("kv_tokens", kv_tokens), ("max_context", max_context)):
             if size is not None and size < 1:
                 raise InvalidRequest(f"{name} is {size}; it must be at least 1", param=name)
-        self.model = model = twin(model).eval()
+        given = model
+        self.model = model = twin(given).eval()
         self.device = model.device
         self.architecture = inspect_layers(model)
         self.vocab_size = self.architecture.vocab_size
         self.forwards = 0
         self.rows = 0
-        rounds = not kv_format.lossless and self.architecture.dtype != torch.float64
-        self.invariant = rounds if invariant is None else invariant
         self._kernel = False
         if cpu_kernels and available(self.device, self.architecture.dtype):
             pack_linears(model)
             self._kernel = len(set(self.architecture.stores)) == len(self.architecture.stores)
-        self._attention = PackedAttention(
-            model, self.architecture.reaches, self.architecture.stores, invariant=self.invariant
-        )
-        self._layers = InvariantLayers(model) if self.invariant else None
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         context = min(n for n in (context_limit(model), max_context, _LONGEST_CONTEXT) if n is not None)
         # The check compares with the model itself, so it keeps KV as it is; the real pool comes after.
+        self.invariant = False
+        self._layers: InvariantLayers | None = None
+        self._compiled: CompiledForward | None = None
+        self._attention = PackedAttention(model, self.architecture.reaches, self.architecture.stores)
         self.seam = Seam.DIRECT
         self.pool = self._make_pool(_SEAM_CHECK_PAGES, NATIVE)
         self.seam = self._choose_seam()
-        if self.invariant:
-            self._check_invariance(kv_format, asked=invariant is True)
+        self._make_invariant(kv_format, invariant)
         tokens = kv_tokens or self._affordable_tokens(context, kv_format)
         self.pool = self._make_pool(max(2, -(-tokens // PAGE_SIZE)), kv_format)
         self.context_length = min(context, self.pool.capacity)
         if kv_format.centred:
             centre_keys(self.pool, model, calibration, self.architecture)
+        self._compiling = self._compile(given, kv_format, compile)
+        if compile is True:
+            self.take_compiled(wait=True)
         self.forwards = self.rows = 0
 
     @torch.inference_mode()
@@ -99,15 +111,21 @@ class Target:
 
         The tables must own the slots (`BlockTable.reserve`). Returns float32[wanted rows, vocab], segment by segment.
         """
+        tokens = [token for segment in segments for token in segment.tokens]
+        positions = [p for segment in segments for p in segment.new_positions]
+        self.forwards += 1
+        self.rows += len(tokens)
+        if self._compiled is not None:
+            return self._compiled(segments, tokens, positions).float()
+        return self._forward(segments, tokens, positions)
+
+    def _forward(self, segments: Sequence[Segment], tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """The model's own code, layer by layer."""
         kernel = self._kernel and self.seam is Seam.DIRECT and self.pool.kind.lossless
         batch = Batch(segments, self.pool, gathered=self.seam is not Seam.DIRECT, kernel=kernel)
-        wanted = _wanted_rows(segments)
-        tokens = [token for segment in segments for token in segment.tokens]
-        positions = [p for segment in segments for p in segment.positions[segment.tail - len(segment.tokens) :]]
+        wanted = torch.tensor(wanted_rows(segments), dtype=torch.int64)
         ids, position_ids = torch.tensor([[tokens], [positions]], device=self.device)
         dense = self.seam is Seam.DENSE
-        self.forwards += 1
-        self.rows += batch.rows
         with (
             nullcontext() if dense else self._attention.over(batch),
             self._layers.active() if self._layers else nullcontext(),
@@ -121,6 +139,49 @@ class Target:
                 **({"logits_to_keep": wanted} if self._keeps_logits else {}),
             ).logits[0]
         return (logits if self._keeps_logits else logits[wanted]).float()
+
+    @property
+    def compiled(self) -> bool:
+        """Whether forwards are compiled now."""
+        return self._compiled is not None
+
+    @property
+    def arithmetic(self) -> str:
+        """Names the ways in which rows are computed that may differ in a bit."""
+        chosen = {"invariant": self.invariant, "kernels": self._kernel, "compiled": self.compiled}
+        return " ".join(name for name, on in chosen.items() if on)
+
+    def take_compiled(self, *, wait: bool = False) -> bool:
+        """Go over to the compiled forward if it has become ready since the last call; with `wait` be there for it."""
+        if self._compiling is None or not (wait or self._compiling.done()):
+            return False
+        compiling, self._compiling = self._compiling, None
+        try:
+            self._compiled = compiling.result()
+        except Exception as error:  # a model's code, a compiler, a full disk: the forward that there is goes on
+            log.warning("forwards are not compiled", model=self.model.config.model_type, reason=str(error))
+            return False
+        self._compiled.pool = self.pool
+        return True
+
+    def _compile(
+        self, model: PreTrainedModel, kv_format: KVFormat, compile: bool | Literal["background"]
+    ) -> Future[CompiledForward] | None:
+        """Compile a twin of `model`, on a thread of its own; `None` where it is not asked for or cannot be done."""
+        if not compile:
+            return None
+        if not (self._kernel and self.seam is Seam.DIRECT and kv_format.lossless and self._keeps_logits):
+            reason = why_not() or f"it needs the seam 'direct' and kv_format='native', not {self.seam.value!r} and "
+            log.warning("forwards are not compiled", model=model.config.model_type, reason=reason + kv_format.name)
+            return None
+        invariant, architecture, alone = self.invariant, self.architecture, twin(model).eval()
+
+        def work() -> CompiledForward:
+            packed = twin(model).eval()
+            pack_linears(packed)
+            return compile_forward(packed, alone, architecture, invariant=invariant)
+
+        return in_background(work)
 
     def row_seconds(self, rows: int) -> float:
         """Seconds of one forward over `rows` rows of one text, measured now: the faster of two, after a first one."""
@@ -152,6 +213,21 @@ class Target:
         self._kernel = False
         return choose_seam(self)
 
+    def _make_invariant(self, kv_format: KVFormat, asked: bool | None) -> None:
+        """Compute rows that do not depend on their neighbours, if that is asked for, needed, or costs little."""
+        rounds = not kv_format.lossless and self.architecture.dtype != torch.float64
+        if asked is False or not (asked or rounds or self._kernel):
+            return
+        try:
+            self._layers = InvariantLayers(self.model)
+            self._attention.invariant = True
+            self._check_invariance(kv_format, asked=asked is True)
+            self.invariant = True
+        except UnsupportedModel:
+            if asked or rounds:
+                raise
+            self._layers, self._attention.invariant = None, False
+
     def _check_invariance(self, kv_format: KVFormat, *, asked: bool) -> None:
         """With KV as it is, where a difference cannot hide behind rounding, and as it will be kept."""
         instead = "load it without" if asked else f"without it kv_format={kv_format.name!r} is not exact: take 'native'"
@@ -166,14 +242,6 @@ class Target:
     def _affordable_tokens(self, context: int, kv_format: KVFormat) -> int:
         per_token = kv_format.bytes_per_token(self.architecture.shapes, self.architecture.dtype)
         return min(_FULL_CONTEXTS * context, max(PAGE_SIZE, _free_memory(self.device) // 4 // per_token))
-
-
-def _wanted_rows(segments: Sequence[Segment]) -> Tensor:
-    starts = accumulate((len(segment.tokens) for segment in segments), initial=0)
-    return torch.tensor(
-        [start + row for start, segment in zip(starts, segments, strict=False) for row in segment.logits],
-        dtype=torch.int64,
-    )
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:

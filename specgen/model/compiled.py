@@ -1,0 +1,147 @@
+"""A target's packed forward, compiled: one graph for any number of rows, without Python between its layers.
+
+`torch.compile` takes the model's own code through the DIRECT seam. Linear layers and attention are the CPU kernels'
+operators, what lies between them is fused by Inductor; one graph with a symbolic number of rows serves all steps, so
+that nothing is compiled again and a row meets the same loops whatever stands beside it. Guards are skipped: all that
+may change between two calls is an input of the graph.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specgen.errors import UnsupportedModel
+from specgen.folders import cache_folder
+from specgen.kv.pool import KVPool
+from specgen.kv.segment import Segment
+from specgen.log import Log
+from specgen.model.architecture import Architecture
+from specgen.model.attention import PackedAttention, PackedCache, Seam
+from specgen.model.batch import PlannedBatch
+from specgen.model.invariance_check import CHECK_PAGES, check_invariance
+from specgen.model.plan import plan, wanted_rows
+from specgen.model.seam_check import difference
+
+log = Log("specgen.model")
+
+_EXAMPLE_ROWS = 16
+# A size of 0 or 1 would be compiled for itself.
+_LEAST = 2
+
+
+class CompiledForward:
+    """A compiled forward of `model`, which nobody else may run. Not thread-safe.
+
+    pool: where keys and values are; may be replaced by another of the same shapes.
+    """
+
+    def __init__(self, model: PreTrainedModel, architecture: Architecture, pool: KVPool) -> None:
+        self.model = model
+        self.pool = pool
+        self._stores = architecture.stores
+        self._attention = PackedAttention(model, architecture.reaches, architecture.stores)
+        self._attention.install()
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+        self._graph = torch.compile(
+            self._run,
+            fullgraph=True,
+            options={"size_asserts": False, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
+        )
+        self._warm_up()
+
+    def __call__(self, segments: Sequence[Segment], tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """[wanted rows, vocab] of all rows, whose KV is written."""
+        wanted = wanted_rows(segments)
+        filled = [*tokens, *[0] * (_LEAST - len(tokens))], [*positions, *[0] * (_LEAST - len(positions))]
+        ids, position_ids = torch.tensor(filled)[:, None]
+        logits: Tensor = self._graph(ids, position_ids, plan(segments), torch.tensor(_filled(wanted)))
+        return logits[: len(wanted)]
+
+    def _run(self, ids: Tensor, position_ids: Tensor, plan: Tensor, wanted: Tensor) -> Tensor:
+        batch = PlannedBatch(self.pool, plan, position_ids)
+        self._attention.batch = batch
+        logits: Tensor = self.model(
+            input_ids=ids,
+            position_ids=position_ids,
+            past_key_values=PackedCache(batch, self._stores),
+            attention_mask=None,
+            use_cache=True,
+            logits_to_keep=wanted,
+        ).logits[0]
+        return logits
+
+    def _warm_up(self) -> None:
+        """Compile, on rows that belong to no sequence."""
+        rows = torch.zeros(1, _EXAMPLE_ROWS, dtype=torch.int64)
+        inputs = rows, rows.clone(), torch.zeros(_EXAMPLE_ROWS, dtype=torch.int32), torch.arange(_EXAMPLE_ROWS)
+        for tensor in inputs:
+            torch._dynamo.mark_dynamic(tensor, tensor.ndim - 1)
+        with torch.inference_mode():
+            self._graph(*inputs)
+
+
+def _filled(wanted: list[int]) -> list[int]:
+    return wanted + [0] * (_LEAST - len(wanted))
+
+
+@dataclass
+class _Trial:
+    """A compiled forward as the proofs at load want a target to be."""
+
+    compiled: CompiledForward
+    model: PreTrainedModel
+    architecture: Architecture
+    vocab_size: int
+    pool: KVPool
+    seam: Seam = Seam.DIRECT
+
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        tokens = [token for segment in segments for token in segment.tokens]
+        return self.compiled(segments, tokens, [p for segment in segments for p in segment.new_positions]).float()
+
+
+def compile_forward(
+    model: PreTrainedModel, alone: PreTrainedModel, architecture: Architecture, *, invariant: bool
+) -> CompiledForward:
+    """Compile `model` and prove that it says what `alone` says, the same weights run by transformers.
+
+    The pool is a small one for the proof; set the real one. Raises UnsupportedModel with the reason when the model
+    cannot be compiled, when it answers otherwise, or when invariance is asked for and not kept.
+    """
+    started = time.perf_counter()
+    pool = KVPool(architecture.shapes, CHECK_PAGES, dtype=architecture.dtype, device=model.device)
+    try:
+        compiled = CompiledForward(model, architecture, pool)
+    except Exception as error:  # a compiler, a model's code, a full disk
+        first_line = str(error).strip().split("\n", maxsplit=1)[0]
+        raise UnsupportedModel(f"the forward cannot be compiled ({type(error).__name__}: {first_line})") from error
+    trial = _Trial(compiled, alone, architecture, architecture.vocab_size, pool)
+    if reason := difference(trial):
+        raise UnsupportedModel(f"compiled, {reason}")
+    if invariant:
+        check_invariance(trial, "take compile=False")
+    log.info("forward compiled", seconds=round(time.perf_counter() - started, 1))
+    return compiled
+
+
+def in_background(work: Callable[[], CompiledForward]) -> Future[CompiledForward]:
+    """Run `work` on a daemon thread: a program may end before it is done."""
+    future: Future[CompiledForward] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="specgen-compile", daemon=True).start()
+    return future
