@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from specgen.api import Engine
 from specgen.config import EngineConfig
 from specgen.errors import InvalidRequest
+from specgen.kv import pagefile
+from specgen.kv.formats import FORMATS
 from specgen.kv.pagefile import read_header
 from specgen.kv.radix import CacheKey
 from tests.engines import evict, watched
@@ -62,6 +65,39 @@ def test_ten_turns_of_a_chat_compute_every_token_once(opened: Callable[..., Engi
     assert engine.target.rows == len(ids) - 1
 
 
+def test_ten_turns_with_drafting_compute_what_was_committed_once(opened: Callable[..., Engine]) -> None:
+    """The rows of accepted tokens stay; what was rejected comes on top."""
+    engine = opened(speculation={"adaptive": False})
+    before, phrase = engine.target.rows, [7, 8, 9, 10]
+    ids: list[int] = []
+    for turn in range(10):
+        ids += [*phrase, turn + 3, *phrase[: turn % 2 + 1]]
+        ids += engine.generate(ids, max_tokens=5, temperature=0.0).ids
+    counters = engine.counters
+    assert counters.accepted
+    assert counters.drafted > counters.accepted
+    assert engine.target.rows - before == len(ids) - 1 + counters.drafted - counters.accepted
+
+
+@pytest.mark.parametrize("speculation", ["off", {"adaptive": False}])
+def test_ten_turns_of_several_samples_compute_every_token_once(speculation: Any, opened: Callable[..., Engine]) -> None:
+    """Whichever sample the chat goes on with. What is new is longer than a page: else each sample reads it at once."""
+    model = build("llama")
+    model.config.max_position_embeddings = 512
+    engine = opened(model, speculation=speculation, kv_tokens=2048)
+    counters, before, expected = engine.counters, engine.target.rows, 0
+    ids: list[int] = []
+    for turn in range(10):
+        new = [turn + 3, *PHRASE, *PHRASE, turn * 2 + 20]
+        samples = engine.generate(ids + new, n=3, max_tokens=5, temperature=1.0, seed=turn)
+        # What no sample read before: the last token of the turn before and the new ones; two read the last one for
+        # its logits; each of the three its own, but for the last.
+        expected += len(new) + (turn > 0) + 2 + 3 * 4
+        ids += [*new, *samples[turn % 3].ids]
+    assert bool(counters.drafted) == (speculation != "off")
+    assert engine.target.rows - before == expected + counters.drafted - counters.accepted
+
+
 @pytest.mark.parametrize("length", [17, 20, 33, 64, 100])
 def test_samples_share_the_prompt(length: int, opened: Callable[..., Engine]) -> None:
     engine = opened(speculation="off")
@@ -85,6 +121,60 @@ def test_tenants_do_not_hit_each_other_and_the_same_one_does(opened: Callable[..
     for salt, cached in (("a", 0), ("b", 0), ("", 0), ("a", 39), ("b", 39), ("", 39)):
         result = engine.generate(PROMPTS[0], max_tokens=2, temperature=0.0, cache_salt=salt)
         assert result.usage.cached_tokens == cached
+
+
+@pytest.mark.parametrize("mine", ["a", "b", ""])
+def test_tenants_do_not_hit_each_others_files(mine: str, opened: Callable[..., Engine], tmp_path: Path) -> None:
+    first = opened(disk_cache=tmp_path)
+    first.generate(PROMPTS[0], max_tokens=2, cache_salt=mine)
+    evict(first)
+    again = opened(disk_cache=tmp_path)
+    for salt in ("a", "b", "", mine):
+        result = again.generate(PROMPTS[0], max_tokens=1, temperature=0.0, cache_salt=salt)
+        assert (result.usage.cached_tokens >= 32) == (salt == mine)
+
+
+def test_adapters_and_their_revisions_do_not_hit_each_other(opened: Callable[..., Engine], tmp_path: Path) -> None:
+    engine = opened(disk_cache=tmp_path)
+    own = engine._core._key
+    kinds = [{}, {"adapter": "a"}, {"adapter": "b"}, {"adapter": "a", "revision": "2"}]
+    for cached, stored in ((0, False), (39, False), (32, True)):
+        for kind in kinds:
+            engine._core._key = replace(own, **kind)
+            assert engine.generate(PROMPTS[0], max_tokens=1).usage.cached_tokens == cached, (kind, stored)
+        if cached:
+            evict(engine)
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_models_and_formats_do_not_hit_each_others_files(
+    step: int, opened: Callable[..., Engine], tmp_path: Path
+) -> None:
+    """Whoever comes first; each finds its own again."""
+    changed = build("llama")
+    with torch.no_grad():
+        changed.model.layers[1].self_attn.k_proj.weight[0, 0] += 1e-3
+    others: list[tuple[Any, str]] = [("llama", kind) for kind in FORMATS]
+    others += [("mistral", "native"), (changed, "native")]
+    for cached in (0, 32):
+        for model, kind in others[::step]:
+            engine = opened(model, kv_format=kind, disk_cache=tmp_path)
+            assert engine.generate(PROMPTS[0], max_tokens=1).usage.cached_tokens == cached
+            evict(engine)
+
+
+def test_with_constants_for_hashes_no_text_changes(
+    opened: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = texts(opened(prefix_cache=False))
+    monkeypatch.setattr(CacheKey, "__hash__", lambda self: 7)
+    memory = opened(**HOST)
+    monkeypatch.setattr(pagefile, "_digest", lambda text: "7" * 64)
+    for engine in (memory, opened(disk_cache=tmp_path), opened(disk_cache=tmp_path)):
+        for _ in range(3):
+            assert texts(engine) == expected
+            evict(engine)
+    assert memory.prefix.stats.restored_pages >= 8
 
 
 def test_a_pinned_prompt_outlives_others(opened: Callable[..., Engine]) -> None:
