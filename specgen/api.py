@@ -24,6 +24,7 @@ from specgen.params import SamplingParams
 from specgen.plugins import Plugins, load_plugins
 from specgen.prefixes import EnginePrefix
 from specgen.requests import RequestBuilder, with_options
+from specgen.responses import ResponseCache
 from specgen.runner import Runner
 from specgen.stream import Stream
 from specgen.types import Prompt, Result
@@ -38,7 +39,7 @@ class Engine:
         result = engine.generate([{"role": "user", "content": "Hello"}], max_tokens=64)
 
     `options` are the fields of `EngineConfig`, and `draft_model` for a smaller model of the same tokenizer.
-    `prefix` pins, saves and loads the prefix cache.
+    `prefix` pins, saves and loads the prefix cache. `responses` has the response cache's `stats` and `clear()`.
     Raises UnsupportedModel, DrafterMismatch, PluginError or InvalidRequest when something does not fit.
     """
 
@@ -75,7 +76,8 @@ class Engine:
         )
         self._base = SamplingParams(speculation=self.config.speculation)
         self._core.drafting.check_names(self.config.speculation)
-        self._runner = Runner(self._core, self.plugins)
+        self.responses = ResponseCache(self.config.response_cache_bytes, self.config.response_cache_seconds)
+        self._runner = Runner(self._core, self.plugins, self.responses)
         self.prefix = EnginePrefix(self._core, self._runner, self._builder, self._base)
         self._finalizer = weakref.finalize(self, self._runner.close)
 

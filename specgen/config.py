@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,9 @@ _LEAST = {
     "prefix_cache_bytes": 0,
     "host_cache_bytes": 0,
     "disk_cache_bytes": 0,
+    "response_cache_bytes": 0,
 }
+_RESPONSE_SECONDS = 600.0
 _MAY_BE_NONE = ("max_context", "kv_tokens", "prefix_cache_bytes")
 
 
@@ -36,6 +39,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefix_cache_bytes: most bytes of the pool for it; `None` takes what nobody needs. host_cache_bytes: host memory
     for pages that the pool has no room for; 0 is off. disk_cache: a folder for pages that memory has no room for,
     found again by the next engine of the same model; disk_cache_bytes: most bytes there.
+    response_cache_bytes: host memory for whole answers; 0 is off. A request that is greedy or has a seed, and brings no
+    code of its own, is answered by what an identical one of the same cache_salt was answered within
+    response_cache_seconds, or shares the run of one that is there already. `speculation` and `prediction` may differ,
+    for they change no token. The result is the same under its own request_id: all its prompt counts as cached, and
+    its `stats` are empty, since no step was taken for it.
     invariant: compute each row so that its bits do not depend on the rows beside it. Then drafting, batch-mates and
     chunks change nothing in any dtype, at the price of slower steps and prompts. `None` turns it on where it is cheap,
     with the CPU kernels, and where exactness needs it: with a KV format that rounds, for which the last bit of a sum
@@ -63,6 +71,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     host_cache_bytes: int = 0
     disk_cache: str | Path | None = None
     disk_cache_bytes: int = 10 << 30
+    response_cache_bytes: int = 0
+    response_cache_seconds: float = _RESPONSE_SECONDS
     invariant: bool | None = None
     compile: bool | Literal["background"] = False
     cpu_kernels: bool = True
@@ -116,3 +126,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             if getattr(self, name) and not self.prefix_cache:
                 message = f"{name} is {getattr(self, name)!r}, but prefix_cache is off; set prefix_cache=True"
                 raise InvalidRequest(message, param=name)
+        self._check_seconds()
+
+    def _check_seconds(self) -> None:
+        name, seconds = "response_cache_seconds", self.response_cache_seconds
+        number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+        if not number or not 0 < seconds < math.inf:
+            raise InvalidRequest(f"{name} is {seconds!r}; it must be a finite number above 0", param=name)
+        if seconds != _RESPONSE_SECONDS and not self.response_cache_bytes:
+            message = f"{name} is {seconds!r}, but response_cache_bytes is 0; set it too"
+            raise InvalidRequest(message, param=name)

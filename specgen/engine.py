@@ -110,9 +110,12 @@ class EngineCore:
 
     def cancel(self, request_id: str, finish: Finish | None = None) -> list[StepOutput]:
         """End all sequences of a request where they stand; none if it is finished or unknown."""
-        ours = [s for s in (*self.scheduler.running, *self.scheduler.waiting) if s.request.id == request_id]
-        reason = finish or Finish("cancelled", error=RequestCancelled(f"request {request_id} was cancelled"))
-        return [self._close(sequence, sequence.end(reason)) for sequence in ours]
+        reason = finish or cancelled(request_id)
+        return [self._close(sequence, sequence.end(reason)) for sequence in self._of(request_id)]
+
+    def cut(self, request_id: str, finish: Finish) -> list[StepOutput]:
+        """What `cancel` would answer; the sequences go on."""
+        return [sequence.cut(finish) for sequence in self._of(request_id)]
 
     @torch.no_grad()
     def step(self) -> list[StepOutput]:
@@ -141,6 +144,9 @@ class EngineCore:
             self.prefix.check()
         if not self.busy and self.target.pool.open_tables:
             raise RuntimeError("KV pool: tables are open though no sequence is left")
+
+    def _of(self, request_id: str) -> list[Sequence]:
+        return [s for s in (*self.scheduler.running, *self.scheduler.waiting) if s.request.id == request_id]
 
     def _measure(self) -> None:
         """Begin with what rows cost on this machine, so that not even the first tree is larger than it pays."""
@@ -215,6 +221,11 @@ class EngineCore:
             reason = output.result.finish_reason
             self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
         return output
+
+
+def cancelled(request_id: str) -> Finish:
+    """Why a request ends that its caller cancelled."""
+    return Finish("cancelled", error=RequestCancelled(f"request {request_id} was cancelled"))
 
 
 def _housed(turn: Turn, tree: TokenTree) -> TokenTree:

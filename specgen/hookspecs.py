@@ -90,10 +90,11 @@ def on_request(request: Request) -> None:
 @hookspec
 def on_step(outputs: Sequence[StepOutput]) -> None:
     """See what one step added, one output per sequence that gained tokens or was cancelled. Called on the engine's
-    thread after each step."""
+    thread after each step. Where identical requests share a run, its outputs come once, under the id of the first;
+    what the response cache answers comes in no step."""
 
 
 @hookspec
 def on_finish(result: Result) -> None:
     """See a finished sequence with its usage and acceptance statistics. Called on the engine's thread, once for each
-    sequence."""
+    sequence of each request, however it was answered."""

@@ -106,7 +106,7 @@ class EnginePrefix:
             if pin.tokens == wanted or attempt == _ATTEMPTS - 1:
                 break
             # Others may evict it between its end and the next look; what is pinned already stays meanwhile.
-            for stream in self._runner.submit((request, samples)):
+            for stream in self._runner.submit((request, samples), computed=True):
                 stream.results()
             self.on_engine(pin.release)
         return PinnedPrefix(self, pin)

@@ -7,11 +7,13 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from specgen.engine import EngineCore, Sample
+from specgen.engine import EngineCore, Sample, cancelled
 from specgen.errors import EngineClosed, RequestFailed
 from specgen.log import Log
 from specgen.params import Request
 from specgen.plugins import Plugins
+from specgen.responses import ResponseCache, ResponseKey, response_key
+from specgen.runs import Runs
 from specgen.stream import Stream
 from specgen.types import Finish, StepOutput
 
@@ -22,28 +24,35 @@ _IDLE_SECONDS = 5.0
 
 class Runner:
     """Runs an `EngineCore` on a daemon thread that starts with a request and ends when there was none for a while,
-    so that an engine nobody holds can be collected."""
+    so that an engine nobody holds can be collected.
 
-    def __init__(self, core: EngineCore, plugins: Plugins) -> None:
+    responses: what finished requests were answered; where it is enabled, identical requests share a run.
+    """
+
+    def __init__(self, core: EngineCore, plugins: Plugins, responses: ResponseCache) -> None:
         self._core = core
         self._plugins = plugins
+        self._shares = responses.enabled
+        self._runs = Runs(responses)
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._streams: weakref.WeakValueDictionary[str, Stream] = weakref.WeakValueDictionary()
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def submit(self, *built: tuple[Request, Sequence[Sample]]) -> list[Stream]:
+    def submit(self, *built: tuple[Request, Sequence[Sample]], computed: bool = False) -> list[Stream]:
         """Queue requests, all in time for the same step; a stream ends when all samples of its request are finished.
 
+        computed: whether they have to run, though the answer may be known.
         Raises EngineClosed after `close`.
         """
+        keys = [None if computed else self._key(*each) for each in built]
         streams = [Stream(request.id, len(samples), self.cancel) for request, samples in built]
         with self._wake:
             if self._closed:
                 raise EngineClosed("this engine was closed; open a new one")
             self._streams.update({stream.request_id: stream for stream in streams})
-            self._commands.append(lambda: self._accept(built))
+            self._commands.append(lambda: self._accept(built, keys))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="specgen-engine", daemon=True)
                 self._thread.start()
@@ -53,7 +62,7 @@ class Runner:
     def cancel(self, request_id: str) -> None:
         """End a request between two steps; unknown or finished ones are left alone."""
         with self._wake:
-            self._commands.append(lambda: self._hand_out(self._core.cancel(request_id)))
+            self._commands.append(lambda: self._cancel(request_id))
             self._wake.notify()
 
     def call(self, function: Callable[[], None]) -> None:
@@ -131,16 +140,39 @@ class Runner:
             return
         self._hand_out(outputs)
 
-    def _accept(self, built: Sequence[tuple[Request, Sequence[Sample]]]) -> None:
-        for request, samples in built:
+    def _key(self, request: Request, samples: Sequence[Sample]) -> ResponseKey | None:
+        return response_key(request, self._core.key(request.params), samples[0].stops) if self._shares else None
+
+    def _accept(self, built: Sequence[tuple[Request, Sequence[Sample]]], keys: Sequence[ResponseKey | None]) -> None:
+        for (request, samples), key in zip(built, keys, strict=True):
             try:
-                self._core.add(request, samples)
+                known = self._begin(request, samples, key)
             except Exception as error:
                 log.exception("a request could not be queued", request=request.id)
                 if stream := self._streams.get(request.id):
                     stream.fail(RequestFailed(f"request {request.id} could not be queued: {error!r}"))
                 continue
             self._plugins.notify("on_request", request=request)
+            self._deliver(known)
+
+    def _begin(self, request: Request, samples: Sequence[Sample], key: ResponseKey | None) -> Sequence[StepOutput]:
+        """What is known of a request's answer already; nothing when it is queued to run."""
+        known = self._runs.answer(request, key) if key is not None else None
+        if known is not None:
+            return known
+        self._core.add(request, samples)
+        if key is not None:
+            self._runs.begin(request, key)
+        return ()
+
+    def _cancel(self, request_id: str) -> None:
+        """End a request; a run that others listen to goes on without it."""
+        finish, run = cancelled(request_id), self._runs.heard_by(request_id)
+        if run is None or len(run.listeners) == 1:
+            self._hand_out(self._core.cancel(run.request.id if run else request_id, finish))
+            return
+        self._runs.leave(request_id)
+        self._deliver([run.output_for(output, request_id) for output in self._core.cut(run.request.id, finish)])
 
     def _fail(self, finish: Finish, *, waiting: bool = True) -> None:
         scheduler = self._core.scheduler
@@ -149,11 +181,15 @@ class Runner:
             self._hand_out(self._core.cancel(request_id, finish))
 
     def _hand_out(self, outputs: Sequence[StepOutput]) -> None:
+        """Give outputs of the engine to all who listen; observers see what was computed, once."""
+        self._deliver([each for output in outputs for each in self._runs.spread(output)], computed=outputs)
+
+    def _deliver(self, outputs: Sequence[StepOutput], *, computed: Sequence[StepOutput] = ()) -> None:
         for output in outputs:
             if stream := self._streams.get(output.request_id):
                 stream.put(output)
-        if outputs:
-            self._plugins.notify("on_step", outputs=outputs)
+        if computed:
+            self._plugins.notify("on_step", outputs=computed)
         for output in outputs:
             if output.result is not None:
                 self._plugins.notify("on_finish", result=output.result)

@@ -122,19 +122,21 @@ class Sequence:
         self._accepted.append(len(accepted.nodes))
         self._drafted.append(drafted)
         self.finish = accepted.finish
-        result = self.result() if self.finish else None
+        result = self._result(self.finish) if self.finish else None
         return StepOutput(self.request.id, self.index, accepted.committed, text, accepted.logprobs, result)
 
     def end(self, finish: Finish) -> StepOutput:
         """End the sequence where it stands, for another reason than a stop rule."""
         self.finish = finish
-        text = self.cursor.flush()
-        self._text.append(text)
-        return StepOutput(self.request.id, self.index, (), text, (), self.result())
+        return self.cut(finish)
 
-    def result(self) -> Result:
-        """The finished generation. Call it when `finish` is set."""
-        finish = self.finish or Finish("cancelled")
+    def cut(self, finish: Finish) -> StepOutput:
+        """The last output if the sequence ended here; it may go on."""
+        text = self.cursor.flush()
+        return StepOutput(self.request.id, self.index, (), text, (), self._result(finish, text))
+
+    def _result(self, finish: Finish, rest: str = "") -> Result:
+        """The generation as far as it came, with `rest` as the end of its text."""
         prompt = len(self.request.ids)
         stats = SpeculativeStats(
             num_spec_steps=len(self._accepted),
@@ -147,7 +149,7 @@ class Sequence:
         return Result(
             request_id=self.request.id,
             index=self.index,
-            text="".join(self._text),
+            text="".join((*self._text, rest)),
             ids=tuple(self.ids[prompt:]),
             finish_reason=finish.reason,
             stop=finish.stop,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 from specgen.api import Engine
 from specgen.config import EngineConfig
 from specgen.errors import InvalidRequest
+from specgen.kv import pagefile
+from specgen.kv.formats import FORMATS
 from specgen.kv.pagefile import read_header
 from specgen.kv.radix import CacheKey
+from tests.engines import evict, watched
 from tests.models.tiny import build
 
-# Full attention, sliding windows, latents (MLA), sinks.
-FAMILIES = ("llama", "mistral", "deepseek_v3", "gpt_oss")
 PHRASE = [5, 17, 40, 8, 61, 33, 90, 12, 77, 29]
 PROMPTS = [PHRASE * 4, [*PHRASE * 3, 4, 9, 50], [*PHRASE[::-1] * 3, 7]]
 NEW = 12
@@ -35,18 +37,7 @@ def opened() -> Iterator[Callable[..., Engine]]:
 
     def open_engine(name: str = "llama", **options: Any) -> Engine:
         model = models.setdefault(name, build(name)) if isinstance(name, str) else name
-        engine = Engine(model, **{"kv_tokens": 1024, "drafters": ["prompt-lookup"], **options})
-        core, step = engine._core, engine._core.step
-
-        def checked() -> Any:
-            outputs = step()
-            core.check()
-            return outputs
-
-        core.step = checked  # type: ignore[method-assign]
-        if engine._core.prefix and engine._core.prefix.tiers:
-            # Tiny models compute a page in no time: what is restored must not depend on the clock.
-            engine._core.prefix.tiers._token_seconds = lambda: 1e6
+        engine = watched(Engine(model, **{"kv_tokens": 1024, "drafters": ["prompt-lookup"], **options}))
         engines.append(engine)
         return engine
 
@@ -56,54 +47,12 @@ def opened() -> Iterator[Callable[..., Engine]]:
         engine.close()
 
 
-def texts(engine: Engine, *, batch: bool = True, speculation: str = "auto", **options: Any) -> list[tuple[int, ...]]:
-    """What greedy and seeded sampling say, all prompts at once or one after the other."""
+def texts(engine: Engine) -> list[tuple[int, ...]]:
+    """What greedy and seeded sampling say to all prompts at once."""
     found = []
     for sampling in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 7}):
-        params = {**sampling, "max_tokens": NEW, "speculation": speculation, **options}
-        results = engine.generate(PROMPTS, **params) if batch else [engine.generate(p, **params) for p in PROMPTS]
-        found += [result.ids for result in results]
+        found += [result.ids for result in engine.generate(PROMPTS, max_tokens=NEW, **sampling)]
     return found
-
-
-def evict(engine: Engine) -> None:
-    core = engine._core
-    assert core.prefix
-    engine.prefix.on_engine(lambda: core.prefix.evict(core.target.pool.pages))  # type: ignore[union-attr]
-    assert engine.prefix.stats.pages == 0
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_nobody_can_tell_from_the_text(family: str, opened: Callable[..., Engine], tmp_path: Path) -> None:
-    alone = opened(family, prefix_cache=False)
-    expected = texts(alone, batch=False, speculation="off")
-    assert len(set(expected)) == len(expected)
-
-    engine = opened(family)
-    assert texts(engine) == expected, "cold"
-    assert texts(engine) == expected, "warm"
-    assert texts(engine, batch=False) == expected, "warm, alone"
-    assert texts(engine, speculation="off") == expected, "warm, without speculation"
-    assert engine.prefix.stats.cached_tokens > engine.prefix.stats.queried_tokens // 2
-
-    for options in (HOST, {"disk_cache": tmp_path}):
-        engine = opened(family, **options)
-        assert texts(engine) == expected, "cold, with a tier"
-        for speculation in ("auto", "off"):
-            evict(engine)
-            assert texts(engine, speculation=speculation) == expected, "back from a tier"
-        assert engine.prefix.stats.restored_pages >= 4
-
-    again = opened(family, disk_cache=tmp_path)
-    assert texts(again, batch=False) == expected, "back from the disk in another engine"
-    assert again.prefix.stats.restored_pages
-    assert again.prefix.stats.damaged_pages == 0
-
-    small = opened(family, kv_tokens=96, **HOST)
-    for speculation in ("auto", "off"):
-        assert texts(small, speculation=speculation) == expected, "with preemption"
-    assert small._core.scheduler.preemptions
-    assert small.prefix.stats.evicted_pages
 
 
 def test_ten_turns_of_a_chat_compute_every_token_once(opened: Callable[..., Engine]) -> None:
@@ -114,6 +63,39 @@ def test_ten_turns_of_a_chat_compute_every_token_once(opened: Callable[..., Engi
         ids += engine.generate(ids, max_tokens=5, temperature=0.0).ids
     # The last token is never read by the model.
     assert engine.target.rows == len(ids) - 1
+
+
+def test_ten_turns_with_drafting_compute_what_was_committed_once(opened: Callable[..., Engine]) -> None:
+    """The rows of accepted tokens stay; what was rejected comes on top."""
+    engine = opened(speculation={"adaptive": False})
+    before, phrase = engine.target.rows, [7, 8, 9, 10]
+    ids: list[int] = []
+    for turn in range(10):
+        ids += [*phrase, turn + 3, *phrase[: turn % 2 + 1]]
+        ids += engine.generate(ids, max_tokens=5, temperature=0.0).ids
+    counters = engine.counters
+    assert counters.accepted
+    assert counters.drafted > counters.accepted
+    assert engine.target.rows - before == len(ids) - 1 + counters.drafted - counters.accepted
+
+
+@pytest.mark.parametrize("speculation", ["off", {"adaptive": False}])
+def test_ten_turns_of_several_samples_compute_every_token_once(speculation: Any, opened: Callable[..., Engine]) -> None:
+    """Whichever sample the chat goes on with. What is new is longer than a page: else each sample reads it at once."""
+    model = build("llama")
+    model.config.max_position_embeddings = 512
+    engine = opened(model, speculation=speculation, kv_tokens=2048)
+    counters, before, expected = engine.counters, engine.target.rows, 0
+    ids: list[int] = []
+    for turn in range(10):
+        new = [turn + 3, *PHRASE, *PHRASE, turn * 2 + 20]
+        samples = engine.generate(ids + new, n=3, max_tokens=5, temperature=1.0, seed=turn)
+        # What no sample read before: the last token of the turn before and the new ones; two read the last one for
+        # its logits; each of the three its own, but for the last.
+        expected += len(new) + (turn > 0) + 2 + 3 * 4
+        ids += [*new, *samples[turn % 3].ids]
+    assert bool(counters.drafted) == (speculation != "off")
+    assert engine.target.rows - before == expected + counters.drafted - counters.accepted
 
 
 @pytest.mark.parametrize("length", [17, 20, 33, 64, 100])
@@ -139,6 +121,60 @@ def test_tenants_do_not_hit_each_other_and_the_same_one_does(opened: Callable[..
     for salt, cached in (("a", 0), ("b", 0), ("", 0), ("a", 39), ("b", 39), ("", 39)):
         result = engine.generate(PROMPTS[0], max_tokens=2, temperature=0.0, cache_salt=salt)
         assert result.usage.cached_tokens == cached
+
+
+@pytest.mark.parametrize("mine", ["a", "b", ""])
+def test_tenants_do_not_hit_each_others_files(mine: str, opened: Callable[..., Engine], tmp_path: Path) -> None:
+    first = opened(disk_cache=tmp_path)
+    first.generate(PROMPTS[0], max_tokens=2, cache_salt=mine)
+    evict(first)
+    again = opened(disk_cache=tmp_path)
+    for salt in ("a", "b", "", mine):
+        result = again.generate(PROMPTS[0], max_tokens=1, temperature=0.0, cache_salt=salt)
+        assert (result.usage.cached_tokens >= 32) == (salt == mine)
+
+
+def test_adapters_and_their_revisions_do_not_hit_each_other(opened: Callable[..., Engine], tmp_path: Path) -> None:
+    engine = opened(disk_cache=tmp_path)
+    own = engine._core._key
+    kinds = [{}, {"adapter": "a"}, {"adapter": "b"}, {"adapter": "a", "revision": "2"}]
+    for cached, stored in ((0, False), (39, False), (32, True)):
+        for kind in kinds:
+            engine._core._key = replace(own, **kind)
+            assert engine.generate(PROMPTS[0], max_tokens=1).usage.cached_tokens == cached, (kind, stored)
+        if cached:
+            evict(engine)
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_models_and_formats_do_not_hit_each_others_files(
+    step: int, opened: Callable[..., Engine], tmp_path: Path
+) -> None:
+    """Whoever comes first; each finds its own again."""
+    changed = build("llama")
+    with torch.no_grad():
+        changed.model.layers[1].self_attn.k_proj.weight[0, 0] += 1e-3
+    others: list[tuple[Any, str]] = [("llama", kind) for kind in FORMATS]
+    others += [("mistral", "native"), (changed, "native")]
+    for cached in (0, 32):
+        for model, kind in others[::step]:
+            engine = opened(model, kv_format=kind, disk_cache=tmp_path)
+            assert engine.generate(PROMPTS[0], max_tokens=1).usage.cached_tokens == cached
+            evict(engine)
+
+
+def test_with_constants_for_hashes_no_text_changes(
+    opened: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = texts(opened(prefix_cache=False))
+    monkeypatch.setattr(CacheKey, "__hash__", lambda self: 7)
+    memory = opened(**HOST)
+    monkeypatch.setattr(pagefile, "_digest", lambda text: "7" * 64)
+    for engine in (memory, opened(disk_cache=tmp_path), opened(disk_cache=tmp_path)):
+        for _ in range(3):
+            assert texts(engine) == expected
+            evict(engine)
+    assert memory.prefix.stats.restored_pages >= 8
 
 
 def test_a_pinned_prompt_outlives_others(opened: Callable[..., Engine]) -> None:

@@ -230,11 +230,12 @@ class LayerStore:
 def _turned(x: Tensor, turn: Tensor | None) -> Tensor:
     """`x` [rows, heads, dim] rotated, in float32 at least.
 
-    In blocks of one size: not even the last bit of what is rounded to codes may depend on how many rows there are.
+    In contiguous blocks of one size: not even the last bit of what is rounded to codes may depend on how many rows
+    there are, or on how they lie in memory.
     """
     if turn is None:
         return x
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = (x if x.dtype == torch.float64 else x.float()).contiguous()
     turn = turn.to(wide.dtype)
     turned: Tensor = in_blocks(lambda block: block @ turn, wide, _ROTATED_ROWS).to(x.dtype)
     return turned

@@ -90,6 +90,19 @@ def test_the_hadamard_matrix_is_its_own_inverse(dim: int) -> None:
     assert torch.equal(matrix, matrix.T)
 
 
+@pytest.mark.parametrize("heads", [1, 2, 4, 9])
+@pytest.mark.parametrize("dim", [8, 16, 64])
+def test_a_turned_head_has_the_same_bits_however_it_lies_in_memory(heads: int, dim: int) -> None:
+    shape = LayerShape(heads, dim, dim)
+    layer = store(FORMATS["int4"](), shape)
+    rows = noise(40, shape)[0]
+    strided = rows.transpose(0, 1).contiguous().transpose(0, 1)
+    expected = layer.turn_output(rows)
+    assert torch.equal(layer.turn_output(strided), expected)
+    for row in (0, 7, 39):
+        assert torch.equal(layer.turn_output(rows[row : row + 1]), expected[row : row + 1])
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dims", [(12, 12), (80, 96), (24, 12), (256, 256)])
 def test_heads_of_any_even_size(name: str, dims: tuple[int, int]) -> None:

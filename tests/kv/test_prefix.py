@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from specgen.kv import pagefile
 from specgen.kv.radix import CacheKey
-from tests.kv.world import KEYS, World
+from tests.kv.world import KEYS, PAGE, World
 
 # Few tokens, so that texts begin alike; long enough for several pages.
 IDS = st.lists(st.integers(0, 1), min_size=1, max_size=6)
@@ -46,6 +47,10 @@ class CacheMachine(RuleBasedStateMachine):
             self.world.read(reader, len(reader.ids))
             self.world.check()
             self.world.end(reader)
+
+    @rule(key=KEY, ids=IDS, shared=SHARED)
+    def match_and_release(self, key: CacheKey, ids: list[int], shared: int) -> None:
+        self.world.look_up(key, [*COMMON[:shared], *ids])
 
     @rule(pick=PICK, ids=IDS)
     def next_turn(self, pick: int, ids: list[int]) -> None:
@@ -176,10 +181,10 @@ class SameHash(int):
         return 7
 
 
-def trace(id_type: type[int], seed: int) -> list[tuple[int, ...]]:
+def trace(id_type: type[int], seed: int, **options: Any) -> list[tuple[int, ...]]:
     """What a random run sees of the cache."""
     rng = random.Random(seed)
-    world = World(host_pages=4)
+    world = World(**(options or {"host_pages": 4}))
     seen = []
     for _ in range(150):
         ids = [id_type(token) for token in [*COMMON[: rng.randint(0, 17)], *rng.choices((0, 1), k=rng.randint(1, 9))]]
@@ -204,16 +209,42 @@ def test_with_a_constant_for_a_hash_nothing_changes(seed: int, monkeypatch: pyte
     assert trace(SameHash, seed) == expected
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_with_a_constant_for_a_digest_files_are_missed_and_never_mistaken(
+    seed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All pages want one file's name: what they read is checked after every step."""
+    found = trace(int, seed, folder=tmp_path / "true", disk_pages=100)
+    assert found == trace(int, seed, host_pages=100), "files that are found by their digests are as good as memory"
+    monkeypatch.setattr(pagefile, "_digest", lambda text: "7" * 64)
+    trace(int, seed, folder=tmp_path / "constant", disk_pages=100)
+    world = World(folder=tmp_path / "true", disk_pages=100)
+    assert world.admit(KEYS[0], COMMON)
+    world.finish()
+
+
 @pytest.mark.parametrize("mine", KEYS)
 @pytest.mark.parametrize("other", KEYS)
-def test_only_the_same_key_hits(mine: CacheKey, other: CacheKey) -> None:
-    world = World()
+@pytest.mark.parametrize("store", ["pool", "memory", "disk", "another's disk"])
+def test_only_the_same_key_hits(mine: CacheKey, other: CacheKey, store: str, tmp_path: Path) -> None:
+    """Both ways round: every pair of keys stands here twice."""
+    options: dict[str, Any] = {"host_pages": 9} if store == "memory" else {}
+    if "disk" in store:
+        options = {"folder": tmp_path, "disk_pages": 100}
+    world = World(**options)
     first = world.admit(mine, COMMON)
     assert first
     world.read(first, len(COMMON))
+    world.end(first)
+    if store != "pool":
+        world.cache.evict(world.pages)
+    if store == "another's disk":
+        world = World(**options, numbers=world.numbers, published=world.published)
     second = world.admit(other, COMMON)
     assert second
-    assert second.table.length == (len(COMMON) - 1 if mine == other else 0)
+    whole = len(COMMON) - 1
+    assert second.table.length == ((whole if store == "pool" else whole // PAGE * PAGE) if mine == other else 0)
+    world.check()
 
 
 def test_a_partly_filled_page_is_copied_while_its_writer_goes_on_and_taken_over_afterwards() -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -124,15 +121,6 @@ def test_the_least_recently_used_files_make_room(tmp_path: Path) -> None:
     assert [header.ids for header in PageFolder(tmp_path, 2 * size).headers("me")] == [(2,), (0,)]
 
 
-def test_a_full_disk_is_a_page_less_and_a_line_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    world = World(folder=tmp_path, disk_pages=100)
-    monkeypatch.setattr(pagefile, "_private", lambda path, flags: os.open("/dev/full", os.O_WRONLY))
-    warm(world)
-    assert list(tmp_path.iterdir()) == []
-    assert found(world) == 0
-    world.finish()
-
-
 def test_after_a_failed_write_the_disk_is_left_in_peace_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,37 +134,11 @@ def test_after_a_failed_write_the_disk_is_left_in_peace_for_a_while(
     assert folder.write(HEADER, ROWS)
 
 
-_WRITER = """
-import sys, torch
-from pathlib import Path
-from specgen.kv.pagefile import PageFolder, PageHeader
-folder, parent = PageFolder(Path(sys.argv[1])), "f" * 64
-print("ready", flush=True)
-number = 0
-while True:
-    folder.write(PageHeader("me", {}, parent, (number,)), [torch.full((64, 4096), float(number))])
-    number += 1
-"""
-
-
-def test_killed_while_writing_every_page_is_whole_or_not_there(tmp_path: Path) -> None:
-    writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path)], stdout=subprocess.PIPE)
-    assert writer.stdout is not None
-    assert writer.stdout.readline() == b"ready\n"
-    time.sleep(0.2)
-    writer.send_signal(signal.SIGKILL)
-    writer.wait()
-    writer.stdout.close()
-    # As a killed writer leaves it, whether or not this one was caught in the act.
+def test_what_a_killed_writer_left_goes_in_time(tmp_path: Path) -> None:
+    PageFolder(tmp_path).write(HEADER, ROWS)
     part = tmp_path / f"{'a' * 64}.{'b' * 16}.part"
     part.write_bytes(b"half a page")
-    folder = PageFolder(tmp_path)
-    headers = list(folder.headers("me"))
-    assert headers
-    for header in headers:
-        rows = folder.read(header)
-        assert rows is not None
-        assert bool((rows[0] == header.ids[0]).all())
+    assert list(PageFolder(tmp_path).headers("me")) == [HEADER]
     assert part.exists(), "another process may be writing it"
     os.utime(part, (1, 1))
     PageFolder(tmp_path)

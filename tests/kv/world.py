@@ -103,6 +103,12 @@ class World:
         reader.table.reserve(len(ids) + 1)
         return True
 
+    def look_up(self, key: CacheKey, ids: Sequence[int]) -> None:
+        """A match whose pages nobody adopts."""
+        lease = self.cache.match(key, ids)
+        assert lease.tokens == 0 or (key, tuple(ids[: lease.tokens])) in self.published
+        lease.release()
+
     def _sure(self) -> bool:
         return not self.cache.stats.evicted_pages
 

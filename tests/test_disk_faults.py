@@ -1,0 +1,176 @@
+"""Whatever happens to the files of the disk tier: never a crash, never a wrong token."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+from transformers import PreTrainedModel
+
+from specgen import Engine
+from specgen.kv import pagefile
+from tests.engines import evict, watched
+from tests.models.tiny import build
+
+KILLS = 10
+FORMATS = ("native", "int4")
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return build("llama")
+
+
+def opened(model: PreTrainedModel, **options: Any) -> Engine:
+    return watched(Engine(model, **{"kv_tokens": 512, "drafters": ["prompt-lookup"], **options}))
+
+
+def prompts(seed: int) -> Iterator[list[int]]:
+    """Texts without end, always the same ones. Of three pages each, so that most of what is written has a parent."""
+    rng = random.Random(seed)
+    while True:
+        yield [rng.randrange(3, 96) for _ in range(50)]
+
+
+def some(seed: int = 0, count: int = 4) -> list[list[int]]:
+    return [prompt for prompt, _ in zip(prompts(seed), range(count), strict=False)]
+
+
+def said(engine: Engine, texts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """What it says to all of them, and that nothing leaks."""
+    found = engine.generate([list(text) for text in texts], max_tokens=6, temperature=0.0)
+    engine.check()
+    return [result.ids for result in found]
+
+
+def victim(folder: str) -> None:
+    """Engines that do nothing but write pages, one after the other, each killed at some moment."""
+    model, rng = build("llama"), random.Random(1)
+    for seed in range(KILLS):
+        reads, writes = os.pipe()
+        child = os.fork()
+        if not child:
+            with opened(model, disk_cache=folder) as engine:
+                for prompt in prompts(seed):
+                    said(engine, [prompt])
+                    evict(engine)
+                    os.write(writes, b".")
+        os.close(writes)
+        assert os.read(reads, 1), "it ended by itself"
+        # Within some more pages, at any point of one.
+        subprocess.run(["sleep", str(rng.uniform(0, 0.1))], check=True)
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        os.close(reads)
+
+
+def test_engines_killed_while_they_write(model: PreTrainedModel, tmp_path: Path) -> None:
+    command = (
+        "import sys, torch; torch.set_num_threads(1); from tests.test_disk_faults import victim; victim(sys.argv[1])"
+    )
+    subprocess.run(
+        [sys.executable, "-c", command, str(tmp_path)], check=True, cwd=Path(__file__).parents[1], timeout=120
+    )
+    texts = [prompt for seed in range(KILLS) for prompt in some(seed)]
+    with opened(model, prefix_cache=False) as engine:
+        expected = said(engine, texts)
+    with opened(model, disk_cache=tmp_path) as engine:
+        assert said(engine, texts) == expected
+        # Each had written its first text when it was killed.
+        assert engine.prefix.stats.restored_pages >= 3 * KILLS
+        assert engine.prefix.stats.damaged_pages == 0
+
+
+@contextmanager
+def no_room_in_a_file() -> Iterator[None]:
+    """Writing stops in the middle of a page."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def no_room_in_the_end() -> Iterator[None]:
+    """Writing seems to work, until what was written is flushed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pagefile, "_private", lambda path, flags: os.open("/dev/full", os.O_WRONLY))
+        yield
+
+
+@contextmanager
+def no_room_at(owner: object, name: str) -> Iterator[None]:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, full)
+        yield
+
+
+FULL = {
+    "open": lambda: no_room_at(pagefile, "_private"),
+    "write": no_room_in_a_file,
+    "flush": no_room_in_the_end,
+    "rename": lambda: no_room_at(Path, "replace"),
+    "touch": lambda: no_room_at(os, "utime"),
+}
+
+
+@pytest.mark.parametrize("where", FULL)
+def test_a_full_disk(model: PreTrainedModel, where: str, tmp_path: Path) -> None:
+    with opened(model, prefix_cache=False) as engine:
+        expected = said(engine, some())
+    with opened(model, disk_cache=tmp_path) as engine:
+        disk = engine._core.prefix.tiers.disk  # type: ignore[union-attr]
+        with FULL[where](), capture_logs() as logs:
+            for _ in range(3):
+                assert said(engine, some()) == expected
+                evict(engine)
+                disk._pause_until = 0.0  # type: ignore[union-attr]
+        assert logs, "nothing went wrong, so nothing is proven"
+        assert not list(tmp_path.glob("*.part"))
+        for _ in range(2):
+            assert said(engine, some()) == expected, "there is room again"
+            evict(engine)
+        assert len(list(tmp_path.iterdir())) == engine.prefix.stats.disk_pages >= 12
+
+
+def damaged(raw: bytes, how: str, rng: random.Random) -> bytes:
+    at = rng.randrange(len(raw))
+    if how == "cut":
+        return raw[:at]
+    return raw[:at] + bytes([raw[at] ^ 1 << rng.randrange(8)]) + raw[at + 1 :]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("how", ["flipped", "cut"])
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_files(model: PreTrainedModel, kind: str, how: str, seed: int, tmp_path: Path) -> None:
+    """While the engine that wrote them runs, and before another begins with them."""
+    rng = random.Random(seed)
+    with opened(model, kv_format=kind, prefix_cache=False) as engine:
+        expected = said(engine, some())
+    for _ in range(2):
+        with opened(model, kv_format=kind, disk_cache=tmp_path) as engine, capture_logs() as logs:
+            for _ in range(2):
+                assert said(engine, some()) == expected
+                evict(engine)
+                for file in rng.sample(sorted(tmp_path.iterdir()), 4):
+                    file.write_bytes(damaged(file.read_bytes(), how, rng))
+        assert any(line["event"] == "a page on disk is of no use" for line in logs)
