@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from specgen import Engine
 from specgen.errors import InvalidRequest, UnsupportedModel
 from specgen.kernels.blocks import in_blocks
+from specgen.kernels.cpu_kernels import why_not
 from specgen.kv.formats import FORMATS
 from specgen.model.invariant import InvariantLayers
 from specgen.model.row_attention import Seen, row_by_row, seen_in_chain, seen_in_mask
@@ -84,10 +85,19 @@ def test_any_layer_that_mixes_rows_is_named() -> None:
 
 def test_it_is_on_by_itself_for_formats_that_round_below_float64() -> None:
     model = build("llama")
-    assert not Target(model, kv_tokens=64).invariant
+    assert not Target(model, kv_tokens=64, cpu_kernels=False).invariant
     assert Target(model, kv_tokens=64, kv_format=FORMATS["int4"]()).invariant
     assert not Target(model, kv_tokens=64, kv_format=FORMATS["int4"](), invariant=False).invariant
     assert not Target(model.double(), kv_tokens=64, kv_format=FORMATS["int4"]()).invariant
+
+
+@pytest.mark.skipif(why_not() is not None, reason=f"no CPU kernels: {why_not()}")
+def test_it_is_on_by_itself_where_kernels_make_it_cheap() -> None:
+    assert Target(build("llama"), kv_tokens=64).invariant
+    assert not Target(build("llama"), kv_tokens=64, invariant=False).invariant
+    mixing = build("llama")
+    mixing.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * (1 + 1e-6 * output.shape[1]))
+    assert not Target(mixing, kv_tokens=64).invariant, "a model that cannot keep it runs all the same"
 
 
 def test_the_engine_passes_it_on() -> None:
