@@ -128,13 +128,14 @@ def test_side_by_side_joining_at_different_steps_with_others_cancelled(
     assert observer.widest >= 6
 
 
-def test_bfloat16_is_counted(
+def test_bfloat16_is_kept_or_counted(
     demo_path: Path,
     smollm_tokenizer: PreTrainedTokenizerBase,
     prompts: dict[str, Prompt],
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Here rounding does choose between tokens now and then, in transformers as in specgen; so this only reports."""
+    """Rounding chooses between tokens now and then, beside transformers always; where rows are invariant, drafts
+    choose nothing."""
     model = AutoModelForCausalLM.from_pretrained(demo_path, dtype=torch.bfloat16).eval()
     with open_engine(model, smollm_tokenizer, Observer()) as engine:
         bench = Bench(engine, TOKENS)
@@ -143,8 +144,9 @@ def test_bfloat16_is_counted(
         on = [run.result() for run in bench.start(jobs)]
         off = [run.result() for run in bench.start(replace(job, mode="off") for job in jobs)]
         engine.check()
-    assert all(result.stats.num_draft_tokens for result in on)
+    assert any(result.stats.num_draft_tokens for result in on)
     same = sum(result.ids == plain.ids for result, plain in zip(on, off, strict=True))
+    assert same == len(jobs) or not engine.target.invariant
     as_transformers = sum(result.ids == bench.truth(job) for result, job in zip(on, jobs, strict=True))
     record_property("identical with drafts on and off", f"{same} of {len(jobs)}")
     record_property("identical with drafts and by transformers", f"{as_transformers} of {len(jobs)}")
