@@ -106,7 +106,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         if not isinstance(self.invariant, bool | None):
             raise InvalidRequest(f"invariant is {self.invariant!r}; choices: True, False, None", param="invariant")
-        if self.compile not in (True, False, "background") or not isinstance(self.compile, bool | str):
+        if not isinstance(self.compile, bool) and self.compile != "background":
             message = f"compile is {self.compile!r}; choices: True, False, 'background'"
             raise InvalidRequest(message, param="compile")
         if self.compile == "background" and self.invariant:

@@ -107,7 +107,14 @@ class _Scaled(Coder):
 
 
 class _FourBit(Coder):
-    """Sixteen levels from a vector's smallest to its largest number; two codes a byte."""
+    """Sixteen levels, evenly spaced; two codes a byte.
+
+    Of several ranges, each narrower than the one from a vector's smallest to its largest number, the one that loses
+    least is taken, after a fit of its levels to the numbers that they stand for (least squares, twice).
+    """
+
+    _ranges = torch.linspace(1.0, 0.8, 6)[:, None, None, None]
+    _fits = 2
 
     def planes(self, heads: int, dim: int, dtype: torch.dtype) -> tuple[Plane, ...]:
         if dim % 2:
@@ -115,10 +122,18 @@ class _FourBit(Coder):
         return Plane((heads, dim // 2), torch.uint8), Plane((heads, 2), _SCALE)
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        x = x.float()
-        low = x.amin(dim=-1, keepdim=True).to(_SCALE)
-        scale = _positive((x.amax(dim=-1, keepdim=True) - low.float()) / 15)
-        codes = ((x - low.float()) / scale.float()).round().clamp(0, 15).to(torch.uint8)
+        x = x.float().contiguous()
+        low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
+        half = (high - low) / 2 * self._ranges.to(x.device)
+        low, scale = ((low + high) / 2 - half).to(_SCALE), _positive(2 * half / 15)
+        for _ in range(self._fits):
+            low, scale = _fitted(x, _levels(x, low, scale))
+        codes = _levels(x, low, scale)
+        lost = (codes * scale.float() + low.float() - x).square().sum(dim=-1, keepdim=True)
+        best = lost.argmin(dim=0, keepdim=True)
+        codes, low, scale = (
+            side.gather(0, best.expand(1, *side.shape[1:]))[0] for side in (codes.to(torch.uint8), low, scale)
+        )
         return codes[..., ::2] | (codes[..., 1::2] << 4), torch.cat([low, scale], dim=-1)
 
     def decode(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -127,6 +142,19 @@ class _FourBit(Coder):
         low, scale = affine[..., :1].float(), affine[..., 1:].float()
         x: Tensor = codes.float() * scale + low
         return x.to(dtype)
+
+
+def _levels(x: Tensor, low: Tensor, scale: Tensor) -> Tensor:
+    """The nearest of sixteen levels for each number."""
+    return ((x - low.float()) / scale.float()).round().clamp(0, 15)
+
+
+def _fitted(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest level and the step that, with these codes, are nearest to `x`."""
+    spread = codes - codes.mean(dim=-1, keepdim=True)
+    middle = x.mean(dim=-1, keepdim=True)
+    step = (spread * (x - middle)).sum(dim=-1, keepdim=True) / spread.square().sum(dim=-1, keepdim=True).clamp_min(1.0)
+    return (middle - step * codes.mean(dim=-1, keepdim=True)).to(_SCALE), _positive(step)
 
 
 def _positive(scale: Tensor) -> Tensor:

@@ -81,6 +81,7 @@ class Target:
         self.forwards = 0
         self.rows = 0
         self._kernel = False
+        self._packs = cpu_kernels
         if cpu_kernels and available(self.device, self.architecture.dtype):
             pack_linears(model)
             self._kernel = len(set(self.architecture.stores)) == len(self.architecture.stores)
@@ -170,9 +171,8 @@ class Target:
         """Compile a twin of `model`, on a thread of its own; `None` where it is not asked for or cannot be done."""
         if not compile:
             return None
-        if not (self._kernel and self.seam is Seam.DIRECT and kv_format.lossless and self._keeps_logits):
-            reason = why_not() or f"it needs the seam 'direct' and kv_format='native', not {self.seam.value!r} and "
-            log.warning("forwards are not compiled", model=model.config.model_type, reason=reason + kv_format.name)
+        if reason := self._uncompilable(kv_format):
+            log.warning("forwards are not compiled", model=model.config.model_type, reason=reason)
             return None
         invariant, architecture, alone = self.invariant, self.architecture, twin(model).eval()
 
@@ -201,6 +201,19 @@ class Target:
         started = time.perf_counter()
         self.forward([segment])
         return time.perf_counter() - started
+
+    def _uncompilable(self, kv_format: KVFormat) -> str | None:
+        if reason := why_not():
+            return reason
+        if self.seam is not Seam.DIRECT:
+            return f"the seam is {self.seam.value!r}; it must be 'direct'"
+        if not kv_format.lossless:
+            return f"kv_format is {kv_format.name!r}; it must be 'native'"
+        if not self._packs:
+            return "cpu_kernels is False"
+        if not self._kernel:
+            return "the attention kernel does not say what the model says, or cannot take its data type"
+        return None if self._keeps_logits else "the model cannot be asked for the logits of single rows"
 
     def _choose_seam(self) -> Seam:
         """With the attention kernel if the packed forward is the model's own with it."""

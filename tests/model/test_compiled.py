@@ -1,0 +1,164 @@
+"""Compiled forwards: the same text as without, one graph for everything, and never a failure to serve."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import PreTrainedModel
+
+from specgen import Engine
+from specgen.errors import InvalidRequest
+from specgen.kernels.cpu_kernels import why_not
+from specgen.model import compiled
+from specgen.model.target import Target
+from tests.models.tiny import build
+
+pytestmark = [
+    pytest.mark.skipif(why_not() is not None, reason=f"no CPU kernels: {why_not()}"),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+PROMPTS = ([9, 31, 40, 9, 31, 77], [5], [3, 4, 3, 4, 3, 4, 3], [88, 1, 60, 61, 9] * 9)
+SETTINGS: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {"temperature": 1.0, "seed": 3})
+OPTIONS: dict[str, Any] = {"kv_tokens": 1024, "drafters": ["prompt-lookup"]}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def texts(engine: Engine, *, batch: bool = True, **options: Any) -> list[tuple[int, ...]]:
+    found = []
+    for setting in SETTINGS:
+        params = {**setting, "max_tokens": 16, **options}
+        results = engine.generate(PROMPTS, **params) if batch else [engine.generate(p, **params) for p in PROMPTS]
+        found += [result.ids for result in results]
+    return found
+
+
+# Full attention, windows, soft caps and windows, chunks with positions of their own.
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "llama4_text"])
+def test_the_text_is_that_of_the_model_as_it_is(family: str) -> None:
+    model = build(family)
+    with Engine(model, **OPTIONS) as plain, Engine(model, compile=True, **OPTIONS) as quick:
+        assert quick.target.compiled
+        expected = texts(plain, batch=False, speculation="off")
+        assert texts(quick, batch=False, speculation="off") == expected
+        assert texts(quick) == expected
+        assert texts(quick, speculation={"adaptive": False}) == expected
+        quick.check()
+
+
+def test_drafts_and_company_change_nothing_in_bfloat16() -> None:
+    model = build("llama").bfloat16()
+    with Engine(model, compile=True, **OPTIONS) as engine:
+        assert engine.target.compiled
+        assert engine.target.invariant
+        alone = texts(engine, batch=False, speculation="off")
+        assert texts(engine, speculation={"adaptive": False}) == alone
+
+
+def test_nothing_is_compiled_again_while_requests_come_and_go() -> None:
+    with Engine(build("llama"), compile=True, prefix_cache=False, **OPTIONS) as engine:
+        assert counters["stats"]["unique_graphs"] == 1
+        assert not counters["graph_break"]
+        steps = engine.counters.steps
+        while engine.counters.steps < steps + 200:
+            streams = [
+                engine.stream([token % 90 + 1 for token in range(length)], max_tokens=3 + length % 11, temperature=0)
+                for length in (1, 2, 9, 30, 61)
+            ]
+            for stream in streams:
+                stream.results()
+        assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_it_comes_while_the_engine_serves() -> None:
+    model = build("llama")
+    with Engine(model, **OPTIONS) as plain:
+        expected = texts(plain)
+    with Engine(model, compile="background", **OPTIONS) as engine:
+        assert not engine.target.invariant
+        deadline = time.monotonic() + 120
+        while not engine.target.compiled and time.monotonic() < deadline:
+            assert texts(engine) == expected
+        assert engine.target.compiled
+        assert texts(engine) == expected
+
+
+def _refuse(model: PreTrainedModel, *rest: Any, **options: Any) -> Any:
+    raise RuntimeError("no such instruction")
+
+
+def test_what_cannot_be_compiled_is_served_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = build("llama")
+    with Engine(model, **OPTIONS) as plain:
+        expected = texts(plain)
+    monkeypatch.setattr(torch, "compile", _refuse)
+    with Engine(model, compile=True, **OPTIONS) as engine:
+        assert not engine.target.compiled
+        assert texts(engine) == expected
+    logged = capsys.readouterr().err
+    assert "forwards are not compiled" in logged
+    assert "no such instruction" in logged
+
+
+def test_a_compiled_forward_that_says_something_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = compiled.CompiledForward._run
+    monkeypatch.setattr(compiled.CompiledForward, "_run", lambda self, *inputs: run(self, *inputs) * 1.1)
+    assert not Target(build("llama"), kv_tokens=64, compile=True).compiled
+
+
+def test_a_cache_folder_that_cannot_be_written_is_no_reason_to_fail(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    occupied = tmp_path / "file"
+    occupied.write_text("not a folder")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(occupied / "compiled"))
+    model = build("llama")
+    with Engine(model, **OPTIONS) as plain, Engine(model, compile=True, **OPTIONS) as engine:
+        assert texts(engine) == texts(plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("falcon", {}, "the seam is 'dense'"),
+        ("deepseek_v3", {}, "the seam is 'gathered'"),
+        ("llama", {"kv_format": "int8"}, "kv_format is 'int8'"),
+        ("llama", {"cpu_kernels": False}, "cpu_kernels is False"),
+    ],
+)
+def test_the_log_says_why_not(
+    name: str, options: dict[str, Any], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Engine(build(name), compile=True, invariant=False, **options, **OPTIONS) as engine:
+        assert not engine.target.compiled
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compile": "yes"}, "compile is 'yes'; choices: True, False, 'background'"),
+        ({"compile": 1}, "compile is 1; choices"),
+        ({"compile": "background", "invariant": True}, "take compile=True"),
+        ({"compile": "background", "kv_format": "int8", "invariant": True}, "take compile=True"),
+        ({"cpu_kernels": "no"}, "cpu_kernels is 'no'; choices: True, False"),
+    ],
+)
+def test_options_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        Engine(build("llama"), **options)
