@@ -22,7 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks import harness
 from benchmarks.harness import Sizes
-from specgen import Drafter, DraftSession, Engine, TokenTree
+from specgen import Drafter, DraftSession, Engine, TokenTree, hookimpl
 from specgen.plugins import load_plugins
 from specgen.sequence import Sequence as EngineSequence
 
@@ -41,14 +41,25 @@ FORWARD = ("linears", "lm head", "attention", "norms, rotary, glue")
 
 
 class Chains(Drafter):
-    """Offers a chain of `nodes` tokens that the target never says."""
+    """Offers chains of `nodes` tokens that the target hardly ever says."""
 
-    def __init__(self, nodes: int, token: int) -> None:
-        self.tree = TokenTree((token,) * nodes, tuple(range(-1, nodes - 1)), (0.5,) * nodes)
+    def __init__(self, vocab_size: int) -> None:
+        self.token = vocab_size - 1
+        self.nodes = 0
 
     def open(self, prompt: Sequence[int], hints: Any) -> DraftSession:
         """A session that says the same whatever comes."""
-        return _Chain(self.tree)
+        nodes = self.nodes
+        return _Chain(TokenTree((self.token,) * nodes, tuple(range(-1, nodes - 1)), (0.5,) * nodes))
+
+
+class _Plugin:
+    """The door through which the chains come."""
+
+    @hookimpl
+    def drafters(self) -> Mapping[str, Callable[..., Drafter]]:
+        """One drafter."""
+        return {"chains": lambda setup: Chains(setup.vocab_size)}
 
 
 class _Chain(DraftSession):
@@ -139,7 +150,9 @@ def steps(engine: Engine, rows: int, sequences: int, count: int) -> Steps:
     """`count` steps of `sequences` running sequences, `rows` rows in all, on the caller's thread."""
     core = engine._core
     vocabulary = engine.target.vocab_size
-    core.drafting.drafters["chains"] = Chains(rows // sequences - 1, vocabulary - 1)
+    chains = core.drafting.drafters["chains"]
+    if isinstance(chains, Chains):
+        chains.nodes = rows // sequences - 1
     clock = Clock()
     speculation = {"drafters": ["chains"], "adaptive": False} if rows > sequences else "off"
     for number in range(sequences):
@@ -194,16 +207,17 @@ class Plain:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.cache = DynamicCache(config=model.config)
-        self.run(list(range(1, _CONTEXT + 1)))
+        self._forward(list(range(1, _CONTEXT + 1)))
+
+    def run(self) -> float:
+        """Seconds of one forward."""
+        seconds = _seconds(lambda: self._forward([5]))
+        self.cache.crop(-1)
+        return seconds
 
     @torch.inference_mode()
-    def run(self, ids: list[int]) -> float:
-        """Seconds of a forward that reads `ids`."""
-        length = self.cache.get_seq_length()
-        inputs = torch.tensor([ids])
-        seconds = _seconds(lambda: self.model(input_ids=inputs, past_key_values=self.cache, use_cache=True))
-        self.cache.crop(length if length else len(ids))
-        return seconds
+    def _forward(self, ids: list[int]) -> None:
+        self.model(input_ids=torch.tensor([ids]), past_key_values=self.cache, use_cache=True)
 
 
 def floor_seconds(model: PreTrainedModel) -> float:
@@ -272,7 +286,7 @@ def measure(args: argparse.Namespace) -> Results:
     plain_model = Plain(model)
     plain: list[list[float]] = []
     for _ in range(args.rounds):
-        plain.append([plain_model.run([5]) for _ in range(args.tokens)])
+        plain.append([plain_model.run() for _ in range(args.tokens)])
         for name, engine in executors.items():
             for rows, sequences in SHAPES:
                 found[name, rows, sequences].append(steps(engine, rows, sequences, args.tokens))
@@ -281,12 +295,14 @@ def measure(args: argparse.Namespace) -> Results:
 
 
 def _options(*, compile: bool) -> dict[str, Any]:
+    plugins = load_plugins(only=())
+    plugins.register(_Plugin(), "benchmarks", version="0")
     return {
         "kv_tokens": _KV_TOKENS,
         "prefix_cache": False,
-        "drafters": {},
+        "drafters": ["chains"],
         "compile": compile,
-        "plugins": load_plugins(),
+        "plugins": plugins,
     }
 
 
