@@ -11,9 +11,11 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ from specgen.log import Log
 from specgen.model.architecture import Architecture
 from specgen.model.attention import PackedAttention, PackedCache, Seam
 from specgen.model.batch import PlannedBatch
+from specgen.model.grouped_linears import GroupLinears
 from specgen.model.invariance_check import CHECK_PAGES, check_invariance
 from specgen.model.plan import plan, wanted_rows
 from specgen.model.seam_check import difference
@@ -36,6 +39,7 @@ log = Log("specgen.model")
 _EXAMPLE_ROWS = 16
 # A size of 0 or 1 would be compiled for itself.
 _LEAST = 2
+_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 
 
 class CompiledForward:
@@ -50,13 +54,17 @@ class CompiledForward:
         self._stores = architecture.stores
         self._attention = PackedAttention(model, architecture.reaches, architecture.stores)
         self._attention.install()
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
         self._graph = torch.compile(
             self._run,
             fullgraph=True,
-            options={"size_asserts": False, "guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
+            options={
+                "size_asserts": False,
+                "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+                "post_grad_custom_pre_pass": GroupLinears(),
+            },
         )
-        self._warm_up()
+        with _kept():
+            self._warm_up()
 
     def __call__(self, segments: Sequence[Segment], tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
         """[wanted rows, vocab] of all rows, whose KV is written."""
@@ -87,6 +95,22 @@ class CompiledForward:
             torch._dynamo.mark_dynamic(tensor, tensor.ndim - 1)
         with torch.inference_mode():
             self._graph(*inputs)
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
+    """Let Inductor keep what it compiles in our cache folder, which outlives a restart, unless the user names one."""
+    before = os.environ.get(_FOLDER)
+    # Inductor itself writes its default there, a folder for temporary files.
+    if before is None or Path(before).name.startswith("torchinductor_"):
+        os.environ[_FOLDER] = str(cache_folder() / "compiled")
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_FOLDER, None)
+        else:
+            os.environ[_FOLDER] = before
 
 
 def _filled(wanted: list[int]) -> list[int]:
