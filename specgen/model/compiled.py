@@ -58,6 +58,7 @@ class CompiledForward:
             self._run,
             fullgraph=True,
             options={
+                "cpp_wrapper": True,
                 "size_asserts": False,
                 "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
                 "post_grad_custom_pre_pass": GroupLinears(),
