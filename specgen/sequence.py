@@ -100,14 +100,14 @@ class Sequence:
         return hung_rows(self.table, self.ids[start:], tree.tokens, tree.parents)
 
     def walk(self, tree: TokenTree, logits: Tensor, argmax: Ids[int] | None) -> tuple[Acceptance, TextCursor, str]:
-        """Verify `tree` given float32[nodes + 1, vocab] of the root and each node; changes nothing.
+        """Verify `tree` given the logits [nodes + 1, vocab] of the root and each node; changes nothing.
 
         argmax: the argmax of each row where that is the draw. Returns what to commit: see `commit`.
         Raises what a processor or a stopping criterion raises.
         """
         scan = _Scan(self, logits, argmax)
         top = self.request.params.logprobs
-        score = None if top is None else lambda node, token: logprob(logits[node + 1], token, top)
+        score = None if top is None else lambda node, token: logprob(logits[node + 1].float(), token, top)
         accepted = acceptance(tree, scan.draw, score)
         return accepted, *scan.text(accepted.finish)
 
@@ -189,7 +189,7 @@ class _Scan:
             token = self.argmax[node + 1]
         else:
             # A copy: processors may write into their row, and log-probabilities are of the unprocessed one.
-            row = self.logits[node + 1 : node + 2].clone()
+            row = self._row(node).clone()
             token = self.sequence.sampler.draw(self.sequence.ids_with(self.path), row)
         self.path.append(token)
         return token, self._finish(token, node)
@@ -202,11 +202,14 @@ class _Scan:
             return Finish("stop", string)
         if stops.criteria:
             ids = sequence.ids_with(self.path)
-            if any(bool(torch.as_tensor(stop(ids, self.logits[node + 1 : node + 2])).any()) for stop in stops.criteria):
+            if any(bool(torch.as_tensor(stop(ids, self._row(node))).any()) for stop in stops.criteria):
                 return Finish("stop")
         if len(sequence.ids) + len(self.path) >= stops.max_length:
             return Finish("length")
         return None
+
+    def _row(self, node: int) -> Tensor:
+        return self.logits[node + 1 : node + 2].float()
 
     def _advance(self, tokens: Ids[int]) -> str | None:
         self.cursor, text, string = (self.cursor or self.sequence.cursor).advance(tokens)

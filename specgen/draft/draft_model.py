@@ -35,7 +35,7 @@ class PackedModel(Protocol):
     context_length: int
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
-        """float32[wanted rows, vocab]."""
+        """[wanted rows, vocab]."""
 
 
 class DraftModelOptions(msgspec.Struct, frozen=True):
@@ -184,7 +184,7 @@ class _Growth:
 
     def extend(self, logits: Tensor, width: int) -> None:
         """Hang the `width` likeliest tokens under each picked node, given its row of logits."""
-        probabilities, tokens = torch.softmax(logits, dim=-1).topk(width)
+        probabilities, tokens = torch.softmax(logits, dim=-1, dtype=torch.float32).topk(width)
         for parent, chances, ids in zip(self.picked, probabilities.tolist(), tokens.tolist(), strict=True):
             for chance, token in zip(chances, ids, strict=True):
                 self.tokens.append(token)

@@ -131,7 +131,7 @@ class _Trial:
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         tokens = [token for segment in segments for token in segment.tokens]
-        return self.compiled(segments, tokens, [p for segment in segments for p in segment.new_positions]).float()
+        return self.compiled(segments, tokens, [p for segment in segments for p in segment.new_positions])
 
 
 def compile_forward(

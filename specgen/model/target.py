@@ -110,15 +110,18 @@ class Target:
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Score all rows in one forward and write their KV behind each segment's prefix.
 
-        The tables must own the slots (`BlockTable.reserve`). Returns float32[wanted rows, vocab], segment by segment.
+        The tables must own the slots (`BlockTable.reserve`). Returns [wanted rows, vocab], segment by segment,
+        float32 or the 16-bit floats of the model: an argmax needs no copy, who reads a row in full makes it float32.
         """
         tokens = [token for segment in segments for token in segment.tokens]
         positions = [p for segment in segments for p in segment.new_positions]
         self.forwards += 1
         self.rows += len(tokens)
         if self._compiled is not None:
-            return self._compiled(segments, tokens, positions).float()
-        return self._forward(segments, tokens, positions)
+            logits = self._compiled(segments, tokens, positions)
+        else:
+            logits = self._forward(segments, tokens, positions)
+        return logits.float() if logits.dtype == torch.float64 else logits
 
     def _forward(self, segments: Sequence[Segment], tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
         """The model's own code, layer by layer."""
@@ -139,7 +142,7 @@ class Target:
                 use_cache=True,
                 **({"logits_to_keep": wanted} if self._keeps_logits else {}),
             ).logits[0]
-        return (logits if self._keeps_logits else logits[wanted]).float()
+        return logits if self._keeps_logits else logits[wanted]
 
     @property
     def compiled(self) -> bool:

@@ -8,85 +8,25 @@
 #include <optional>
 #include <vector>
 
+#include "plan.h"
 #include "tensors.h"
 #include "tiles.h"
+#include "values.h"
 #include "vector.h"
 
 namespace specgen {
 namespace {
 
-constexpr int64_t PAGE = 16;
+constexpr int64_t AHEAD = 3;     // pages of keys that are asked for before their turn
 constexpr int64_t QUERIES = 16;  // that are scored together: they fill a tile
 
-// One sequence in the plan, int32[SEGMENT] each, behind the plan's first number, which counts them.
-// The tail's last `rows` rows are those of this call. What lies at `pages`, `ancestors` and so on is counted from the
-// plan's begin; `starts` is -1 where each row sees all of the tail before it.
-struct Segment {
-  int32_t first_row, rows, prefix, tail, pages, starts;
-  static constexpr int64_t SIZE = 6;
-};
-
+// Ask for the numbers of one head in all slots of a page: pages lie anywhere, so no core foresees them.
 template <class T>
-struct Heads {  // [n, heads, dim], dims next to one another
-  T* at;
-  int64_t row, head;
-  T* operator()(int64_t r, int64_t h) const { return at + r * row + h * head; }
-};
-
-template <class T>
-Heads<T> heads(const Tensor& x) {
-  STD_TORCH_CHECK(x.stride(2) == 1, "the numbers of a head must lie side by side");
-  return {data<T>(x), x.stride(0), x.stride(1)};
+void prefetch_page(const T* at, int64_t stride, int64_t dim) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t slot = 0; slot < PAGE; slot++)
+    for (int64_t d = 0; d < dim; d += line) __builtin_prefetch(at + slot * stride + d);
 }
-
-struct Shape {
-  int64_t kv_heads, group, key_dim, value_dim;
-};
-
-struct Scoring {
-  float scale, softcap;
-  const float* sinks;
-  int64_t window, chunk;
-
-  int64_t oldest(int64_t position) const {
-    if (window) return std::max<int64_t>(0, position - window + 1);
-    return chunk ? position / chunk * chunk : 0;
-  }
-};
-
-// What a row sees: positions [first, prefix), then `count` rows of the tail: those listed, or all from `begin` on.
-struct Path {
-  int64_t first, count, begin;
-  const int32_t* listed;
-  int64_t at(int64_t i) const { return listed ? listed[i] : begin + i; }
-};
-
-class Plan {
- public:
-  explicit Plan(const Tensor& plan) : at_(data<int32_t>(plan)) {}
-  int64_t segments() const { return at_[0]; }
-  const Segment& segment(int64_t i) const {
-    return *reinterpret_cast<const Segment*>(at_ + 1 + i * Segment::SIZE);
-  }
-  int64_t slot(const Segment& segment, int64_t position) const {
-    return at_[segment.pages + position / PAGE] * PAGE + position % PAGE;
-  }
-  Path path(const Segment& segment, int64_t row, const Scoring& scoring) const {
-    int64_t count = segment.tail - segment.rows + row + 1;
-    const int32_t* listed = nullptr;
-    if (segment.starts >= 0) {
-      const int32_t* starts = at_ + segment.starts + row;
-      count = starts[1] - starts[0];
-      listed = at_ + starts[0];
-    }
-    const int64_t first = scoring.oldest(segment.prefix + count - 1);
-    const int64_t hidden = std::max<int64_t>(0, first - segment.prefix);  // of the tail, behind a window
-    return {std::min<int64_t>(first, segment.prefix), count - hidden, hidden, listed ? listed + hidden : nullptr};
-  }
-
- private:
-  const int32_t* at_;
-};
 
 // ---- scores of up to 16 queries with the keys of one page
 
@@ -181,101 +121,39 @@ float soften(float* scores, int64_t count, const Scoring& scoring, int64_t head)
   return sum(total) + (scoring.sinks ? exp(all(scoring.sinks[head] - top))[0] : 0.0f);
 }
 
-// ---- the weighted sum of values
-
-// G heads of one row over up to 16 V dims: adds weights[g][i] * the i-th value of the path to sums[g].
-template <class T, int G, int V>
-void add_values(const T* value, int64_t stride, int64_t count, const float* weights, int64_t line,
-                floats (&sums)[G][V]) {
-  for (int64_t i = 0; i < count; i++, value += stride)
-    for (int v = 0; v < V; v++) {
-      const floats x = load(value + v * WIDTH);
-      for (int g = 0; g < G; g++) sums[g][v] += weights[g * line + i] * x;
-    }
+#ifdef __AMX_BF16__
+// scores: of each query a line of `line` weights, of which those of a path begin at its first key, counted from `low`.
+template <class To>
+void weigh_tiled(const Plan& plan, const Segment& segment, const Shape& shape, const std::vector<Path>& paths,
+                 const Heads<bfloat16>& values, const float* scores, int64_t low, int64_t line,
+                 const std::vector<float>& totals, int64_t head, const To& to) {
+  const int64_t begin = low / TiledValues::BLOCK * TiledValues::BLOCK, queries = totals.size();
+  int64_t end = begin;
+  for (const Path& path : paths) end = std::max(end, path.end_position(segment.prefix));
+  const int64_t width = rounded_up(end - begin, TiledValues::BLOCK);
+  std::vector<bfloat16> weights(queries * width);
+  for (int64_t q = 0; q < queries; q++) {
+    const Path& path = paths[q / shape.group];
+    const float* from = scores + q * line + path.first - low;
+    bfloat16* at = &weights[q * width + path.first_position() - begin];
+    const int64_t count = segment.prefix - path.first + path.count;
+    int64_t i = 0;
+    for (; i + WIDTH <= count; i += WIDTH) store(at + i, load(from + i));
+    if (i < count) store_some(at + i, load(from + i), count - i);
+  }
+  set_tiles(queries, queries);
+  TiledValues weighted(plan, segment, values, head);
+  alignas(64) float sums[4][WIDTH][WIDTH];
+  for (int64_t d = 0; d < shape.value_dim; d += TiledValues::DIMS) {
+    const int64_t dims = std::min(TiledValues::DIMS, shape.value_dim - d);
+    weighted.weigh(paths, shape.group, weights, begin, width, d, dims, sums);
+    for (int64_t q = 0; q < queries; q++)
+      for (int64_t v = 0; v * WIDTH < dims; v++)
+        store(to(q / shape.group) + q % shape.group * shape.value_dim + d + v * WIDTH, load(sums[v][q]) / totals[q]);
+  }
+  _tile_release();
 }
-
-template <class T>
-class Values {
- public:
-  Values(const Plan& plan, const Segment& segment, const Heads<T>& values, const Shape& shape, int64_t head)
-      : plan_(plan), segment_(segment), values_(values), shape_(shape), head_(head) {}
-
-  // Heads [0, group) of one row; weights of each head a line, out [group][value_dim].
-  void weigh(const Path& path, const float* weights, int64_t line, const float* totals, T* out) const {
-    for (int64_t d = 0; d < shape_.value_dim; d += 4 * WIDTH) {
-      const int64_t width = std::min(shape_.value_dim - d, 4 * WIDTH);
-      for (int64_t g = 0; g < shape_.group; g += 4) {
-        const float* mine = weights + g * line;
-        T* to = out + g * shape_.value_dim + d;
-        switch (std::min<int64_t>(4, shape_.group - g)) {
-          case 1: part<1>(path, mine, line, totals + g, to, d, width); break;
-          case 2: part<2>(path, mine, line, totals + g, to, d, width); break;
-          case 3: part<3>(path, mine, line, totals + g, to, d, width); break;
-          default: part<4>(path, mine, line, totals + g, to, d, width);
-        }
-      }
-    }
-  }
-
- private:
-  template <int G>
-  void part(const Path& path, const float* weights, int64_t line, const float* totals, T* out, int64_t d,
-            int64_t width) const {
-    switch (width) {
-      case 4 * WIDTH: return vectors<G, 4>(path, weights, line, totals, out, d);
-      case 2 * WIDTH: return vectors<G, 2>(path, weights, line, totals, out, d);
-    }
-    int64_t done = 0;
-    for (; done + WIDTH <= width; done += WIDTH) vectors<G, 1>(path, weights, line, totals, out + done, d + done);
-    for (; done < width; done++) number<G>(path, weights, line, totals, out + done, d + done);
-  }
-
-  template <int G, int V>
-  void vectors(const Path& path, const float* weights, int64_t line, const float* totals, T* out, int64_t d) const {
-    floats sums[G][V] = {};
-    runs(path, [&](int64_t i, int64_t slot, int64_t count) {
-      add_values<T, G, V>(values_(slot, head_) + d, values_.row, count, weights + i, line, sums);
-    });
-    for (int g = 0; g < G; g++)
-      for (int v = 0; v < V; v++) store(out + g * shape_.value_dim + v * WIDTH, sums[g][v] / totals[g]);
-  }
-
-  // What is left of a head that is no multiple of 16.
-  template <int G>
-  void number(const Path& path, const float* weights, int64_t line, const float* totals, T* out, int64_t d) const {
-    float sums[G] = {};
-    runs(path, [&](int64_t i, int64_t slot, int64_t count) {
-      for (int64_t j = 0; j < count; j++)
-        for (int g = 0; g < G; g++)
-          sums[g] += weights[g * line + i + j] * load_some(values_(slot + j, head_) + d, 1)[0];
-    });
-    for (int g = 0; g < G; g++) store_some(out + g * shape_.value_dim, all(sums[g] / totals[g]), 1);
-  }
-
-  // `visit(i, slot, count)`: the path's i-th to (i + count)-th key lie in consecutive slots.
-  template <class F>
-  void runs(const Path& path, const F& visit) const {
-    const int64_t committed = segment_.prefix - path.first;
-    for (int64_t i = 0; i < committed;) {
-      const int64_t position = path.first + i, count = std::min(PAGE - position % PAGE, committed - i);
-      visit(i, plan_.slot(segment_, position), count);
-      i += count;
-    }
-    const int64_t behind = committed + path.count;
-    for (int64_t i = committed; i < behind;) {
-      const int64_t position = segment_.prefix + path.at(i - committed);
-      const int64_t count = path.listed ? 1 : std::min(PAGE - position % PAGE, behind - i);
-      visit(i, plan_.slot(segment_, position), count);
-      i += count;
-    }
-  }
-
-  const Plan& plan_;
-  const Segment& segment_;
-  const Heads<T>& values_;
-  const Shape& shape_;
-  int64_t head_;
-};
+#endif
 
 // ---- one task: rows [begin, end) of a segment, one KV head
 
@@ -300,26 +178,38 @@ void attend_rows(const Plan& plan, const Segment& segment, const Shape& shape, c
 #ifdef __AMX_BF16__
   if (queries.tiled()) set_tiles(WIDTH, 0);
 #endif
-  for (int64_t position = low; position < high; position += PAGE)
-    queries.score(keys(plan.slot(segment, position), head), keys.row, scores.data() + position - low, line);
+  for (int64_t position = low; position < high; position += PAGE) {
+    const int64_t slot = plan.slot(segment, position), ahead = position + AHEAD * PAGE;
+    if (ahead < high) prefetch_page(keys(plan.slot(segment, ahead), head), keys.row, shape.key_dim);
+    prefetch_page(values(slot, head), values.row, shape.value_dim);
+    queries.score(keys(slot, head), keys.row, scores.data() + position - low, line);
+  }
 #ifdef __AMX_BF16__
   if (queries.tiled()) _tile_release();
 #endif
-  std::vector<float> totals(shape.group);
-  const Values<T> weighted(plan, segment, values, shape, head);
-  for (int64_t r = begin; r < end; r++) {
-    const Path& path = paths[r - begin];
-    float* mine = scores.data() + (r - begin) * shape.group * line + path.first - low;
+  std::vector<float> totals((end - begin) * shape.group);
+  for (int64_t r = 0; r < end - begin; r++) {
+    const Path& path = paths[r];
     const int64_t committed = segment.prefix - path.first;
     for (int64_t g = 0; g < shape.group; g++) {
-      float* along = mine + g * line;
+      float* along = scores.data() + (r * shape.group + g) * line + path.first - low;
       // Ancestors move up: they stand in order, so none is overwritten before it has moved.
       for (int64_t i = 0; i < path.count; i++) along[committed + i] = along[committed + path.at(i)];
-      totals[g] = soften(along, committed + path.count, scoring, head * shape.group + g);
+      totals[r * shape.group + g] = soften(along, committed + path.count, scoring, head * shape.group + g);
     }
-    weighted.weigh(path, mine, line, totals.data(),
-                   out + ((segment.first_row + r) * shape.kv_heads + head) * shape.group * shape.value_dim);
   }
+  const auto to = [&](int64_t r) {
+    return out + ((segment.first_row + begin + r) * shape.kv_heads + head) * shape.group * shape.value_dim;
+  };
+#ifdef __AMX_BF16__
+  if constexpr (std::is_same_v<T, bfloat16>)
+    if (queries.tiled() && shape.value_dim % WIDTH == 0)
+      return weigh_tiled(plan, segment, shape, paths, values, scores.data(), low, line, totals, head, to);
+#endif
+  const Values<T> weighted(plan, segment, values, shape, head);
+  for (int64_t r = 0; r < end - begin; r++)
+    weighted.weigh(paths[r], scores.data() + r * shape.group * line + paths[r].first - low, line,
+                   &totals[r * shape.group], to(r));
 }
 
 template <class T>

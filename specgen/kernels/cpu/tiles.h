@@ -26,6 +26,8 @@ struct alignas(64) TileShapes {
 // Others release the tiles of a thread as they like, so whoever uses them sets them up first.
 inline void set_tiles(int upper, int lower) {
   TileShapes shapes(upper, lower);
+  // GCC believes that only the first bytes are read, and may leave the others unwritten.
+  asm volatile("" : : "r"(&shapes) : "memory");
   _tile_loadconfig(&shapes);
 }
 

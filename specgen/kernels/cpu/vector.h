@@ -26,11 +26,14 @@ inline floats load(const float* from) {
   return x;
 }
 
-inline floats load(const bfloat16* from) {
+// Sixteen bfloat16 as they are, each in the lower half of its word.
+inline words load_bits(const bfloat16* from) {
   halves x;
   std::memcpy(&x, from, sizeof x);
-  return (floats)(__builtin_convertvector(x, words) << 16);
+  return __builtin_convertvector(x, words);
 }
+
+inline floats load(const bfloat16* from) { return (floats)(load_bits(from) << 16); }
 
 inline void store(float* to, floats x) { std::memcpy(to, &x, sizeof x); }
 
