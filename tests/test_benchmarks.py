@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from benchmarks import decode, harness
+from benchmarks import decode, harness, invariance, kv, step
 
 SPEC_BENCH = {
     "writing",
@@ -58,6 +58,53 @@ def test_decode_writes_bars_environment_and_plot(tiny: Path, tmp_path: Path) -> 
     assert written["settings"]["tokens"] == 8
     assert len(written["runs"]) == 2 * 6, "two prompts, six systems, one round"
     assert file.with_suffix(".png").stat().st_size > 1000
+
+
+def _bars(file: Path) -> dict[str, float]:
+    bars: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))["bars"]
+    assert file.with_suffix(".png").stat().st_size > 1000
+    return bars
+
+
+def test_step_takes_a_step_apart(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "step.json"
+    step.main(["--quick", "--model", str(tiny), "--tokens", "3", "--json", str(file)])
+    bars = _bars(file)
+    assert set(bars) == {"row1_vs_hf", "row32_vs_row1", "host_share", "floor_ratio"}
+    assert all(value > 0 for value in bars.values())
+    for one in json.loads(file.read_text(encoding="utf-8"))["steps"]:
+        parts = one["milliseconds"]
+        assert sum(v for name, v in parts.items() if name != "step") <= parts["step"] * 1.5
+        assert parts["forward"] > 0
+
+
+def test_kv_prints_every_format(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "kv.json"
+    kv.main(["--quick", "--model", str(tiny), "--limit", "1", "--tokens", "4", "--json", str(file)])
+    bars = _bars(file)
+    for name in ("int8", "k8v4", "int4", "fp8"):
+        assert 0 < bars[f"{name}_bytes_ratio"] < 1
+        assert 0.5 < bars[f"{name}_ppl_ratio"] < 2
+        assert 0 <= bars[f"{name}_top1"] <= 1
+    assert bars["ttft_warm_ratio_1000"] > 0
+
+
+def test_invariance_compares_every_way(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "invariance.json"
+    invariance.main(["--quick", "--model", str(tiny), "--tokens", "6", "--json", str(file)])
+    assert _bars(file)["invariant_identical"] == 1
+    texts = json.loads(file.read_text(encoding="utf-8"))["texts"]
+    ours = [one for one in texts if one["system"] != invariance.TORCH]
+    assert len(ours) == 2 * 4
+    assert all(one["same"] == [True] * 3 for one in ours)
+
+
+def test_a_margin_is_taken_where_two_texts_part(tiny: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(tiny).eval()
+    prompt = [5, 6, 7]
+    logits = model(input_ids=torch.tensor([[*prompt, 9]])).logits[0, -1]
+    best, second = logits.topk(2).values.tolist()
+    assert invariance.margin(model, prompt, (9, 1, 2), (9, 3, 4)) == pytest.approx(best - second, abs=1e-5)
 
 
 def test_the_commands_sizes_win_over_those_of_quick() -> None:
