@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +15,15 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
+from benchmarks.harness import PROMPTS as PROMPTS_FILE
+from benchmarks.harness import read_prompts
 from specgen import Engine
 from specgen.errors import InvalidRequest
 from specgen.kernels.cpu_kernels import why_not
 from specgen.model import compiled
 from specgen.model.target import Target
-from tests.models.tiny import build
+from tests.models.test_architectures import REFUSED
+from tests.models.tiny import MODELS, build
 
 pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=f"no CPU kernels: {why_not()}"),
@@ -57,6 +63,53 @@ def test_the_text_is_that_of_the_model_as_it_is(family: str) -> None:
         assert texts(quick) == expected
         assert texts(quick, speculation={"adaptive": False}) == expected
         quick.check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in MODELS if name not in REFUSED])
+def test_the_text_of_every_architecture_is_that_of_the_model_as_it_is(
+    family: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = build(family)
+    with Engine(model, **OPTIONS) as plain, Engine(model, compile=True, **OPTIONS) as quick:
+        assert quick.target.compiled or "forwards are not compiled" in capsys.readouterr().err
+        assert texts(quick, speculation={"adaptive": False}) == texts(plain, batch=False, speculation="off")
+
+
+@pytest.mark.slow
+def test_the_text_of_the_real_model_is_that_of_the_model_as_it_is(smollm: Any, smollm_tokenizer: Any) -> None:
+    options = {"kv_tokens": 8192, "prefix_cache": False}
+    prompts = [list(prompt.ids) for prompt in read_prompts(PROMPTS_FILE, smollm_tokenizer, 8)]
+    with Engine(smollm, smollm_tokenizer, **options) as plain:
+        expected = [[plain.generate(p, max_tokens=48, speculation="off", **s).ids for p in prompts] for s in SETTINGS]
+    with Engine(smollm, smollm_tokenizer, compile=True, **options) as quick:
+        assert quick.target.compiled
+        for setting, ids in zip(SETTINGS, expected, strict=True):
+            assert [result.ids for result in quick.generate(prompts, max_tokens=48, **setting)] == ids
+            assert [quick.generate(p, max_tokens=48, **setting).ids for p in prompts[:2]] == ids[:2]
+
+
+_TWIN = """
+import torch
+from specgen import Engine
+from tests.models.tiny import build
+
+torch.set_num_threads(1)
+with Engine(build("llama"), kv_tokens=256, compile=True) as engine:
+    assert engine.target.compiled
+    print(engine.generate([5, 6, 7], max_tokens=12, temperature=0).ids)
+"""
+
+
+def test_two_processes_may_compile_at_once(tmp_path: Path) -> None:
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    command = [sys.executable, "-c", _TWIN]
+    pair = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=300)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0]
+    with Engine(build("llama"), kv_tokens=256) as engine:
+        expected = str(engine.generate([5, 6, 7], max_tokens=12, temperature=0).ids)
+    assert [text.strip().splitlines()[-1] for text in said] == [expected] * 2
 
 
 def test_drafts_and_company_change_nothing_in_bfloat16() -> None:
