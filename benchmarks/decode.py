@@ -167,15 +167,15 @@ def build(model: PreTrainedModel, tokenizer: Any, draft: PreTrainedModel, tokens
 class Results:
     """All samples, and what is read off them. Medians: over a prompt's rounds first, then over the prompts."""
 
-    def __init__(self, samples: Sequence[Sample[Run]]) -> None:
+    def __init__(self, samples: Sequence[Sample[Run]], systems: Sequence[str] = SYSTEMS) -> None:
         self.samples = samples
         self.prompts = list(dict.fromkeys(sample.prompt for sample in samples))
-        self.systems = [name for name in SYSTEMS if any(sample.system == name for sample in samples)]
+        self.systems = [name for name in systems if any(sample.system == name for sample in samples)]
         self._runs = {(s.system, s.prompt.id, s.round): s.run for s in samples}
 
     def within(self, categories: Collection[str]) -> Results:
         """The same for the prompts of some categories."""
-        return Results([sample for sample in self.samples if sample.prompt.category in categories])
+        return Results([sample for sample in self.samples if sample.prompt.category in categories], self.systems)
 
     def runs(self, system: str, prompt: Prompt | None = None) -> list[Run]:
         """A system's runs, by round; of one prompt or of all."""
@@ -233,7 +233,7 @@ def headline(results: Results, exact: Results, dtype: str) -> dict[str, float | 
     """The bars: flat names, each a number that one can hold the next version against."""
     repeat = results.within(REPEAT)
     steps: Callable[[Run], int] = lambda run: run.steps
-    by_category = [results.within([c]).ratio(ON, OFF, rate) for c in _categories(results)]
+    by_category = [results.within([c]).ratio(ON, OFF, rate) for c in categories(results)]
     return {
         "identical": exact.same(OURS, HF),
         f"identical_{dtype}": results.same((ON,), OFF),
@@ -358,12 +358,13 @@ def _over(a: float | None, b: float | None) -> float | None:
     return a / b if a is not None and b else None
 
 
-def _categories(results: Results) -> list[str]:
+def categories(results: Results) -> list[str]:
+    """The categories of the prompts, in order."""
     return list(dict.fromkeys(prompt.category for prompt in results.prompts))
 
 
 def _parts(results: Results) -> list[tuple[str, Results]]:
-    parts = [(category, results.within([category])) for category in _categories(results)]
+    parts = [(category, results.within([category])) for category in categories(results)]
     return [*parts, ("repeat group", results.within(REPEAT)), ("all", results)]
 
 

@@ -123,10 +123,10 @@ def read_prompts(path: Path, tokenizer: Any, limit: int | None = None) -> list[P
 
 def spread(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
     """The first `limit` prompts, taken in turns from the repeat group and from the rest, one category after another."""
-    repeat = _by_turns([p for p in prompts if p.category in REPEAT], lambda p: p.category)
-    others = _by_turns([p for p in prompts if p.category not in REPEAT], lambda p: p.category)
+    repeat = by_turns([p for p in prompts if p.category in REPEAT], lambda p: p.category)
+    others = by_turns([p for p in prompts if p.category not in REPEAT], lambda p: p.category)
     halves = [("repeat", p) for p in repeat] + [("others", p) for p in others]
-    return [prompt for _, prompt in _by_turns(halves, lambda pair: pair[0])][:limit]
+    return [prompt for _, prompt in by_turns(halves, lambda pair: pair[0])][:limit]
 
 
 def interleave(
@@ -234,7 +234,7 @@ def _turns(systems: Sequence[str], prompts: Sequence[Prompt], rounds: int) -> It
                 yield number, system, prompt
 
 
-def _by_turns(items: Sequence[T], key: Callable[[T], K]) -> list[T]:
+def by_turns(items: Sequence[T], key: Callable[[T], K]) -> list[T]:
     """The items of each key in turns: all first ones, then all second ones."""
     seen: dict[K, int] = {}
     turns = []

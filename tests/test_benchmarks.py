@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from benchmarks import decode, harness, invariance, kv, step
+from benchmarks.peers import __main__ as peers
+from benchmarks.peers import assembly, foreign, results
 
 SPEC_BENCH = {
     "writing",
@@ -172,3 +175,90 @@ def test_results_compare_within_a_round_before_any_median() -> None:
     assert results.ratio(decode.ON, decode.HF, decode.rate) is None
     assert results.same((decode.ON,), decode.OFF) == 0, "one round differs"
     assert results.per(decode.ON, decode.size, lambda run: run.steps) == 1.5
+
+
+ECHO = """
+PIP = ()
+ONE = MANY = ("plain", "lookup 10", "broken")
+
+class Peer:
+    def __init__(self, model, home, options):
+        print("a library talks")
+        if options["dtype"] != "bfloat16":
+            raise ValueError("only\\nbfloat16")
+
+    def run(self, prompts, tokens, setting, clock):
+        if setting == "broken":
+            raise RuntimeError("no such thing")
+        for row, ids in enumerate(prompts):
+            clock.note(row, [])
+            for token in ids[:tokens]:
+                clock.note(row, [token])
+"""
+
+
+@pytest.fixture
+def echo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A peers folder in which `echo`, which repeats its prompt, is installed and `absent` is not."""
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    (adapters / "echo.py").write_text(ECHO, encoding="utf-8")
+    (adapters / "absent.py").write_text(ECHO, encoding="utf-8")
+    monkeypatch.setattr(foreign, "ADAPTERS", adapters)
+    (tmp_path / "echo" / "bin").mkdir(parents=True)
+    (tmp_path / "echo" / "bin" / "python").symlink_to(sys.executable)
+    return tmp_path
+
+
+def test_a_peer_answers_with_ids_and_times_of_its_own_process(echo: Path) -> None:
+    (peer,) = (adapter for adapter in foreign.peers(echo) if adapter.name == "echo")
+    process = foreign.Process(peer, Path("model"), {"threads": 1, "dtype": "bfloat16"})
+    prompts = [harness.Prompt("a", "qa", (5, 6, 7)), harness.Prompt("b", "qa", (8,))]
+    run = process.one(2, "plain", prompts[0])
+    assert (run.ids, run.early) == ((5, 6), 1)
+    assert 0 <= run.first <= run.seconds
+    assert process.many(2, "plain", prompts).ids == (5, 6, 8)
+    with pytest.raises(foreign.PeerFailed, match="RuntimeError: no such thing"):
+        process.one(2, "broken", prompts[0])
+    assert process.one(2, "lookup 10", prompts[1]).ids == (8,), "it goes on after an error"
+    process.close()
+    with pytest.raises(foreign.PeerFailed, match="^ValueError: only bfloat16$"):
+        foreign.Process(peer, Path("model"), {"threads": 1, "dtype": "float32"})
+
+
+def test_peers_that_are_absent_or_fail_are_named_and_the_rest_has_bars(
+    echo: Path, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = echo / "peers.json"
+    systems = ["--systems", "echo", "absent", "specgen eager", "transformers generate"]
+    sizes = ["--limit", "2", "--tokens", "8", "--batches", "2"]
+    peers.main(["--quick", "--model", str(tiny), "--peers", str(echo), "--json", str(file), *systems, *sizes])
+    written = json.loads(file.read_text(encoding="utf-8"))
+    wanted = {"vs_hf_generate", "vs_best_hf", "off_vs_hf_generate", "on_vs_off_chat", "vs_echo", "off_vs_echo"}
+    wanted |= {"vs_echo_chat", "batch2_vs_hf", "batch2_vs_echo", "batch2_on_vs_off"}
+    assert wanted <= set(written["bars"])
+    assert not any("absent" in bar for bar in written["bars"])
+    skipped = written["settings"]["skipped"]
+    assert set(skipped) == {"absent plain", "absent lookup 10", "absent broken", "echo broken"}
+    assert skipped["absent plain"] == "not installed: python -m benchmarks.peers --install absent"
+    assert len(written["runs"]) == (2 + 1) * 5, "two prompts and a batch, five systems that run"
+    assert "RuntimeError: no such thing" in capsys.readouterr().out
+    assert file.with_suffix(".png").stat().st_size > 1000
+
+
+def test_bars_of_peers_take_the_best_rival_of_each_category() -> None:
+    def sample(system: str, category: str, rate: int) -> harness.Sample[decode.Run]:
+        run = decode.Run((1,) * (rate + 1), first=1.0, seconds=2.0, early=1, steps=0, forwards=0)
+        return harness.Sample(0, system, harness.Prompt(category, category, (1,)), run)
+
+    rates = {results.EAGER_ON: (6, 12), results.EAGER_OFF: (6, 6), "x plain": (3, 3), "x lookup": (2, 4)}
+    samples = [sample(name, c, n) for name, each in rates.items() for c, n in zip(("chat", "qa"), each, strict=True)]
+    bars = results.headline(decode.Results(samples, list(rates)), decode.Results([]), ["x", "y"])
+    assert (bars["vs_x_chat"], bars["vs_x_qa"], bars["vs_x"]) == (2, 3, 2.5)
+    assert (bars["off_vs_x"], bars["on_vs_off_chat"], bars["vs_y"]) == (2, 1, None)
+
+
+def test_a_system_is_meant_by_the_first_words_of_its_name() -> None:
+    assert assembly.means("specgen", "specgen eager off")
+    assert assembly.means("specgen eager off", "specgen eager off")
+    assert not assembly.means("specgen e", "specgen eager off")
