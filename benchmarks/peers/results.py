@@ -74,7 +74,7 @@ def show(one: Results, many: Results, skipped: Mapping[str, str], bars: Mapping[
     harness.table("tokens/s after the first; of whole batches, all tokens over all seconds", columns, rows)
     if skipped:
         harness.table("not in the table", ["", "why"], [[name, reason[:120]] for name, reason in skipped.items()])
-    harness.table("bars", ["", "value"], list(bars.items()))
+    harness.table("bars", ["", "value"], [bar for bar in bars.items() if bar[1] is not None])
 
 
 def series(one: Results, many: Results) -> dict[str, dict[str, float | None]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 ONE = ("generate", "static", "lookup 10", "lookup 3", "assisted")
 MANY = ("generate", "continuous")
+_PAGE = 256
 
 
 class Peer:
@@ -25,6 +26,7 @@ class Peer:
         self.draft: Any = load(options["draft_model"], dtype=options["dtype"]) if options["draft_model"] else None
         # Of one length for all prompts, so that its forward is compiled once; transformers' own would grow with them.
         self.longest: int = options["longest"] + options["tokens"]
+        self.blocks: int = options["kv_tokens"] // _PAGE + options["streams"]
         eos = self.model.generation_config.eos_token_id
         self.stops: list[int] = list(eos) if isinstance(eos, list) else [eos]
 
@@ -75,7 +77,11 @@ class Peer:
         config = self.lib.GenerationConfig(
             do_sample=False, max_new_tokens=tokens, eos_token_id=self.stops, pad_token_id=self.stops[0]
         )
-        outputs = self.model.generate_batch(inputs=[list(ids) for ids in prompts], generation_config=config)
+        # Told how much it needs: else it takes most of the memory, and minutes to fill it.
+        room = self.lib.ContinuousBatchingConfig(num_blocks=self.blocks, allow_block_sharing=False)
+        outputs = self.model.generate_batch(
+            inputs=[list(ids) for ids in prompts], generation_config=config, continuous_batching_config=room
+        )
         for row, output in enumerate(outputs.values()):
             clock.note(row, output.generated_tokens)
 
