@@ -30,6 +30,7 @@ from specgen.model.invariance_check import CHECK_PAGES, check_invariance
 from specgen.model.invariant import InvariantLayers
 from specgen.model.packed_linear import pack_linears
 from specgen.model.plan import wanted_rows
+from specgen.model.quantised import check_quantised
 from specgen.model.seam_check import choose_seam
 
 log = Log("specgen.model")
@@ -77,6 +78,7 @@ class Target:
         self.model = model = twin(given).eval()
         self.device = model.device
         self.architecture = inspect_layers(model)
+        check_quantised(model, self.architecture.dtype)
         self.vocab_size = self.architecture.vocab_size
         self.forwards = 0
         self.rows = 0
