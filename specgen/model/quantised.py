@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ _NOT_ITSELF = 0.1
 _NUDGE = 1 + 2**-14
 
 
-def quantised_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def quantised_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Name and module of each linear layer whose weight is anything but a plain tensor of floats."""
     for name, module in model.named_modules():
         if not isinstance(getattr(module, "in_features", None), int):
@@ -33,23 +34,23 @@ def check_quantised(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
     dtype: of what the layers read. Each quantised layer runs four times over a few rows.
     """
+    generator = torch.Generator().manual_seed(0)
     for name, module in quantised_layers(model):
-        weight = getattr(module, "weight", None)
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(_ROWS, int(module.in_features), generator=generator).to(model.device, dtype)  # type: ignore[arg-type]
-        kind = type(module if weight is None else weight).__name__
-        if _mixes_rows(module, x):
-            raise refuse(
-                model,
-                f"{name} ({kind}) quantises what it reads by one scale for all rows, so that a row "
-                "depends on the rows beside it (quantise by row, or the weights alone)",
-            )
-        if dtype in (torch.float32, torch.float64) and _rounds(module, x):
-            raise refuse(
-                model,
-                f"{name} ({kind}) rounds what it reads, so that the last bit of a {dtype} sum may "
-                "become a whole step (quantise the weights alone, or load it in bfloat16)",
-            )
+        x = torch.randn(_ROWS, module.in_features, generator=generator).to(model.device, dtype)
+        if reason := _unfit(module, x):
+            kind = type(getattr(module, "weight", module)).__name__
+            raise refuse(model, f"{name} ({kind}) {reason}")
+
+
+def _unfit(module: nn.Module, x: Tensor) -> str | None:
+    if _mixes_rows(module, x):
+        told = "quantises what it reads by one scale for all rows, so that a row depends on the rows beside it"
+        return f"{told} (quantise by row, or the weights alone)"
+    # Half precision promises less than this: there a last bit is nearly a step itself.
+    if x.dtype in (torch.float32, torch.float64) and _rounds(module, x):
+        told = "rounds what it reads, so that the last bit of a sum may become a whole step"
+        return f"{told} (quantise the weights alone, or load it in bfloat16)"
+    return None
 
 
 def _mixes_rows(module: nn.Module, x: Tensor) -> bool:
