@@ -88,15 +88,19 @@ class Engine:
         *,
         dtype: str | torch.dtype | None = "auto",
         device: str | torch.device | None = None,
+        quantization_config: Any = None,
         model_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Engine:
         """Load a model and its tokenizer and wrap them.
 
         dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16" or a torch dtype.
-        device: where to put it; an accelerator if there is one. model_options go to transformers' `from_pretrained`.
+        device: where to put it; an accelerator if there is one.
+        quantization_config: transformers' own, such as `TorchAoConfig`: how the weights are quantised while loading.
+        model_options: anything else for transformers' `from_pretrained`.
         """
-        loaded = load_model(model, dtype=dtype, device=device, **(model_options or {}))
+        chosen = {} if quantization_config is None else {"quantization_config": quantization_config}
+        loaded = load_model(model, dtype=dtype, device=device, **{**chosen, **(model_options or {})})
         return cls(loaded, load_tokenizer(model), **options)
 
     def generate(self, prompt: Any, params: SamplingParams | None = None, **options: Any) -> Any:

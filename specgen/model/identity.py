@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 import transformers
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from specgen.kv.pool import KVPool
@@ -30,7 +31,7 @@ def kv_identity(model: PreTrainedModel, pool: KVPool, *, arithmetic: str) -> str
     """
     versions = [torch.__version__, transformers.__version__, pool.device.type]
     layout = [[list(rows.shape), str(rows.dtype)] for rows in pool.rows_of(0)]
-    weights = [[name, str(tensor.dtype), *fingerprint(tensor)] for name, tensor in sorted(_tensors(model))]
+    weights = [[name, *_weight(tensor)] for name, tensor in sorted(_tensors(model))]
     config = model.config.to_diff_dict()
     return _digest([versions, arithmetic, pool.kind.name, pool.page_size, layout, _probe(pool), config, weights])
 
@@ -40,6 +41,15 @@ def fingerprint(tensor: Tensor) -> list[int]:
     data = tensor.detach().contiguous().flatten().view(torch.uint8)
     step = max(1, data.numel() // _SAMPLES)
     return [*tensor.shape, int(data.sum(dtype=torch.int64)), *data[::step].tolist()]
+
+
+def _weight(tensor: Tensor) -> list[object]:
+    """What tells a weight from others; of a quantised one that is made of tensors, those and how they are read."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [str(tensor.dtype), *fingerprint(tensor)]
+    names, reading = tensor.__tensor_flatten__()
+    parts = [[name, *_weight(getattr(tensor, name))] for name in names]
+    return [type(tensor).__name__, list(tensor.shape), repr(reading), *parts]
 
 
 def _tensors(model: PreTrainedModel) -> Iterable[tuple[str, Tensor]]:

@@ -33,11 +33,11 @@ def load_model(
     source: str | Path, *, dtype: str | torch.dtype | None, device: str | torch.device | None, **options: Any
 ) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained`, on the device, ready to be wrapped. Raises InvalidRequest naming the
-    source when there is no such model."""
+    source when there is no such model, or when its quantiser is not installed or cannot do what is asked for."""
     kind = dtype_of(dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise InvalidRequest(f"model {str(source)!r} cannot be loaded: {error}", param="model") from error
     try:
         torch.nn.Module.to(model, device or default_device())

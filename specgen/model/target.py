@@ -30,6 +30,7 @@ from specgen.model.invariance_check import CHECK_PAGES, check_invariance
 from specgen.model.invariant import InvariantLayers
 from specgen.model.packed_linear import pack_linears
 from specgen.model.plan import wanted_rows
+from specgen.model.quantised import check_quantised, quantised_layers
 from specgen.model.seam_check import choose_seam
 
 log = Log("specgen.model")
@@ -77,6 +78,7 @@ class Target:
         self.model = model = twin(given).eval()
         self.device = model.device
         self.architecture = inspect_layers(model)
+        check_quantised(model, self.architecture.dtype)
         self.vocab_size = self.architecture.vocab_size
         self.forwards = 0
         self.rows = 0
@@ -216,6 +218,8 @@ class Target:
             return "cpu_kernels is False"
         if not self._kernel:
             return "the attention kernel does not say what the model says, or cannot take its data type"
+        if self.invariant and (layer := next(quantised_layers(self.model), None)):
+            return f"{layer[0]} is quantised, and compiled it would round a row by its neighbours: take invariant=False"
         return None if self._keeps_logits else "the model cannot be asked for the logits of single rows"
 
     def _choose_seam(self) -> Seam:
