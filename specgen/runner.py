@@ -16,6 +16,7 @@ from specgen.responses import ResponseCache, ResponseKey, response_key
 from specgen.runs import Runs
 from specgen.stream import Stream
 from specgen.types import Finish, StepOutput
+from specgen.workers import release_workers
 
 log = Log("specgen.engine")
 
@@ -46,6 +47,7 @@ class Runner:
         computed: whether they have to run, though the answer may be known.
         Raises EngineClosed after `close`.
         """
+        release_workers()
         keys = [None if computed else self._key(*each) for each in built]
         streams = [Stream(request.id, len(samples), self.cancel) for request, samples in built]
         with self._wake:
@@ -107,6 +109,8 @@ class Runner:
 
     def _loop(self) -> None:
         while True:
+            if not self._wanted():
+                release_workers()
             with self._wake:
                 awake = self._wake.wait_for(self._wanted, timeout=_IDLE_SECONDS)
                 if not awake:

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "specgen"
 # another. Everything is looked at, imports inside functions and under TYPE_CHECKING too.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("types", "folders", "log"),
+    ("types", "folders", "log", "workers"),
     ("config", "tree", "kernels", "params", "text", "stream", "options"),
     ("sampling", "kv"),
     ("context", "draft", "verify", "model"),
