@@ -303,7 +303,7 @@ def test_without_a_terminal_there_are_no_colours(tiny: Path) -> None:
     assert "%|" not in done.stderr, "transformers' progress bar belongs to terminals"
     failed = run("generate", "w1", "-m", "no/such/model", env={**colourful, "HF_HUB_OFFLINE": "1"})
     assert failed.returncode == 2
-    assert failed.stderr.startswith("error: model 'no/such/model' cannot be loaded")
+    assert "\nerror: model 'no/such/model' cannot be loaded" in "\n" + failed.stderr
     assert "Traceback" not in failed.stderr
     assert ESCAPE not in failed.stderr
 
