@@ -298,12 +298,10 @@ def test_without_a_terminal_there_are_no_colours(tiny: Path) -> None:
     done = run("generate", "w1", "-m", tiny, "--max-tokens", 4, env=colourful)
     assert done.returncode == 0, done.stderr
     assert ESCAPE not in done.stdout + done.stderr
-    # torchao, where it is installed, has something to say when it is imported.
-    assert done.stderr.splitlines()[-1].startswith("4 tokens in")
-    assert "%|" not in done.stderr, "transformers' progress bar belongs to terminals"
+    assert done.stderr.startswith("4 tokens in"), "transformers' progress bar belongs to terminals"
     failed = run("generate", "w1", "-m", "no/such/model", env={**colourful, "HF_HUB_OFFLINE": "1"})
     assert failed.returncode == 2
-    assert "\nerror: model 'no/such/model' cannot be loaded" in "\n" + failed.stderr
+    assert failed.stderr.startswith("error: model 'no/such/model' cannot be loaded")
     assert "Traceback" not in failed.stderr
     assert ESCAPE not in failed.stderr
 

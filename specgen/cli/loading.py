@@ -17,10 +17,10 @@ def open_engine(
 
     Raises InvalidRequest, UnsupportedModel, DrafterMismatch or PluginError.
     """
+    quiet_libraries()
     from specgen.api import Engine
     from specgen.model.demo import demo_model
 
-    quiet_libraries()
     chosen: dict[str, Any] = {"draft_model": draft_model}
     if drafters is not None:
         chosen["drafters"] = [name.strip() for name in drafters.split(",") if name.strip()]

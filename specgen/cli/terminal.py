@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
 USAGE_ERROR = 2
+# Where torchao is installed, transformers imports it, and it warns of kernels for other machines.
+_CHATTY = ("torchao", "torch.utils._pytree")
 
 
 def write(text: str, end: str = "\n") -> None:
@@ -28,16 +31,22 @@ def fail(error: Exception) -> int:
 
 
 def quiet_libraries() -> None:
-    """Keep stdout for answers: structlog logs there by default, and transformers draws progress into pipes."""
+    """Keep stdout for answers: structlog logs there by default, and transformers draws progress into pipes.
+
+    Call it before a model is loaded: libraries warn when they are imported.
+    """
     import structlog
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
+
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
     renderer = structlog.dev.ConsoleRenderer(
         colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
     )
     structlog.configure(processors=[structlog.processors.add_log_level, renderer], logger_factory=_stderr_logger)
     if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+        disable_progress_bar()
 
 
 def _stderr_logger(*_: Any) -> Any:
