@@ -203,8 +203,8 @@ class _CountPenalty:
 
 
 def logprob(logits: Tensor, token: int, top: int) -> Logprob:
-    """Log-probabilities of `token` and of the `top` most likely under softmax(logits), float32[vocab]."""
-    scores = torch.log_softmax(logits, dim=-1)
+    """Log-probabilities of `token` and of the `top` most likely under softmax(logits), [vocab], in float32."""
+    scores = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     best = torch.topk(scores, top) if top else None
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True) if best else ()
     return Logprob(token, float(scores[token]), tuple(pairs))

@@ -107,7 +107,7 @@ class Sequence:
         """
         scan = _Scan(self, logits, argmax)
         top = self.request.params.logprobs
-        score = None if top is None else lambda node, token: logprob(logits[node + 1].float(), token, top)
+        score = None if top is None else lambda node, token: logprob(logits[node + 1], token, top)
         accepted = acceptance(tree, scan.draw, score)
         return accepted, *scan.text(accepted.finish)
 
@@ -188,9 +188,7 @@ class _Scan:
         if self.argmax is not None:
             token = self.argmax[node + 1]
         else:
-            # A copy: processors may write into their row, and log-probabilities are of the unprocessed one.
-            row = self._row(node).clone()
-            token = self.sequence.sampler.draw(self.sequence.ids_with(self.path), row)
+            token = self.sequence.sampler.draw(self.sequence.ids_with(self.path), self._row(node))
         self.path.append(token)
         return token, self._finish(token, node)
 
@@ -209,7 +207,8 @@ class _Scan:
         return None
 
     def _row(self, node: int) -> Tensor:
-        return self.logits[node + 1 : node + 2].float()
+        """float32[1, vocab], a copy: the caller's code may write into it, log-probabilities are of the row as it is."""
+        return self.logits[node + 1 : node + 2].to(torch.float32, copy=True)
 
     def _advance(self, tokens: Ids[int]) -> str | None:
         self.cursor, text, string = (self.cursor or self.sequence.cursor).advance(tokens)
