@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specgen import Engine
 from specgen.engine import EngineCore
+from specgen.kernels.cpu_kernels import why_not
 from specgen.kv.formats import FORMATS, LayerShape
 from specgen.model import target
 from specgen.params import SamplingParams
@@ -183,7 +184,8 @@ def test_smollm(smollm: PreTrainedModel, kind: str, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_smollm_long(smollm: PreTrainedModel, kind: str, tmp_path: Path) -> None:
     with Engine(smollm, kv_tokens=2048, kv_format=kind) as engine:
-        assert engine.target.invariant == (kind != "native")
+        # For native KV it is on where the kernels make it cheap.
+        assert engine.target.invariant == (kind != "native" or why_not() is None)
         for way in (GREEDY, SEEDED):
             check(engine, PROMPTS, 64, way)
     check_memory(smollm, kind, PROMPTS, 24, tmp_path, kv_tokens=192)
