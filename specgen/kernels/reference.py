@@ -37,3 +37,15 @@ def tree_attention(
     sink = sinks.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)
     weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1, dtype=torch.float32)
     return weights[..., :-1].to(query.dtype) @ value
+
+
+def top_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row of logits [rows, vocab], largest first; of equals the one with the lower id.
+
+    Returns values float32[rows, count] and ids int64[rows, count].
+    """
+    if count == 1:
+        values, ids = logits.max(dim=-1, keepdim=True)
+    else:
+        values, ids = (t[:, :count] for t in logits.sort(dim=-1, descending=True, stable=True))
+    return values.float(), ids

@@ -60,6 +60,8 @@ class CompiledForward:
             options={
                 "cpp_wrapper": True,
                 "size_asserts": False,
+                # What several read is computed once: rotary angles would be computed in every layer and head.
+                "realize_opcount_threshold": 2,
                 "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
                 "post_grad_custom_pre_pass": GroupLinears(),
             },

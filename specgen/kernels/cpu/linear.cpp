@@ -23,18 +23,6 @@ void pack_panels(const T* weight, T* packed, int64_t outputs, int64_t inputs) {
       packed[(n / PANEL * inputs + k) * PANEL + n % PANEL] = n < outputs ? weight[n * inputs + k] : T{};
 }
 
-template <class T>
-inline float widened(T x);
-template <>
-inline float widened(float x) { return x; }
-template <>
-inline float widened(bfloat16 x) {
-  uint32_t bits = uint32_t(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &bits, sizeof y);
-  return y;
-}
-
 template <class T, int R>
 void panel_rows(const T* x, const T* panel, const T* bias, T* out, int64_t inputs, int64_t stride, int64_t width) {
   floats sums[R][4] = {};
@@ -101,6 +89,9 @@ void store_tile(const float (*sums)[WIDTH], const bfloat16* bias, bfloat16* out,
   }
 }
 
+// With two tiles of rows the processor does not look far enough ahead to keep the memory busy.
+constexpr int64_t AHEAD = 16 * 1024;
+
 // Up to 32 rows of x, whose lines are `inputs` long and a multiple of 32.
 void tile_rows(const bfloat16* x, const bfloat16* panel, const bfloat16* bias, bfloat16* out, int64_t rows,
                int64_t inputs, int64_t stride, int64_t width) {
@@ -112,6 +103,7 @@ void tile_rows(const bfloat16* x, const bfloat16* panel, const bfloat16* bias, b
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < inputs; k += TILE, panel += 2 * WIDTH * TILE) {
+      for (int64_t n = 0; n < 2 * WIDTH * TILE; n += TILE) _mm_prefetch(panel + AHEAD + n, _MM_HINT_T1);
       _tile_loadd(4, x + k, line);
       _tile_loadd(6, panel, 64);
       _tile_loadd(7, panel + WIDTH * TILE, 64);

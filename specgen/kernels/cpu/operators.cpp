@@ -1,5 +1,6 @@
 // The operators, by the names under which Python finds them.
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "tensors.h"
@@ -12,6 +13,7 @@ Tensor linear(const Tensor& x, std::vector<Tensor> weights, std::vector<std::opt
 Tensor tree_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& keys,
                       const Tensor& values, const Tensor& plan, double scale, double softcap,
                       const std::optional<Tensor>& sinks, int64_t window, int64_t chunk);
+std::tuple<Tensor, Tensor> top_tokens(const Tensor& logits, int64_t count);
 
 }  // namespace specgen
 
@@ -21,10 +23,12 @@ STABLE_TORCH_LIBRARY(specgen, library) {
   library.def(
       "tree_attention(Tensor query, Tensor key, Tensor value, Tensor keys, Tensor values, Tensor plan, float scale, "
       "float softcap, Tensor? sinks, int window, int chunk) -> Tensor");
+  library.def("top_tokens(Tensor logits, int count) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(specgen, CPU, library) {
   library.impl("pack_weight", TORCH_BOX(&specgen::pack_weight));
   library.impl("linear", TORCH_BOX(&specgen::linear));
   library.impl("tree_attention", TORCH_BOX(&specgen::tree_attention));
+  library.impl("top_tokens", TORCH_BOX(&specgen::top_tokens));
 }

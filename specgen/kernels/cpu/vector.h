@@ -1,6 +1,8 @@
 // Sixteen floats at once, in the compiler's own vectors: one register with AVX-512, several elsewhere.
 #pragma once
 
+#include <immintrin.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -17,6 +19,15 @@ constexpr int64_t WIDTH = 16;
 struct bfloat16 {
   uint16_t bits;
 };
+
+inline float widened(float x) { return x; }
+
+inline float widened(bfloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
 
 inline floats all(float x) { return x - floats{}; }
 
@@ -71,6 +82,15 @@ inline float largest(floats x) {
   for (int half = WIDTH / 2; half; half /= 2)
     for (int i = 0; i < half; i++) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
   return x[0];
+}
+
+// Whether any of sixteen is above y.
+inline bool any_above(floats x, float y) {
+#ifdef __AVX512F__
+  return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(y), _CMP_GT_OQ);
+#else
+  return largest(x) > y;
+#endif
 }
 
 // e^x for x <= 0, within 2 units in the last place; 0 for what is too small for a normal float. Cephes' expf.
