@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from specgen.config import EngineConfig
     from specgen.context.stage import Context, ContextStage, ContextStageFactory
     from specgen.draft.drafter import Drafter, DrafterFactory, DrafterSetup, DraftHints, DraftSession
+    from specgen.draft.features import Features, Wanted
     from specgen.dropin import custom_generate
     from specgen.errors import (
         ContextLengthExceeded,
@@ -53,6 +54,7 @@ __all__ = [
     "Engine",
     "EngineClosed",
     "EngineConfig",
+    "Features",
     "InvalidRequest",
     "KVFormat",
     "KVFormatFactory",
@@ -73,6 +75,7 @@ __all__ = [
     "UnknownName",
     "UnsupportedModel",
     "Usage",
+    "Wanted",
     "__version__",
     "custom_generate",
     "generate",
@@ -101,6 +104,7 @@ _HOMES = {
     "Engine": "specgen.api",
     "EngineClosed": "specgen.errors",
     "EngineConfig": "specgen.config",
+    "Features": "specgen.draft.features",
     "InvalidRequest": "specgen.errors",
     "LogitsProcessorFactory": "specgen.hookspecs",
     "Logprob": "specgen.types",
@@ -118,6 +122,7 @@ _HOMES = {
     "UnknownName": "specgen.errors",
     "UnsupportedModel": "specgen.errors",
     "Usage": "specgen.types",
+    "Wanted": "specgen.draft.features",
     "custom_generate": "specgen.dropin",
     "generate": "specgen.api",
     "hookimpl": "specgen.hookspecs",

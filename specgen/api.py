@@ -63,6 +63,7 @@ class Engine:
             max_running=self.config.max_running,
             max_prompt_rows=self.config.max_prompt_rows,
             prefix_cache=_cache_options(self.config),
+            compile=self.config.compile,
         )
         self._builder = RequestBuilder(
             tokenizer,
@@ -172,7 +173,9 @@ class Engine:
         for name, options in self.config.drafters.items():
             if name not in offered:
                 raise UnknownName("drafter", name, offered, param="drafters")
-            setup = DrafterSetup(self.target.vocab_size, self.tokenizer, options, self._load_draft_model)
+            setup = DrafterSetup(
+                self.target.vocab_size, self.tokenizer, options, self._load_draft_model, self.target.model
+            )
             built[name] = offered[name](setup)
         return built
 
@@ -181,7 +184,9 @@ class Engine:
             check_same_tokenizer(load_tokenizer(source), tokenizer)
             source = load_model(source, dtype=self.target.model.dtype, device=self.target.device)
         # What a drafter rounds changes no text.
-        return self._target(source, self.target.pool.capacity, invariant=False)
+        drafter = self._target(source, self.target.pool.capacity, invariant=False)
+        drafter.compile(self.config.compile)
+        return drafter
 
     def _target(self, model: PreTrainedModel, kv_tokens: int | None, invariant: bool | None) -> Target:
         formats = self.plugins.collect("kv_formats")
@@ -194,7 +199,6 @@ class Engine:
             kv_format=formats[self.config.kv_format](),
             calibration=calibration_ids(self.tokenizer),
             invariant=invariant,
-            compile=self.config.compile,
             cpu_kernels=self.config.cpu_kernels,
         )
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
-from torch import Tensor
 
 from specgen.draft.budget import RowCost
 from specgen.draft.drafter import Drafter, DraftHints
@@ -20,13 +19,14 @@ from specgen.kv.radix import CacheKey
 from specgen.kv.segment import Segment
 from specgen.kv.stored import CacheOptions, StoredPrefixes, open_cache
 from specgen.model.identity import kv_identity, model_name
-from specgen.model.target import Target
+from specgen.model.target import Compile, Target
 from specgen.params import Request, SamplingParams
 from specgen.sampling import Sampler
 from specgen.scheduler import Scheduler, Turn
 from specgen.sequence import Sequence, StopRules
 from specgen.text import TextCursor
 from specgen.types import EMPTY_TREE, Finish, StepOutput, TokenTree
+from specgen.view import View, views
 
 _MEASURED_ROWS = (1, 2, 4, 8, 16, 32)
 _DEFAULT_CACHE = CacheOptions()
@@ -63,10 +63,13 @@ class EngineCore:
         max_running: int = 16,
         max_prompt_rows: int = 512,
         prefix_cache: CacheOptions | None = _DEFAULT_CACHE,
+        compile: Compile = False,
     ) -> None:
         self.target = target
         self._key = CacheKey(model_name(target.model), target.pool.kind.name)
         self.drafting = Drafting(drafters, target.vocab_size)
+        target.watch(self.drafting.wanted.layers)
+        target.compile(compile)
         self.prefix = None
         if prefix_cache is not None:
             self.prefix = open_cache(
@@ -128,12 +131,12 @@ class EngineCore:
             return self._refuse()
         trees = self._propose(turns)
         segments = [turn.sequence.rows(turn.chain, tree) for turn, tree in zip(turns, trees, strict=True)]
-        logits = self._score(segments)
+        views = self._score(segments)
         self.counters.steps += 1
         return [
             output
-            for turn, tree, rows in zip(turns, trees, logits, strict=True)
-            if (output := self._settle(turn, tree, rows)) is not None
+            for turn, tree, view in zip(turns, trees, views, strict=True)
+            if (output := self._settle(turn, tree, view)) is not None
         ]
 
     def check(self) -> None:
@@ -168,28 +171,32 @@ class EngineCore:
         )
         return [_housed(turn, next(trees)) if turn.complete else EMPTY_TREE for turn in turns]
 
-    def _score(self, segments: Many[Segment]) -> list[tuple[Tensor, list[int]]]:
-        """Per segment: the logits of its wanted rows, and their argmax."""
+    def _score(self, segments: Many[Segment]) -> list[View]:
+        """One forward, and per segment its view of it."""
         started = time.perf_counter()
-        logits = self.target.forward(segments)
-        best = top_tokens(logits, 1)[1][:, 0].cpu()
+        scores = self.target.score(segments)
+        top = top_tokens(scores.logits, min(max(1, self.drafting.wanted.successors), self.target.vocab_size))
+        best = top[1][:, 0].tolist()
         self.drafting.cost.observe(sum(len(s.tokens) for s in segments), time.perf_counter() - started)
-        wanted = [len(segment.logits) for segment in segments]
-        return [(rows, best.tolist()) for rows, best in zip(logits.split(wanted), best.split(wanted), strict=True)]
+        return views(segments, scores, top, best, self.drafting.wanted.layers)
 
-    def _settle(self, turn: Turn, tree: TokenTree, rows: tuple[Tensor, list[int]]) -> StepOutput | None:
+    def _settle(self, turn: Turn, tree: TokenTree, view: View) -> StepOutput | None:
         """Walk and commit one turn. A sequence whose own code raises ends with the error; the others go on."""
         sequence = turn.sequence
+        curious = self.drafting.wants(sequence.drafts)
         if not turn.complete:
+            if curious:
+                self.drafting.observe(sequence.drafts, view.features(turn.chain))
             sequence.table.commit(turn.chain)
             self.scheduler.publish(sequence, tail=False)
             return None
-        logits, best = rows
         try:
-            walked = sequence.walk(tree, logits, best if sequence.sampler.is_argmax else None)
+            walked = sequence.walk(tree, view.logits, view.best if sequence.sampler.is_argmax else None)
         except Exception as error:  # processors and stopping criteria are the caller's code
             return self._close(sequence, sequence.end(Finish("error", error=error)))
         # Before the sequence, whose result may hold the drafters' share in this step.
+        if curious:
+            self.drafting.observe(sequence.drafts, view.features(turn.chain, walked[0].nodes))
         self.drafting.commit(sequence.drafts, tree, walked[0].committed)
         output = sequence.commit(turn.chain, len(tree), *walked)
         if turn.chain > 1:

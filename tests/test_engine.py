@@ -119,6 +119,7 @@ class Bench:
         max_context: int | None = None,
         max_running: int = 16,
         max_prompt_rows: int = 512,
+        compile: bool = False,
     ) -> None:
         self.target = Target(model, kv_tokens=kv_tokens, max_context=max_context)
         # Without the prefix cache: rows are counted here, and every page must be free in the end.
@@ -128,6 +129,7 @@ class Bench:
             max_running=max_running,
             max_prompt_rows=max_prompt_rows,
             prefix_cache=None,
+            compile=compile,
         )
         stages = load_plugins().collect("context_stages")
         self._builder = RequestBuilder(

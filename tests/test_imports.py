@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "tree", "kernels", "params", "text", "stream", "options"),
     ("sampling", "kv"),
     ("context", "draft", "verify", "model"),
-    ("sequence", "hookspecs"),
+    ("sequence", "hookspecs", "view"),
     ("scheduler", "builtin"),
     ("plugins", "responses"),
     ("engine", "runs"),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from specgen.draft.features import Features, Wanted
 from specgen.types import TokenTree
 
 
@@ -34,6 +35,13 @@ class DraftSession(ABC):
     def commit(self, tokens: Sequence[int]) -> None:
         """Take note of tokens that were committed, in order. Called with every committed token exactly once."""
 
+    def observe(self, features: Features) -> None:
+        """See what the target's forward said on this sequence, as far as `Drafter.wanted` asks for it.
+
+        Called before the `commit` of the tokens that the forward led to, and for each chunk of the prompt. Row by row,
+        the hidden states at a position are those that the token one position later was drawn from.
+        """
+
     def close(self) -> None:
         """Give back what the session holds. Called exactly once, whatever happened."""
 
@@ -42,7 +50,10 @@ class Drafter(ABC):
     """A source of trees, shared by all sequences of an engine.
 
     What is raised by a session or a drafter switches that drafter off for the requests concerned; the requests go on.
+    wanted: what its sessions are shown of each forward of the target; fixed once the drafter is built.
     """
+
+    wanted: Wanted = Wanted()
 
     @abstractmethod
     def open(self, prompt: Sequence[int], hints: DraftHints) -> DraftSession:
@@ -65,12 +76,14 @@ class DrafterSetup:
 
     options: what the user wrote for this drafter. A factory refuses unknown ones by name.
     load_model: turns a path or a model into a packed model that the drafter may own, with `kv_tokens` of KV.
+    target: the target's model, to read its config and weights; not to be run or changed.
     """
 
     vocab_size: int
     tokenizer: Any = None
     options: Mapping[str, Any] = field(default_factory=dict)
     load_model: Callable[..., Any] | None = None
+    target: Any = None
 
 
 DrafterFactory: TypeAlias = Callable[[DrafterSetup], Drafter]

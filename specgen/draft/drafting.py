@@ -9,6 +9,7 @@ from operator import index
 
 from specgen.draft.budget import Calibration, Pace, RowCost, worthwhile
 from specgen.draft.drafter import Drafter, DraftHints, DraftSession
+from specgen.draft.features import Features, Wanted
 from specgen.draft.merge import merge
 from specgen.errors import UnknownName
 from specgen.log import Log
@@ -53,6 +54,8 @@ class Drafting:
         self.cost = RowCost()
         self._vocab_size = vocab_size
         self._calibrations = {name: Calibration() for name in drafters}
+        self._curious = [name for name, drafter in drafters.items() if drafter.wanted != Wanted()]
+        self.wanted = Wanted.union(drafter.wanted for drafter in drafters.values())
 
     def check_names(self, speculation: Speculation) -> None:
         """Raise UnknownName if the request asks for a drafter that the engine does not have."""
@@ -109,6 +112,20 @@ class Drafting:
                 continue
             try:
                 active.session.commit(committed)
+            except Exception as error:  # a drafter is someone else's code: the request goes on without it
+                self._disable(name, [drafts], repr(error))
+
+    def wants(self, drafts: Drafts) -> bool:
+        """Whether anyone in this sequence would look at features."""
+        return any(name in drafts.active and not drafts.active[name].stats.disabled for name in self._curious)
+
+    def observe(self, drafts: Drafts, features: Features) -> None:
+        """Show the sessions what the target's forward said; what it shows is not to be changed."""
+        for name in self._curious:
+            if (active := drafts.active.get(name)) is None or active.stats.disabled:
+                continue
+            try:
+                active.session.observe(features)
             except Exception as error:  # a drafter is someone else's code: the request goes on without it
                 self._disable(name, [drafts], repr(error))
 

@@ -32,7 +32,9 @@ from specgen.model.batch import PlannedBatch
 from specgen.model.grouped_linears import GroupLinears
 from specgen.model.invariance_check import CHECK_PAGES, check_invariance
 from specgen.model.plan import plan, wanted_rows
+from specgen.model.scores import Scores
 from specgen.model.seam_check import difference
+from specgen.model.watched import WatchedLayers
 
 log = Log("specgen.model")
 
@@ -46,10 +48,14 @@ class CompiledForward:
     """A compiled forward of `model`, which nobody else may run. Not thread-safe.
 
     pool: where keys and values are; may be replaced by another of the same shapes.
+    layers: those whose hidden states are wanted too; see `WatchedLayers`.
     """
 
-    def __init__(self, model: PreTrainedModel, architecture: Architecture, pool: KVPool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, architecture: Architecture, pool: KVPool, layers: Sequence[int] = ()
+    ) -> None:
         self.model = model
+        self._watched = WatchedLayers(model, layers)
         self.pool = pool
         self._stores = architecture.stores
         self._attention = PackedAttention(model, architecture.reaches, architecture.stores)
@@ -69,15 +75,15 @@ class CompiledForward:
         with _kept():
             self._warm_up()
 
-    def __call__(self, segments: Sequence[Segment], tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """[wanted rows, vocab] of all rows, whose KV is written."""
+    def __call__(self, segments: Sequence[Segment], tokens: Sequence[int], positions: Sequence[int]) -> Scores:
+        """Score all rows and write their KV."""
         wanted = wanted_rows(segments)
         filled = [*tokens, *[0] * (_LEAST - len(tokens))], [*positions, *[0] * (_LEAST - len(positions))]
         ids, position_ids = torch.tensor(filled)[:, None]
-        logits: Tensor = self._graph(ids, position_ids, plan(segments), torch.tensor(_filled(wanted)))
-        return logits[: len(wanted)]
+        logits, *hidden = self._graph(ids, position_ids, plan(segments), torch.tensor(_filled(wanted)))
+        return Scores(logits[: len(wanted)], tuple(states[: len(tokens)] for states in hidden))
 
-    def _run(self, ids: Tensor, position_ids: Tensor, plan: Tensor, wanted: Tensor) -> Tensor:
+    def _run(self, ids: Tensor, position_ids: Tensor, plan: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
         batch = PlannedBatch(self.pool, plan, position_ids)
         self._attention.batch = batch
         logits: Tensor = self.model(
@@ -88,7 +94,7 @@ class CompiledForward:
             use_cache=True,
             logits_to_keep=wanted,
         ).logits[0]
-        return logits
+        return logits, *self._watched.take()
 
     def _warm_up(self) -> None:
         """Compile, on rows that belong to no sequence."""
@@ -133,11 +139,16 @@ class _Trial:
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         tokens = [token for segment in segments for token in segment.tokens]
-        return self.compiled(segments, tokens, [p for segment in segments for p in segment.new_positions])
+        return self.compiled(segments, tokens, [p for segment in segments for p in segment.new_positions]).logits
 
 
 def compile_forward(
-    model: PreTrainedModel, alone: PreTrainedModel, architecture: Architecture, *, invariant: bool
+    model: PreTrainedModel,
+    alone: PreTrainedModel,
+    architecture: Architecture,
+    *,
+    layers: Sequence[int],
+    invariant: bool,
 ) -> CompiledForward:
     """Compile `model` and prove that it says what `alone` says, the same weights run by transformers.
 
@@ -147,7 +158,7 @@ def compile_forward(
     started = time.perf_counter()
     pool = KVPool(architecture.shapes, CHECK_PAGES, dtype=architecture.dtype, device=model.device)
     try:
-        compiled = CompiledForward(model, architecture, pool)
+        compiled = CompiledForward(model, architecture, pool, layers)
     except Exception as error:  # a compiler, a model's code, a full disk
         first_line = str(error).strip().split("\n", maxsplit=1)[0]
         raise UnsupportedModel(f"the forward cannot be compiled ({type(error).__name__}: {first_line})") from error

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,9 +31,13 @@ from specgen.model.invariant import InvariantLayers
 from specgen.model.packed_linear import pack_linears
 from specgen.model.plan import wanted_rows
 from specgen.model.quantised import check_quantised, quantised_layers
+from specgen.model.scores import Scores
 from specgen.model.seam_check import choose_seam
+from specgen.model.watched import WatchedLayers
 
 log = Log("specgen.model")
+
+Compile: TypeAlias = bool | Literal["background"]
 
 _FULL_CONTEXTS = 16
 _SEAM_CHECK_PAGES = 2
@@ -53,8 +57,6 @@ class Target:
     invariant: compute each row so that its bits do not depend on the rows beside it, which loading proves. `None` does
         so where it is cheap, with the CPU kernels, and for formats that round, where the last bit of a sum may be a
         step of the code, below float64.
-    compile: `True` compiles the forward before this returns, "background" while `forward` runs as it is; either goes
-        on without, and says so in the log, when it cannot be done.
     cpu_kernels: use them where they can be built; `False` is plain torch.
     Raises UnsupportedModel, naming the layer and what to do instead, and InvalidRequest for sizes below 1.
     """
@@ -68,14 +70,13 @@ class Target:
         kv_format: KVFormat = NATIVE,
         calibration: Sequence[int] = (),
         invariant: bool | None = None,
-        compile: bool | Literal["background"] = False,
         cpu_kernels: bool = True,
     ) -> None:
         for name, size in (("kv_tokens", kv_tokens), ("max_context", max_context)):
             if size is not None and size < 1:
                 raise InvalidRequest(f"{name} is {size}; it must be at least 1", param=name)
-        given = model
-        self.model = model = twin(given).eval()
+        self._given = model
+        self.model = model = twin(model).eval()
         self.device = model.device
         self.architecture = inspect_layers(model)
         check_quantised(model, self.architecture.dtype)
@@ -92,7 +93,9 @@ class Target:
         # The check compares with the model itself, so it keeps KV as it is; the real pool comes after.
         self.invariant = False
         self._layers: InvariantLayers | None = None
+        self._watched = WatchedLayers(model, ())
         self._compiled: CompiledForward | None = None
+        self._compiling: Future[CompiledForward] | None = None
         self._attention = PackedAttention(model, self.architecture.reaches, self.architecture.stores)
         self.seam = Seam.DIRECT
         self.pool = self._make_pool(_SEAM_CHECK_PAGES, NATIVE)
@@ -103,27 +106,32 @@ class Target:
         self.context_length = min(context, self.pool.capacity)
         if kv_format.centred:
             centre_keys(self.pool, model, calibration, self.architecture)
-        self._compiling = self._compile(given, kv_format, compile)
-        if compile is True:
-            self.take_compiled(wait=True)
         self.forwards = self.rows = 0
 
-    @torch.inference_mode()
+    def watch(self, layers: Sequence[int]) -> None:
+        """From now on `score` answers the hidden states of these layers too; see `WatchedLayers`. Once, and before
+        `compile`."""
+        self._watched = WatchedLayers(self.model, layers)
+
     def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """The logits of `score`."""
+        return self.score(segments).logits
+
+    @torch.inference_mode()
+    def score(self, segments: Sequence[Segment]) -> Scores:
         """Score all rows in one forward and write their KV behind each segment's prefix.
 
-        The tables must own the slots (`BlockTable.reserve`). Returns [wanted rows, vocab], segment by segment,
-        float32 or the 16-bit floats of the model: an argmax needs no copy, who reads a row in full makes it float32.
+        The tables must own the slots (`BlockTable.reserve`). Logits are float32 or the 16-bit floats of the model: an
+        argmax needs no copy, who reads a row in full makes it float32.
         """
         tokens = [token for segment in segments for token in segment.tokens]
         positions = [p for segment in segments for p in segment.new_positions]
         self.forwards += 1
         self.rows += len(tokens)
         if self._compiled is not None:
-            logits = self._compiled(segments, tokens, positions)
-        else:
-            logits = self._forward(segments, tokens, positions)
-        return logits.float() if logits.dtype == torch.float64 else logits
+            return self._compiled(segments, tokens, positions)
+        logits = self._forward(segments, tokens, positions)
+        return Scores(logits.float() if logits.dtype == torch.float64 else logits, self._watched.take())
 
     def _forward(self, segments: Sequence[Segment], tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
         """The model's own code, layer by layer."""
@@ -170,23 +178,25 @@ class Target:
         self._compiled.pool = self.pool
         return True
 
-    def _compile(
-        self, model: PreTrainedModel, kv_format: KVFormat, compile: bool | Literal["background"]
-    ) -> Future[CompiledForward] | None:
-        """Compile a twin of `model`, on a thread of its own; `None` where it is not asked for or cannot be done."""
-        if not compile:
-            return None
-        if reason := self._uncompilable(kv_format):
-            log.warning("forwards are not compiled", model=model.config.model_type, reason=reason)
-            return None
-        invariant, architecture, alone = self.invariant, self.architecture, twin(model).eval()
+    def compile(self, how: Compile) -> None:
+        """Compile the forward: `True` before this returns, "background" while forwards run as they are; `False` does
+        nothing. Where it cannot be done they go on as they are, and the log says why."""
+        if not how:
+            return
+        given, invariant, architecture, layers = self._given, self.invariant, self.architecture, self._watched.layers
+        if reason := self._uncompilable(self.pool.kind):
+            log.warning("forwards are not compiled", model=given.config.model_type, reason=reason)
+            return
+        alone = twin(given).eval()
 
         def work() -> CompiledForward:
-            packed = twin(model).eval()
+            packed = twin(given).eval()
             pack_linears(packed)
-            return compile_forward(packed, alone, architecture, invariant=invariant)
+            return compile_forward(packed, alone, architecture, layers=layers, invariant=invariant)
 
-        return in_background(work)
+        self._compiling = in_background(work)
+        if how is True:
+            self.take_compiled(wait=True)
 
     def row_seconds(self, rows: int) -> float:
         """Seconds of one forward over `rows` rows of one text, measured now: the faster of two, after a first one."""

@@ -119,7 +119,8 @@ def test_weights_alone_pass_in_half_precision(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(why_not() is not None, reason=f"no CPU kernels: {why_not()}")
 def test_what_compiled_would_not_be_invariant_is_not_compiled(tmp_path: Path) -> None:
-    target = Target(quantised(tmp_path, WEIGHTS_ALONE["int8"]()), kv_tokens=64, compile=True)
+    target = Target(quantised(tmp_path, WEIGHTS_ALONE["int8"]()), kv_tokens=64)
+    target.compile(True)
     assert target.invariant
     assert not target.compiled
     assert "q_proj is quantised, and compiled" in str(target._uncompilable(NATIVE))
