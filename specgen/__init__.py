@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from specgen.context.stage import Context, ContextStage, ContextStageFactory
     from specgen.draft.drafter import Drafter, DrafterFactory, DrafterSetup, DraftHints, DraftSession
     from specgen.draft.features import Features, Wanted
+    from specgen.draft.growth import Growth
     from specgen.dropin import custom_generate
     from specgen.errors import (
         ContextLengthExceeded,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     )
     from specgen.hookspecs import LogitsProcessorFactory, hookimpl
     from specgen.kv.formats import Coder, KVFormat, KVFormatFactory, Plane
+    from specgen.model.packed_linear import pack_linears
     from specgen.options import read_options
     from specgen.params import SamplingParams
     from specgen.stream import Stream
@@ -55,6 +57,7 @@ __all__ = [
     "EngineClosed",
     "EngineConfig",
     "Features",
+    "Growth",
     "InvalidRequest",
     "KVFormat",
     "KVFormatFactory",
@@ -80,6 +83,7 @@ __all__ = [
     "custom_generate",
     "generate",
     "hookimpl",
+    "pack_linears",
     "read_options",
     "wrap",
 ]
@@ -105,6 +109,7 @@ _HOMES = {
     "EngineClosed": "specgen.errors",
     "EngineConfig": "specgen.config",
     "Features": "specgen.draft.features",
+    "Growth": "specgen.draft.growth",
     "InvalidRequest": "specgen.errors",
     "LogitsProcessorFactory": "specgen.hookspecs",
     "Logprob": "specgen.types",
@@ -126,6 +131,7 @@ _HOMES = {
     "custom_generate": "specgen.dropin",
     "generate": "specgen.api",
     "hookimpl": "specgen.hookspecs",
+    "pack_linears": "specgen.model.packed_linear",
     "read_options": "specgen.options",
     "wrap": "specgen.api",
 }

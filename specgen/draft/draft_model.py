@@ -11,20 +11,17 @@ import msgspec
 import torch
 from torch import Tensor
 
-from specgen.draft.budget import survivals
 from specgen.draft.drafter import Drafter, DrafterSetup, DraftHints, DraftSession
+from specgen.draft.growth import Growth
 from specgen.errors import DrafterMismatch, InvalidRequest, OutOfPages
 from specgen.kv.pool import BlockTable, KVPool
 from specgen.kv.prefix import PrefixCache
 from specgen.kv.radix import CacheKey
 from specgen.kv.segment import Segment
 from specgen.options import read_options
-from specgen.tree import path, select
-from specgen.types import EMPTY_TREE, TokenTree
+from specgen.types import TokenTree
 
 _ROWS_PER_FORWARD = 512
-_LEAST_SURVIVAL = 0.1
-_NOWHERE = -2
 
 
 class PackedModel(Protocol):
@@ -84,7 +81,7 @@ class DraftModel(Drafter):
                 break
             logits = self.model.forward([growth.segment() for growth in alive])
             for growth, rows in zip(alive, logits.split([len(g.picked) for g in alive]), strict=True):
-                growth.extend(rows, self.width)
+                growth.read(rows, self.width)
         return [growth.best(most) for growth, most in zip(growths, max_nodes, strict=True)]
 
     def check(self) -> None:
@@ -104,7 +101,7 @@ class DraftModel(Drafter):
             for growth, segment in zip(behind, segments, strict=True):
                 growth.session.table.commit(len(segment.tokens))
                 if segment.logits:
-                    growth.extend(next(rows)[None], self.width)
+                    growth.read(next(rows)[None], self.width)
             behind = [growth for growth in behind if growth.session.is_behind]
 
 
@@ -167,68 +164,21 @@ class _Session(DraftSession):
         return Segment(self.table, self.ids[start:stop], range(start, stop), None, wanted)
 
 
-class _Growth:
-    """A tree while it grows under one session's last id. `row` numbers the nodes whose KV was computed."""
+class _Growth(Growth):
+    """A tree under one session's last id."""
 
     def __init__(self, session: _Session) -> None:
+        super().__init__()
         self.session = session
-        self.tokens: list[int] = []
-        self.parents: list[int] = []
-        self.confidence: list[float] = []
-        self.row: dict[int, int] = {}
-        self.picked = [-1]
 
-    @property
-    def tree(self) -> TokenTree:
-        return TokenTree(tuple(self.tokens), tuple(self.parents), tuple(self.confidence))
-
-    def extend(self, logits: Tensor, width: int) -> None:
+    def read(self, logits: Tensor, width: int) -> None:
         """Hang the `width` likeliest tokens under each picked node, given its row of logits."""
-        probabilities, tokens = torch.softmax(logits, dim=-1, dtype=torch.float32).topk(width)
-        for parent, chances, ids in zip(self.picked, probabilities.tolist(), tokens.tolist(), strict=True):
-            for chance, token in zip(chances, ids, strict=True):
-                self.tokens.append(token)
-                self.parents.append(parent)
-                self.confidence.append(min(1.0, chance))
-
-    def pick(self, width: int) -> list[int]:
-        """Choose the likeliest nodes of the deepest level to grow next; none when nothing there is likely."""
-        survival = survivals(self.tree)
-        previous = set(self.picked)
-        level = [node for node, parent in enumerate(self.parents) if parent in previous and node not in self.row]
-        level.sort(key=lambda node: (-survival[node], node))
-        self.picked = sorted(node for node in level[:width] if survival[node] >= _LEAST_SURVIVAL)
-        return self.picked
+        chances, tokens = torch.softmax(logits, dim=-1, dtype=torch.float32).topk(width)
+        self.extend(chances.tolist(), tokens.tolist())
 
     def segment(self) -> Segment:
         """The picked nodes as rows that see the rows of their ancestors."""
         table = self.session.table
-        for node in self.picked:
-            self.row[node] = len(self.row)
-        levels = {row: len(path(self.tree, node)) for node, row in self.row.items()}
-        visible = torch.zeros(len(self.picked), len(self.row), dtype=torch.bool)
-        for index, node in enumerate(self.picked):
-            visible[index, [self.row[ancestor] for ancestor in path(self.tree, node)]] = True
-        positions = [table.length - 1 + levels[row] for row in range(len(self.row))]
+        positions = [table.length - 1 + self.depth_of(node) for node in self.row]
         tokens = [self.tokens[node] for node in self.picked]
-        return Segment(table, tokens, positions, visible, range(len(tokens)))
-
-    def rows_along(self, committed: Sequence[int]) -> list[int]:
-        """Tail rows of the nodes that hold `committed`, as far as they were computed."""
-        rows: list[int] = []
-        node = -1
-        for token in committed:
-            siblings = zip(self.parents, self.tokens, strict=True)
-            node = next((child for child, place in enumerate(siblings) if place == (node, token)), _NOWHERE)
-            if node not in self.row:
-                break
-            rows.append(self.row[node])
-        return rows
-
-    def best(self, max_nodes: int) -> TokenTree:
-        """The `max_nodes` likeliest nodes."""
-        if not self.tokens:
-            return EMPTY_TREE
-        survival = survivals(self.tree)
-        order = sorted(range(len(survival)), key=lambda node: (-survival[node], node))
-        return select(self.tree, order[:max_nodes])
+        return Segment(table, tokens, positions, self.visible(), range(len(tokens)))

@@ -1,0 +1,84 @@
+"""A tree while a model grows it, level by level: the likeliest nodes get children (EAGLE-2, Li et al. 2024, 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specgen.draft.budget import survivals
+from specgen.tree import path, select
+from specgen.types import EMPTY_TREE, TokenTree
+
+_LEAST_SURVIVAL = 0.1
+
+
+class Growth:
+    """Nodes with their chances given their parents. `picked` are those to grow next, -1 is the root.
+
+    `row` numbers the nodes in the order in which they were picked: whoever computes them keeps what belongs to a node
+    under that number.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.confidence: list[float] = []
+        self.row: dict[int, int] = {}
+        self.picked = [-1]
+
+    @property
+    def tree(self) -> TokenTree:
+        """All nodes."""
+        return TokenTree(tuple(self.tokens), tuple(self.parents), tuple(self.confidence))
+
+    def extend(self, chances: Sequence[Sequence[float]], tokens: Sequence[Sequence[int]]) -> None:
+        """Hang children under each picked node: their tokens, and the chance of each given its parent."""
+        for parent, here, ids in zip(self.picked, chances, tokens, strict=True):
+            for chance, token in zip(here, ids, strict=True):
+                self.tokens.append(token)
+                self.parents.append(parent)
+                self.confidence.append(min(1.0, chance))
+
+    def pick(self, width: int) -> list[int]:
+        """Choose the likeliest `width` nodes of the deepest level to grow next; none when nothing there is likely."""
+        survival = survivals(self.tree)
+        previous = set(self.picked)
+        level = [node for node, parent in enumerate(self.parents) if parent in previous and node not in self.row]
+        level.sort(key=lambda node: (-survival[node], node))
+        self.picked = sorted(node for node in level[:width] if survival[node] >= _LEAST_SURVIVAL)
+        for node in self.picked:
+            self.row[node] = len(self.row)
+        return self.picked
+
+    def depth_of(self, node: int) -> int:
+        """1 for a child of the root."""
+        return len(path(self.tree, node))
+
+    def visible(self) -> Tensor:
+        """bool[picked, rows]: which rows each picked node sees, its own and its ancestors'."""
+        mask = torch.zeros(len(self.picked), len(self.row), dtype=torch.bool)
+        for index, node in enumerate(self.picked):
+            mask[index, [self.row[ancestor] for ancestor in path(self.tree, node)]] = True
+        return mask
+
+    def rows_along(self, committed: Sequence[int]) -> list[int]:
+        """Rows of the nodes that hold `committed`, as far as they were picked."""
+        rows: list[int] = []
+        below = {place: node for node, place in enumerate(zip(self.parents, self.tokens, strict=True))}
+        node: int | None = -1
+        for token in committed:
+            node = below.get((node, token))  # type: ignore[arg-type]
+            if node not in self.row:
+                break
+            rows.append(self.row[node])
+        return rows
+
+    def best(self, max_nodes: int) -> TokenTree:
+        """The `max_nodes` likeliest nodes."""
+        if not self.tokens:
+            return EMPTY_TREE
+        survival = survivals(self.tree)
+        order = sorted(range(len(survival)), key=lambda node: (-survival[node], node))
+        return select(self.tree, order[:max_nodes])
