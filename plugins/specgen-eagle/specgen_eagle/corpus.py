@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+
 from specgen import Engine, InvalidRequest
 from specgen_eagle.recipe import CorpusRecipe
 
@@ -63,7 +64,10 @@ def _write(
     turns = _generate(engine, starts, [{**drawn, "seed": recipe.seed + n} for n in numbers], recipe.turn_tokens)
     ends = set(_end_ids(engine))
     prompts = [start + [i for i in turn if i not in ends] + after for start, turn in zip(starts, turns, strict=True)]
-    ways = [{"temperature": 0.0} if _is_greedy(n, recipe) else {**drawn, "seed": recipe.seed + _ANSWERS + n} for n in numbers]
+    ways = [
+        {"temperature": 0.0} if _is_greedy(n, recipe) else {**drawn, "seed": recipe.seed + _ANSWERS + n}
+        for n in numbers
+    ]
     answers = _generate(engine, prompts, ways, recipe.answer_tokens)
     return [Conversation([*prompt, *answer], len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
 
@@ -92,4 +96,4 @@ def _around_a_turn(tokenizer: Any) -> tuple[list[int], list[int]]:
     message = [{"role": "user", "content": _TURN}]
     text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     before, _, after = text.partition(_TURN)
-    return tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))  # type: ignore[return-value]
+    return tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))

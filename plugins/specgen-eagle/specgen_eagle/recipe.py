@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
+
 from specgen import InvalidRequest
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -45,12 +46,6 @@ class HeadRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     intermediate: Positive | None = None
 
 
-class PrunedRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A draft model of some of the target's layers, spread from the first to the last."""
-
-    layers: Positive = 4
-
-
 class TrainingRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """steps: updates. tokens: rows per update. ahead: how many steps a head is unrolled on its own output (EAGLE-3's
     training-time test). learning_rate: its peak, after `warmup` updates and before a cosine decay to a tenth.
@@ -67,13 +62,19 @@ class TrainingRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A drafter and how it is made. student: "head" or "pruned"."""
+    """A head and how it is made."""
 
-    student: Literal["head", "pruned"] = "head"
     corpus: CorpusRecipe = CorpusRecipe()
     head: HeadRecipe = HeadRecipe()
-    pruned: PrunedRecipe = PrunedRecipe()
     training: TrainingRecipe = TrainingRecipe()
+
+
+SMOKE = Recipe(
+    corpus=CorpusRecipe(conversations=48, batch=16, turn_tokens=12, answer_tokens=40, held_out=0.25),
+    head=HeadRecipe(vocabulary=64),
+    training=TrainingRecipe(steps=120, tokens=512, ahead=3, learning_rate=3e-3, warmup=10, evaluate_every=40),
+)
+"""A run of a minute, for a tiny model."""
 
 
 def read_recipe(path: Path) -> Recipe:

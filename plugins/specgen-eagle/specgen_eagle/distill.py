@@ -1,0 +1,99 @@
+"""A head from nothing but its target: write a corpus, cache its states, train, leave a folder that says how."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from specgen import Engine, InvalidRequest
+from specgen_eagle.checkpoint import save_head
+from specgen_eagle.corpus import read_corpus, write_corpus
+from specgen_eagle.recipe import Recipe
+from specgen_eagle.states import States, open_states
+from specgen_eagle.training import Point, Trainer, new_head
+
+Told = Callable[[str, int, int], None]
+"""What is going on, how much is done, of how much."""
+
+
+def distill(engine: Engine, output: Path, work: Path, recipe: Recipe, told: Told) -> list[Point]:
+    """Train a head for the engine's model and write it to `output`. What `work` holds is taken up where it stopped.
+
+    Raises InvalidRequest if `work` belongs to another recipe.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    _same_recipe(work / "recipe.json", recipe)
+    for done in write_corpus(engine, work / "corpus.jsonl", recipe.corpus):
+        told("conversations", done, recipe.corpus.conversations)
+    corpus = read_corpus(work / "corpus.jsonl")
+    held_out = max(1, round(len(corpus) * recipe.corpus.held_out))
+    head = new_head(engine.model, recipe, corpus[held_out:])
+    rows = sum(len(conversation.ids) for conversation in corpus)
+    states = None
+    for found in open_states(engine.model, corpus, head.config.layers, work / "states.bin"):
+        if isinstance(found, States):
+            states = found
+        else:
+            told("rows of states", found, rows)
+    if states is None:
+        raise InvalidRequest("the corpus is empty", param="conversations")
+    trainer = Trainer(head, engine.model, states, held_out, recipe.training, work)
+    curve = _curve(work / "curve.json")
+    for point in trainer.run():
+        curve = [*(p for p in curve if p.step < point.step), point]
+        (work / "curve.json").write_bytes(msgspec.json.encode(curve))
+        told("updates", point.step, recipe.training.steps)
+    save_head(head, output, engine.model, str(engine.model.config.name_or_path or type(engine.model).__name__))
+    _write_manifest(output, engine.model, recipe, curve)
+    return curve
+
+
+def plot(curve: list[Point], path: Path) -> None:
+    """The learning curve as a PNG: acceptance per position over updates. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for place in range(len(curve[0].survival)):
+        axes.plot([p.step for p in curve], [p.survival[place] for p in curve], label=f"{place + 1} ahead")
+    axes.set(xlabel="updates", ylabel="share of chains right, text held out", ylim=(0, 1))
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _same_recipe(path: Path, recipe: Recipe) -> None:
+    written = msgspec.json.encode(recipe)
+    if path.exists() and path.read_bytes() != written:
+        raise InvalidRequest(f"{path.parent} was begun with another recipe; choose another folder", param="work")
+    path.write_bytes(written)
+
+
+def _curve(path: Path) -> list[Point]:
+    return msgspec.json.decode(path.read_bytes(), type=list[Point]) if path.exists() else []
+
+
+def _write_manifest(output: Path, model: Any, recipe: Recipe, curve: list[Point]) -> None:
+    """What the folder holds, for which target, and how well it did on text held out."""
+    digest = hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()
+    config = model.config.get_text_config(decoder=True)
+    manifest = {
+        "kind": "eagle3",
+        "sha256": {"model.safetensors": digest},
+        "target": {
+            "model_type": model.config.model_type,
+            "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.num_hidden_layers,
+            "vocab_size": config.vocab_size,
+        },
+        "held_out": {"survival": [round(share, 4) for share in curve[-1].survival], "updates": curve[-1].step},
+        "recipe": msgspec.to_builtins(recipe),
+    }
+    (output / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

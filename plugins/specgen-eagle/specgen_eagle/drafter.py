@@ -1,0 +1,269 @@
+"""Drafting with an EAGLE-3 head: one small packed forward per depth for the whole batch, the likeliest nodes grow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specgen import (
+    Drafter,
+    DrafterSetup,
+    DraftHints,
+    DraftSession,
+    Features,
+    Growth,
+    InvalidRequest,
+    TokenTree,
+    Wanted,
+    pack_linears,
+    read_options,
+)
+from specgen_eagle.checkpoint import load_head
+from specgen_eagle.head import EagleHead
+
+_ROWS_PER_FORWARD = 512
+_FIRST_ROOM = 256
+_EMPTY = TokenTree((), (), ())
+
+
+class EagleOptions(msgspec.Struct, frozen=True):
+    """path: folder of the head, required. depth of the tree. width: nodes grown per depth, and children of each."""
+
+    path: Any = None
+    depth: Annotated[int, msgspec.Meta(ge=1, le=16)] = 6
+    width: Annotated[int, msgspec.Meta(ge=1, le=16)] = 6
+
+
+def eagle(setup: DrafterSetup) -> Eagle:
+    """The factory. Raises InvalidRequest or DrafterMismatch for a head that cannot draft for the target, by name."""
+    options = read_options("drafter 'eagle'", setup.options, EagleOptions)
+    if options.path is None:
+        raise InvalidRequest("drafter 'eagle' needs the option path: the folder of a head", param="path")
+    if setup.target is None:
+        raise InvalidRequest("drafter 'eagle' needs the target's model, to share its embeddings", param="path")
+    head = load_head(Path(options.path), setup.target)
+    pack_linears(head)
+    return Eagle(head, setup.target.get_input_embeddings().weight, options.depth, options.width)
+
+
+class Eagle(Drafter):
+    """Drafts with `head`. embeddings: the target's, [vocabulary, width]."""
+
+    def __init__(self, head: EagleHead, embeddings: Tensor, depth: int, width: int) -> None:
+        self.head, self.depth, self.width = head, depth, width
+        self.layers = head.config.layers
+        self.wanted = Wanted(layers=self.layers)
+        self._embeddings = embeddings.detach()
+        self._tokens = head.tokens
+        self.open_sessions = 0
+
+    def open(self, prompt: Sequence[int], hints: DraftHints) -> DraftSession:
+        """A session with keys and values of its own, empty until the target's first forward."""
+        self.open_sessions += 1
+        return EagleSession(self, prompt)
+
+    @torch.inference_mode()
+    def propose(self, sessions: Sequence[DraftSession], max_nodes: Sequence[int]) -> list[TokenTree]:
+        """Grow one tree per session, all of them together in each forward."""
+        asked = [session for session in sessions if isinstance(session, EagleSession)]
+        ready = [session for session, most in zip(asked, max_nodes, strict=True) if most and session.is_ready]
+        self._read(ready)
+        growths = [(session, session.grow()) for session in ready]
+        self._extend(growths, [session.root for session in ready])
+        for _ in range(1, self.depth):
+            growths = [(session, growth) for session, growth in growths if growth.pick(self.width)]
+            if not growths:
+                break
+            parts = [session.level(growth) for session, growth in growths]
+            answers = self._forward(parts)
+            for (session, _), answer in zip(growths, answers, strict=True):
+                session.keep(answer)
+            self._extend(growths, answers)
+        return [session.tree(most) for session, most in zip(asked, max_nodes, strict=True)]
+
+    def check(self) -> None:
+        """Raise RuntimeError if more sessions were closed than opened."""
+        if self.open_sessions < 0:
+            raise RuntimeError("eagle: a session was closed twice")
+
+    def _read(self, sessions: Sequence[EagleSession]) -> None:
+        """Take in what the target has computed since the last time; the last entry is the tree's root."""
+        behind = [session for session in sessions if session.unread]
+        while behind:
+            room = max(1, _ROWS_PER_FORWARD // len(behind))
+            answers = self._forward([session.entries(room) for session in behind])
+            for session, answer in zip(behind, answers, strict=True):
+                session.advance(answer)
+            behind = [session for session in behind if session.unread]
+
+    def _forward(self, parts: Sequence[Part]) -> list[Tensor]:
+        """The head's states of the rows of all parts, whose keys and values are written to their caches."""
+        head = self.head
+        rows = [len(part.tokens) for part in parts]
+        tokens = torch.tensor([token for part in parts for token in part.tokens], device=self._embeddings.device)
+        positions = torch.tensor([place for part in parts for place in part.positions], device=tokens.device)
+        states = torch.cat([part.states for part in parts])
+        query, key, value, residual = head.project(F.embedding(tokens, self._embeddings), states, positions)
+        attended = [
+            part.cache.attend(q, k, v, part.visible)
+            for part, q, k, v in zip(
+                parts, query.split(rows, dim=1), key.split(rows, dim=1), value.split(rows, dim=1), strict=True
+            )
+        ]
+        return list(head.finish(torch.cat(attended, dim=1), residual).split(rows))
+
+    def _extend(self, growths: Sequence[tuple[EagleSession, Growth]], states: Sequence[Tensor]) -> None:
+        """Children for the picked nodes, from their states."""
+        if not growths:
+            return
+        chances, places = torch.softmax(self.head.logits(torch.cat(list(states))).float(), dim=-1).topk(
+            min(self.width, len(self._tokens))
+        )
+        rows = [len(part) for part in states]
+        tokens = self._tokens[places]
+        for (_, growth), shares, ids in zip(growths, chances.split(rows), tokens.split(rows), strict=True):
+            growth.extend(shares.tolist(), ids.tolist())
+
+
+class Part:
+    """Rows of one session in one forward of the head. visible: bool[rows, cache rows behind the committed ones]."""
+
+    def __init__(
+        self, cache: Cache, tokens: Sequence[int], positions: Sequence[int], states: Tensor, visible: Tensor
+    ) -> None:
+        self.cache, self.tokens, self.positions, self.states, self.visible = cache, tokens, positions, states, visible
+
+
+class Cache:
+    """A session's keys and values, [kv_heads, room, head_dim]: `length` entries that stay, and a tree behind them."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._keys = self._values = torch.empty(0)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+        """Write new rows at the end of what `visible` spans, and attend each row to what it sees and all that stays.
+
+        query: [heads, rows, head_dim]; key, value: [kv_heads, rows, head_dim]. Returns [heads, rows, head_dim].
+        """
+        end = self.length + visible.shape[1]
+        self._make_room(key, end)
+        span = slice(end - key.shape[1], end)
+        self._keys[:, span], self._values[:, span] = key, value
+        groups = query.shape[0] // key.shape[0]
+        grouped = query.reshape(key.shape[0], -1, query.shape[-1])
+        mask = torch.cat([visible.new_ones(len(visible), self.length), visible], dim=1).repeat(groups, 1)
+        keys, values = self._keys[:, :end], self._values[:, :end]
+        attended = F.scaled_dot_product_attention(grouped[None], keys[None], values[None], attn_mask=mask[None])
+        return attended.reshape(query.shape)
+
+    def _make_room(self, like: Tensor, end: int) -> None:
+        room = self._keys.shape[1] if self._keys.ndim > 1 else 0
+        if room >= end:
+            return
+        grown = [like.new_zeros(like.shape[0], max(_FIRST_ROOM, 2 * end), like.shape[2]) for _ in range(2)]
+        if room:
+            grown[0][:, :room], grown[1][:, :room] = self._keys, self._values
+        self._keys, self._values = grown
+
+
+class EagleSession(DraftSession):
+    """Entry t pairs the target's states at position t with the token at t + 1."""
+
+    def __init__(self, drafter: Eagle, prompt: Sequence[int]) -> None:
+        self._drafter = drafter
+        self._ids = list(prompt)
+        self._prompt = len(prompt)
+        self._start = self._next = 0
+        self._states: list[Tensor] = []
+        self._level: list[Tensor] = []
+        self._growth: Growth | None = None
+        self.cache = Cache()
+        self.root = torch.empty(0)
+
+    def propose(self, max_nodes: int) -> TokenTree:
+        """The likeliest nodes of a tree under the last id; none before the first commit."""
+        return self._drafter.propose([self], [max_nodes])[0]
+
+    @torch.inference_mode()
+    def observe(self, features: Features) -> None:
+        """Keep the states of positions that were not seen yet."""
+        rows = torch.cat([features.hidden[layer] for layer in self._drafter.layers], dim=-1)
+        if not self._next or features.position > self._next:
+            # A cached prefix has no states: the head sees the text from here on.
+            self._forget(features.position)
+        new = rows[self._next - features.position :]
+        if len(new):
+            self._states.append(self._drafter.head.fuse(new))
+            self._next += len(new)
+
+    def commit(self, tokens: Sequence[int]) -> None:
+        """Take in ids; the tree under the last one is gone."""
+        self._ids.extend(tokens)
+        self._growth = None
+
+    def close(self) -> None:
+        """Nothing is held but memory."""
+        self._drafter.open_sessions -= 1
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is a root. Not before the first commit: the first token does not wait for the head."""
+        return len(self._ids) > self._prompt and (self.unread > 0 or len(self.root) > 0)
+
+    @property
+    def unread(self) -> int:
+        """Entries that the head has not taken in."""
+        return self._next - self._start - self.cache.length
+
+    def entries(self, most: int) -> Part:
+        """The next `most` of them as rows, each of which sees those before it."""
+        states = torch.cat(self._states)
+        first = self._start + self.cache.length
+        states, rest = states[:most], states[most:]
+        self._states = [rest] if len(rest) else []
+        positions = range(first, first + len(states))
+        visible = torch.ones(len(states), len(states), dtype=torch.bool, device=states.device).tril()
+        return Part(self.cache, self._ids[first + 1 : first + 1 + len(states)], positions, states, visible)
+
+    def advance(self, answer: Tensor) -> None:
+        """The rows of `entries` are done."""
+        self.cache.length += len(answer)
+        self.root = answer[-1:]
+
+    def grow(self) -> Growth:
+        """A new tree under the last id."""
+        growth = self._growth = Growth()
+        self._level.clear()
+        return growth
+
+    def level(self, growth: Growth) -> Part:
+        """The picked nodes as rows, each with its parent's states."""
+        computed = torch.cat([self.root, *self._level])
+        parents = [growth.parents[node] for node in growth.picked]
+        states = computed[[0 if parent < 0 else 1 + growth.row[parent] for parent in parents]]
+        last = len(self._ids) - 2
+        positions = [last + growth.depth_of(node) for node in growth.picked]
+        visible = growth.visible().to(states.device)
+        return Part(self.cache, [growth.tokens[node] for node in growth.picked], positions, states, visible)
+
+    def keep(self, answer: Tensor) -> None:
+        """The states of the rows of `level`."""
+        self._level.append(answer)
+
+    def tree(self, max_nodes: int) -> TokenTree:
+        """The likeliest nodes of the tree that was grown; the empty tree if none was."""
+        return self._growth.best(max_nodes) if self._growth and max_nodes else _EMPTY
+
+    def _forget(self, position: int) -> None:
+        """Begin at `position`, as if the text began there."""
+        self._start = self._next = position
+        self._states = []
+        self.cache = Cache()
+        self.root = torch.empty(0)

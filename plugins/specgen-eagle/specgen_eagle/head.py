@@ -1,0 +1,100 @@
+"""An EAGLE-3 head (Li et al. 2025): one decoder layer over the target's own hidden states, and a small vocabulary.
+
+Entry t pairs what the target computed at position t with the token at position t + 1 and says what comes at t + 2.
+Where the target has not been, the head's own output stands in for the target's states.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import (
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+
+
+class HeadConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """layers: the hidden states it reads, as transformers counts them. target_width: their width. vocabulary: how many
+    tokens it can say. layer: its decoder layer, as a LlamaConfig's fields. norm_first: whether the residual path of the
+    states begins behind their norm."""
+
+    layers: tuple[int, ...]
+    target_width: int
+    vocabulary: int
+    layer: dict[str, Any]
+    norm_first: bool = False
+
+
+class EagleHead(nn.Module):
+    """Parameters under the names of the public EAGLE-3 checkpoints' layer; rows are packed, [rows, width]."""
+
+    d2t: Tensor
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        layer: Any = LlamaConfig(**config.layer)
+        width: int = layer.hidden_size
+        self.head_dim: int = layer.head_dim
+        self.heads: int = layer.num_attention_heads
+        self.kv_heads: int = layer.num_key_value_heads
+        norm = layer.rms_norm_eps
+        self.fc = nn.Linear(len(config.layers) * config.target_width, width, bias=False)
+        self.input_layernorm = LlamaRMSNorm(width, norm)
+        self.hidden_norm = LlamaRMSNorm(width, norm)
+        self.q_proj = nn.Linear(2 * width, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(2 * width, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(2 * width, self.kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
+        self.post_attention_layernorm = LlamaRMSNorm(width, norm)
+        self.mlp = LlamaMLP(layer)
+        self.norm = LlamaRMSNorm(width, norm)
+        self.lm_head = nn.Linear(width, config.vocabulary, bias=False)
+        self.rotary = LlamaRotaryEmbedding(layer)
+        self.register_buffer("d2t", torch.zeros(config.vocabulary, dtype=torch.int64))
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64[vocabulary]: the target's ids of what the head can say."""
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def fuse(self, states: Tensor) -> Tensor:
+        """[..., layers * target_width] of the target to [..., width] of the head."""
+        fused: Tensor = self.fc(states)
+        return fused
+
+    def project(self, embedded: Tensor, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Query [..., heads, rows, head_dim], key and value [..., kv_heads, rows, head_dim], and the residual path.
+
+        embedded, states: [..., rows, width]: the token's embedding, and the states before it. positions: [..., rows].
+        """
+        normed = self.hidden_norm(states)
+        x = torch.cat([self.input_layernorm(embedded), normed], dim=-1)
+        query, key, value = (
+            layer(x).unflatten(-1, (-1, self.head_dim)).transpose(-2, -3)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        lead = positions if positions.ndim > 1 else positions[None]
+        cos, sin = self.rotary(x, lead)
+        if positions.ndim == 1:
+            cos, sin = cos[0], sin[0]
+        query, key = apply_rotary_pos_emb(query, key, cos, sin, unsqueeze_dim=-3)
+        return query, key, value, normed if self.config.norm_first else states
+
+    def finish(self, attended: Tensor, residual: Tensor) -> Tensor:
+        """[..., heads, rows, head_dim] attended: [..., rows, width], which stands in for the target's states."""
+        states = residual + self.o_proj(attended.transpose(-2, -3).flatten(-2))
+        fed: Tensor = states + self.mlp(self.post_attention_layernorm(states))
+        return fed
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[..., vocabulary]."""
+        scores: Tensor = self.lm_head(self.norm(states))
+        return scores

@@ -1,0 +1,115 @@
+"""`specgen distill`: a head from nothing, better than looking things up; cut off and taken up, it ends the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from specgen_eagle.corpus import read_corpus
+from specgen_eagle.distill import distill
+from specgen_eagle.recipe import SMOKE, Recipe, read_recipe
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from specgen import Engine, InvalidRequest, Speculation
+
+TEMPLATE = "{% for m in messages %}w1 {{ m['content'] }} w2 {% endfor %}"
+VOCABULARY = 64
+
+
+def speaker() -> Engine:
+    """A tiny target that is sure of what it says, with a tokenizer of words."""
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=3,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w3")
+    tokenizer.chat_template = TEMPLATE
+    return Engine(model, tokenizer, kv_tokens=8192)
+
+
+class Cut(Exception):
+    """The power is gone."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, Path]]:
+    folder = tmp_path_factory.mktemp("distilled")
+    with speaker() as engine:
+        distill(engine, folder / "head", folder / "work", SMOKE, lambda *_: None)
+        yield engine, folder
+
+
+def accepted(engine: Engine, drafters: dict[str, dict[str, object]], prompts: list[list[int]]) -> float:
+    """Tokens per step at 16 nodes."""
+    speculation = Speculation(adaptive=False, max_nodes=16)
+    with Engine(engine.model, drafters=drafters, kv_tokens=4096) as other:
+        results = other.generate(prompts, max_tokens=40, temperature=1.0, seed=1, speculation=speculation)
+    return sum(len(r.ids) for r in results) / sum(r.stats.num_spec_steps for r in results)
+
+
+def test_it_beats_prompt_lookup_on_text_held_out(trained: tuple[Engine, Path]) -> None:
+    engine, folder = trained
+    corpus = read_corpus(folder / "work" / "corpus.jsonl")
+    assert len(corpus) == SMOKE.corpus.conversations
+    held_out = [c.ids[: c.answer] for c in corpus[: round(len(corpus) * SMOKE.corpus.held_out)]]
+    head = accepted(engine, {"eagle": {"path": folder / "head"}}, held_out)
+    assert head > 1.05 * accepted(engine, {"prompt-lookup": {}}, held_out)
+
+
+def test_the_curve_rises_and_the_manifest_says_it(trained: tuple[Engine, Path]) -> None:
+    _, folder = trained
+    curve = json.loads((folder / "work" / "curve.json").read_text())
+    assert [point["step"] for point in curve] == [40, 80, 120]
+    assert curve[-1]["loss"] < curve[0]["loss"]
+    manifest = json.loads((folder / "head" / "manifest.json").read_text())
+    assert manifest["held_out"]["updates"] == 120
+    assert manifest["held_out"]["survival"][0] == pytest.approx(curve[-1]["survival"][0], abs=1e-4)
+
+
+@pytest.mark.parametrize(("at", "done"), [("conversations", 16), ("updates", 80)])
+def test_cut_off_and_taken_up_it_ends_the_same(
+    trained: tuple[Engine, Path], at: str, done: int, tmp_path: Path
+) -> None:
+    engine, folder = trained
+
+    def told(what: str, count: int, of: int) -> None:
+        if (what, count) == (at, done):
+            raise Cut
+
+    with pytest.raises(Cut):
+        distill(engine, tmp_path / "head", tmp_path / "work", SMOKE, told)
+    with (tmp_path / "work" / "corpus.jsonl").open("ab") as file:
+        file.write(b'{"ids":[1,2')  # a line that was being written
+    distill(engine, tmp_path / "head", tmp_path / "work", SMOKE, lambda *_: None)
+    again, before = (load_file(path / "head" / "model.safetensors") for path in (tmp_path, folder))
+    assert all(torch.equal(again[name], before[name]) for name in before)
+
+
+def test_a_folder_of_another_recipe_is_refused(trained: tuple[Engine, Path]) -> None:
+    engine, folder = trained
+    with pytest.raises(InvalidRequest, match="another recipe"):
+        distill(engine, folder / "head", folder / "work", Recipe(), lambda *_: None)
+
+
+def test_a_recipe_with_a_field_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text("[head]\nlayers = [1]\ndepth = 3\n")
+    with pytest.raises(InvalidRequest, match="depth"):
+        read_recipe(tmp_path / "recipe.toml")

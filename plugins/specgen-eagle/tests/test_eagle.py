@@ -1,0 +1,176 @@
+"""The head as a drafter: exact, contract, checkpoints. The training: from nothing, resumed, better than looking up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from specgen_eagle.checkpoint import load_head, save_head
+from specgen_eagle.corpus import Conversation
+from specgen_eagle.drafter import Eagle, EagleSession, eagle
+from specgen_eagle.recipe import HeadRecipe, Recipe
+from specgen_eagle.training import new_head
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from specgen import DrafterMismatch, DrafterSetup, Engine, Features, InvalidRequest, Speculation
+from specgen.testing import DrafterContract
+
+VOCABULARY = 64
+LAYERS = (1, 2, 3)
+ALWAYS = Speculation(adaptive=False, max_nodes=24)
+
+
+def tiny(seed: int = 0, **fields: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    config = AutoConfig.for_model("llama", **{**sizes, **fields})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(6)
+    return model
+
+
+def head_of(model: PreTrainedModel, folder: Path, vocabulary: int = 48) -> Path:
+    """An untrained head: the target's last layer."""
+    corpus = [Conversation([i % vocabulary for i in range(200)], 1)]
+    recipe = Recipe(head=HeadRecipe(layers=LAYERS, vocabulary=vocabulary))
+    save_head(new_head(model, recipe, corpus), folder, model, "tiny")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def folder(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return head_of(model, tmp_path_factory.mktemp("head"))
+
+
+PROMPTS = [[3, 17, 42, 9], list(range(40)), [5, 6, 5, 6, 5, 6], [60] * 20]
+SETTINGS = [{"temperature": 0}, {"temperature": 1.0, "seed": 7}]
+
+
+@pytest.mark.parametrize("options", SETTINGS)
+def test_the_text_is_the_targets(model: PreTrainedModel, folder: Path, options: dict[str, float]) -> None:
+    """Alone, in a batch, behind a cached prefix, beside prompt lookup."""
+    drafters = {"eagle": {"path": folder}, "prompt-lookup": {}}
+    with Engine(model, drafters=drafters, kv_tokens=2048) as engine:
+        plain = [engine.generate(p, max_tokens=40, speculation="off", **options).ids for p in PROMPTS]
+        for names in (("eagle",), ("eagle", "prompt-lookup")):
+            speculation = Speculation(adaptive=False, max_nodes=24, drafters=names)
+            alone = [engine.generate(p, max_tokens=40, speculation=speculation, **options) for p in PROMPTS]
+            assert [result.ids for result in alone] == plain
+            assert sum(result.stats.by_drafter["eagle"].offered for result in alone) > 100
+            assert [r.stats.by_drafter["eagle"].disabled for r in alone] == [None] * len(PROMPTS)
+            batch = engine.generate(PROMPTS, max_tokens=40, speculation=speculation, **options)
+            assert [result.ids for result in batch] == plain
+        engine.check()
+
+
+class Fed(EagleSession):
+    """A session that is shown made-up states of its own history, as a target would."""
+
+    def __init__(self, drafter: Eagle, prompt: Sequence[int]) -> None:
+        super().__init__(drafter, prompt)
+        self._show(0, prompt)
+        super().commit([prompt[-1] % VOCABULARY])
+        self._at = len(prompt)
+
+    def commit(self, tokens: Sequence[int]) -> None:
+        self._show(self._at, [0] * len(tokens))
+        self._at += len(tokens)
+        super().commit(tokens)
+
+    def _show(self, position: int, rows: Sequence[int]) -> None:
+        generator = torch.Generator().manual_seed(position)
+        shape = (len(rows), 32)
+        states = {layer: torch.randn(shape, generator=generator, dtype=torch.float64) for layer in LAYERS}
+        self.observe(Features(position, states))
+
+
+class TestContract(DrafterContract):
+    vocab_size = VOCABULARY
+
+    @pytest.fixture(autouse=True)
+    def heads(self, tmp_path_factory: pytest.TempPathFactory) -> None:
+        # In float32 a batch rounds otherwise than its parts, and the last digit of a confidence shows it.
+        self.model = tiny().double()
+        self.folder = head_of(self.model, tmp_path_factory.mktemp("head"))
+
+    def drafter(self) -> Eagle:
+        class FedEagle(Eagle):
+            def open(self, prompt: Sequence[int], hints: object) -> Fed:
+                self.open_sessions += 1
+                return Fed(self, prompt)
+
+        head = load_head(self.folder, self.model)
+        head.lm_head.weight.mul_(8)  # so that it is sure enough to draft on
+        return FedEagle(head, self.model.get_input_embeddings().weight, 4, 3)
+
+    def test_it_drafts(self) -> None:
+        with self.session((1, 2, 3)) as session:
+            assert len(self.ask(session)) > 3
+
+
+def test_both_layouts_are_read(model: PreTrainedModel, folder: Path, tmp_path: Path) -> None:
+    """`speculators`' names, and those of the public EAGLE-3 checkpoints."""
+    raw = json.loads((folder / "config.json").read_text())
+    public = {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": raw["draft_vocab_size"]}
+    public |= raw["transformer_layer_config"] | {"eagle_config": {"eagle_aux_hidden_state_layer_ids": list(LAYERS)}}
+    (tmp_path / "config.json").write_text(json.dumps(public))
+    weights = {n.replace("layers.0.", "midlayer."): t for n, t in load_file(folder / "model.safetensors").items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    ours, theirs = (load_head(path, model).state_dict() for path in (folder, tmp_path))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+BROKEN = [
+    ({"speculators_model_type": "mlp"}, "must be 'eagle3'"),
+    ({"speculators_model_type": None, "architectures": ["LlamaForCausalLM"]}, "an EAGLE-3 head's says so"),
+    ({"target_hidden_size": 64}, "64 wide, the target's are 32"),
+    ({"draft_vocab_size": 50}, "d2t is"),
+    ({"eagle_aux_hidden_state_layer_ids": [1, 2, 9]}, "the target has 4"),
+    ({"eagle_aux_hidden_state_layer_ids": [1, 2]}, "fc.weight is"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), BROKEN)
+def test_what_does_not_fit_is_refused_by_name(
+    change: dict[str, object], words: str, model: PreTrainedModel, folder: Path, tmp_path: Path
+) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | change))
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises((InvalidRequest, DrafterMismatch), match=words):
+        load_head(tmp_path, model)
+
+
+def test_files_that_are_no_head_are_refused(model: PreTrainedModel, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="needs the option path"):
+        eagle(DrafterSetup(VOCABULARY, target=model))
+    with pytest.raises(InvalidRequest, match="holds no head"):
+        load_head(tmp_path, model)
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"code")
+    with pytest.raises(InvalidRequest, match="no model.safetensors"):
+        load_head(tmp_path, model)
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(InvalidRequest, match="cannot be read"):
+        load_head(tmp_path, model)
+    with pytest.raises(DrafterMismatch, match="64 wide|names tokens"):
+        load_head(folder, tiny(vocab_size=20))
