@@ -18,8 +18,9 @@ from specgen.options import read_options
 from specgen.types import TokenTree
 
 _TENANTS = 16
-_TRUST = 0.75
-"""A token's successors were likely in another context than the one at hand."""
+_TRUST, _CHANCE = 0.55, 0.02
+"""A token's successors were likely in another context than the one at hand: how often they came on SmolLM2, as a line
+over their share among each other."""
 
 _Key = TypeVar("_Key")
 _Successors: TypeAlias = tuple[list[int], list[float]]
@@ -135,11 +136,11 @@ class _Growth:
 
 
 def _rows(successors: Tensor, scores: Tensor, count: int) -> tuple[list[list[int]], list[list[float]]]:
-    """Of each row the `count` likeliest tokens, and how sure they are: their share among them, times what is trusted.
+    """Of each row the `count` likeliest tokens, and how sure they are.
 
     successors: int64[rows, k], likeliest first. scores: float32[rows, k], their logits.
     """
-    shares = scores[:, :count].float().softmax(-1).mul(_TRUST).nan_to_num(0.0)
+    shares = scores[:, :count].float().softmax(-1).mul(_TRUST).add(_CHANCE).nan_to_num(0.0)
     return successors[:, :count].tolist(), shares.tolist()
 
 
