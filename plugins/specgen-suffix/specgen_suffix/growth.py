@@ -11,6 +11,8 @@ from specgen import TokenTree
 from specgen_suffix.automaton import ROOT, SuffixAutomaton
 
 _CONTEXTS = 4
+_WAYS = 32
+"""What went on in more ways than these says little about the next one, and would take long to sum up."""
 
 
 class Context(NamedTuple):
@@ -57,6 +59,8 @@ def guesses(contexts: Sequence[Context], least: int) -> list[Guess]:
     left = 1.0
     for automaton, state, matched in contexts:
         follow, count = automaton.next[state], automaton.count
+        if len(follow) > _WAYS:
+            continue
         share = left * matched / (matched + 1) / sum(map(count.__getitem__, follow.values()))
         left /= matched + 1
         for token, target in follow.items():

@@ -82,6 +82,12 @@ def test_where_the_text_ends_it_goes_round() -> None:
     assert tree_of(drafter(), [1, 2, 3] * 4, 9).tokens == (1, 2, 3) * 3
 
 
+def test_what_went_on_in_very_many_ways_is_passed_over() -> None:
+    prompt = [token for way in range(40) for token in (1, 2, 10 + way)]
+    assert tree_of(drafter(), [*prompt[:60], 1, 2]) != EMPTY_TREE
+    assert tree_of(drafter(), [*prompt, 1, 2]) == EMPTY_TREE
+
+
 def test_few_nodes_are_the_best_ones() -> None:
     prompt = [random.Random(3).randrange(4) for _ in range(300)]
     all_nodes = tree_of(drafter(), prompt, 63)
