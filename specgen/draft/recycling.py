@@ -1,5 +1,5 @@
-"""Token recycling (Luo et al. 2024, "Turning Trash into Treasure"): what the target held likely behind a token last
-time, also behind nodes that were not accepted, it may say there again.
+"""Token recycling (Luo et al. 2024, "Turning Trash into Treasure"): what the target held likely behind a token
+lately, also behind nodes that were not accepted, it may say there again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ _TENANTS = 16
 _TRUST, _CHANCE = 0.55, 0.02
 """A token's successors were likely in another context than the one at hand: how often they came on SmolLM2, as a line
 over their share among each other."""
+_NEWS = 0.5
+"""What a forward says counts as much as all that was said behind the same token before."""
 
 _Key = TypeVar("_Key")
 _Successors: TypeAlias = tuple[list[int], list[float]]
@@ -35,7 +37,7 @@ class RecyclingOptions(msgspec.Struct, frozen=True):
 
 
 class Recycling(Drafter):
-    """Keeps for each token the likeliest successors that the target named last, and drafts along them.
+    """Keeps for each token the likeliest successors that the target named lately, and drafts along them.
 
     What a session learned joins the memory of its tenant when it closes; a session sees its tenant's memory as it was
     when it opened. The tokens seen longest ago are forgotten first, and so are tenants.
@@ -80,8 +82,8 @@ class _Recycling(DraftSession):
         # From the last row to the first: where a token was asked twice, the likelier place has the last word.
         rows, shares = _rows(features.successors, features.scores, self._options.successors)
         for token, row, share in reversed(list(zip(features.asked, rows, shares, strict=True))):
-            self._learned.pop(token, None)
-            self._learned[token] = row, share
+            earlier = self._learned.pop(token, None) or self._known.get(token)
+            self._learned[token] = _mixed((row, share), earlier) if earlier else (row, share)
         _forget(self._learned, self._options.memory)
 
     def propose(self, max_nodes: int) -> TokenTree:
@@ -142,6 +144,15 @@ def _rows(successors: Tensor, scores: Tensor, count: int) -> tuple[list[list[int
     """
     shares = scores[:, :count].float().softmax(-1).mul(_TRUST).add(_CHANCE).nan_to_num(0.0)
     return successors[:, :count].tolist(), shares.tolist()
+
+
+def _mixed(news: _Successors, earlier: _Successors) -> _Successors:
+    """The surest of both, as many as the news has; where they are as sure, the news come first."""
+    mixed = {token: _NEWS * confidence for token, confidence in zip(*news, strict=True)}
+    for token, confidence in zip(*earlier, strict=True):
+        mixed[token] = mixed.get(token, 0.0) + (1.0 - _NEWS) * confidence
+    surest = sorted(mixed, key=mixed.__getitem__, reverse=True)[: len(news[0])]
+    return surest, [mixed[token] for token in surest]
 
 
 def _forget(memory: dict[_Key, Any], most: int) -> None:

@@ -111,12 +111,18 @@ def test_a_closed_session_teaches_those_that_open_later() -> None:
     assert knows(memory, 1)
 
 
-def test_a_session_prefers_what_it_saw_itself() -> None:
+def test_a_session_mixes_what_it_sees_with_what_was_seen_before_it() -> None:
     memory = drafter()
     learn(memory, [(1, (2, 3, 4)), (5, (6, 7, 8))])
     session = memory.open([1], DraftHints())
     show(session, [(1, (5, 3, 4))])
-    assert session.propose(2).tokens == (5, 6)
+    tree = session.propose(3)
+    assert tree.tokens == (5, 2, 6)
+    assert tree.parents == (-1, -1, 0)
+    assert tree.confidence[0] == tree.confidence[1] == pytest.approx(tree.confidence[2] / 2)
+    for _ in range(9):
+        show(session, [(1, (5, 3, 4))])
+    assert 2 not in session.propose(8).tokens, "what does not come again is forgotten"
 
 
 def test_tenants_never_see_one_another() -> None:
