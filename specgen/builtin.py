@@ -11,6 +11,7 @@ from specgen.draft.draft_model import DraftModel
 from specgen.draft.drafter import DrafterFactory
 from specgen.draft.prediction import Prediction
 from specgen.draft.prompt_lookup import PromptLookup
+from specgen.draft.recycling import Recycling
 from specgen.hookspecs import hookimpl
 from specgen.kv.formats import FORMATS, KVFormatFactory
 
@@ -30,4 +31,9 @@ def kv_formats() -> Mapping[str, KVFormatFactory]:
 @hookimpl
 def drafters() -> Mapping[str, DrafterFactory]:
     """The drafters that need no training."""
-    return {"prediction": Prediction, "prompt-lookup": PromptLookup, "draft-model": DraftModel}
+    return {
+        "prediction": Prediction,
+        "prompt-lookup": PromptLookup,
+        "recycling": Recycling,
+        "draft-model": DraftModel,
+    }

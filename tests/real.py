@@ -29,13 +29,14 @@ ECHOES = {
 MODES = {
     "off": Speculation(max_nodes=0),
     "prompt-lookup": Speculation(drafters=("prompt-lookup",), max_nodes=12, adaptive=False),
+    "recycling": Speculation(drafters=("recycling",), max_nodes=12, adaptive=False),
     "draft-model": Speculation(drafters=("draft-model",), max_nodes=4, adaptive=False),
     "echo-0": Speculation(drafters=("echo-0",), max_nodes=3, adaptive=False),
     "echo-50": Speculation(drafters=("echo-50",), adaptive=False),
     "echo-100": Speculation(drafters=("echo-100",), adaptive=False),
     # All at once: trees are merged, and with the last the clock decides which nodes are verified.
     "together": Speculation(
-        drafters=("echo-50", "prompt-lookup", "draft-model", "echo-100"), max_nodes=24, adaptive=False
+        drafters=("echo-50", "prompt-lookup", "recycling", "draft-model", "echo-100"), max_nodes=24, adaptive=False
     ),
     "auto": Speculation(),
 }

@@ -32,7 +32,7 @@ RUNNING = 10
 QUICK_PROMPTS = ("qa-2", "math-1", "code_edit-1", "extraction-1")
 PAIRS = (("qa-1", "filters"), ("math-1", "penalties"), ("code_edit-1", "moody"))
 """Prompt and setting of the quick tests."""
-ALONE = ("prompt-lookup", "draft-model", "echo-0", "echo-50", "echo-100")
+ALONE = ("prompt-lookup", "recycling", "draft-model", "echo-0", "echo-50", "echo-100")
 
 PROMPT_COUNT, PARTS = 24, 12
 """The full matrix runs in parts, so that a failure is found early and a part can be run alone."""
@@ -59,7 +59,7 @@ def open_engine(
 ) -> Engine:
     plugins = load_plugins(only=())
     plugins.register(observer, "observer")
-    drafters: dict[str, Any] = {"prompt-lookup": {}, "echo-0": {}, "echo-50": {}, "echo-100": {}}
+    drafters: dict[str, Any] = {"prompt-lookup": {}, "recycling": {}, "echo-0": {}, "echo-50": {}, "echo-100": {}}
     if draft is not None:
         drafters["draft-model"] = {"model": draft, "depth": 3, "width": 2}
     return Engine(model, tokenizer, plugins=plugins, drafters=drafters, kv_tokens=KV_TOKENS, max_running=RUNNING)
@@ -83,12 +83,13 @@ def nothing_is_held_in_the_end(request: pytest.FixtureRequest) -> Iterator[None]
 
 
 def test_greedy_says_what_transformers_says(quick: Bench, prompts: dict[str, Prompt]) -> None:
-    modes = ("off", "prompt-lookup", "draft-model", "echo-100", "auto")
+    modes = ("off", "prompt-lookup", "recycling", "draft-model", "echo-100", "auto")
     jobs = [Job(prompts[name], "greedy", mode) for name in QUICK_PROMPTS for mode in modes]
     quick.learn(jobs)
     running = quick.start(jobs)
     assert not (flaws := quick.flaws(running)), flaws
     assert accepted(running, "prompt-lookup") > 0
+    assert accepted(running, "recycling") > 0
     assert {run.result().finish_reason for run in running} == {"stop", "length"}
 
 
@@ -180,7 +181,7 @@ def test_every_prompt_setting_and_mode_side_by_side(long: Bench, prompts: dict[s
         victim.stream.cancel()
     assert all(long.is_cut(victim) for victim in victims)
     assert not (flaws := long.flaws(running)), flaws
-    for mode in ("prompt-lookup", "echo-50", "echo-100", "together", "auto"):
+    for mode in ("prompt-lookup", "recycling", "echo-50", "echo-100", "together", "auto"):
         assert accepted(running, mode) > 0, mode
     assert drafted(running, "draft-model") > 0
 
