@@ -119,20 +119,8 @@ class Clock:
 
 
 @contextmanager
-def timed_parts(engine: Engine, clock: Clock) -> Iterator[None]:
-    """Time the parts of the engine's steps."""
-    core = engine._core
-    drafting, target = core.drafting, engine.target
-    places: list[tuple[Any, str, str]] = [
-        (core.scheduler, "plan", "scheduling"),
-        (drafting, "propose", "drafting"),
-        (drafting, "commit", "drafting"),
-        (EngineSequence, "rows", "rows"),
-        (target, "forward", "forward"),
-        (core, "_score", "score"),
-        (EngineSequence, "walk", "walk"),
-        (EngineSequence, "commit", "commit"),
-    ]
+def timed(clock: Clock, places: Sequence[tuple[Any, str, str]]) -> Iterator[None]:
+    """Time calls of methods, each given as its owner, its name and the part that it is counted under."""
     before = [(owner, name, getattr(owner, name), name in vars(owner)) for owner, name, _ in places]
     for owner, name, part in places:
         setattr(owner, name, clock.wrap(getattr(owner, name), part))
@@ -144,6 +132,21 @@ def timed_parts(engine: Engine, clock: Clock) -> Iterator[None]:
                 setattr(owner, name, function)
             else:
                 delattr(owner, name)
+
+
+def _places(engine: Engine) -> list[tuple[Any, str, str]]:
+    """The parts of the engine's steps."""
+    core = engine._core
+    return [
+        (core.scheduler, "plan", "scheduling"),
+        (core.drafting, "propose", "drafting"),
+        (core.drafting, "commit", "drafting"),
+        (EngineSequence, "rows", "rows"),
+        (engine.target, "score", "forward"),
+        (core, "_score", "score"),
+        (EngineSequence, "walk", "walk"),
+        (EngineSequence, "commit", "commit"),
+    ]
 
 
 def steps(engine: Engine, rows: int, sequences: int, count: int) -> Steps:
@@ -164,7 +167,7 @@ def steps(engine: Engine, rows: int, sequences: int, count: int) -> Steps:
     while core.scheduler.waiting or any(sequence.pending > 1 for sequence in core.scheduler.running):
         core.step()
     core.step()
-    with timed_parts(engine, clock):
+    with timed(clock, _places(engine)):
         step = clock.wrap(core.step, "step")
         for _ in range(count):
             step()

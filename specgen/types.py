@@ -180,13 +180,14 @@ class SpeculativeStats:
 
 @dataclass(frozen=True, slots=True)
 class DrafterStats:
-    """One drafter's share in one request: nodes it offered, nodes of it verified, tokens of it accepted, whether it
-    was switched off by an error."""
+    """One drafter's share in one request: nodes it offered, nodes of it verified, tokens of it accepted, why it was
+    switched off if it was, and the steps in which it was asked. What several offered counts for each of them."""
 
     offered: int = 0
     verified: int = 0
     accepted: int = 0
     disabled: str | None = None
+    asked: int = 0
 
 
 @dataclass(frozen=True, slots=True)

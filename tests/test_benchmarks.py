@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from benchmarks import decode, harness, invariance, kv, step
+from benchmarks import decode, drafting, harness, invariance, kv, step
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import assembly, foreign, results
 
@@ -79,6 +79,52 @@ def test_step_takes_a_step_apart(tiny: Path, tmp_path: Path) -> None:
         parts = one["milliseconds"]
         assert sum(v for name, v in parts.items() if name != "step") <= parts["step"] * 1.5
         assert parts["forward"] > 0
+
+
+def test_drafting_compares_drafters_and_budgets(tiny: Path, tmp_path: Path) -> None:
+    """Lookup alone and with a draft model; lines as Spec-Bench writes them."""
+    lines = [
+        {"question_id": n, "category": category, "turns": [f"{n} one two three one two three one two", "and then?"]}
+        for n, category in enumerate(("qa", "qa", "rag"))
+    ]
+    prompts, file = tmp_path / "prompts.jsonl", tmp_path / "drafting.json"
+    prompts.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    asked = ["--drafters", "prompt-lookup", "prompt-lookup+draft-model", "--draft-model", str(tiny)]
+    sizes = ["--tokens", "8", "--batches", "1", "16", "--prompts", str(prompts)]
+    drafting.main(["--quick", "--model", str(tiny), "--json", str(file), *asked, *sizes])
+    wanted = {"al_merged", "on_vs_off_b1", "on_vs_off_b16", "worst_category", "useless_drafter_cost"}
+    assert set(_bars(file)) == wanted, "there is no head"
+    runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
+    systems = {"off", "prompt-lookup", "prompt-lookup+draft-model", "prompt-lookup+draft-model+echo"}
+    fixed = {"prompt-lookup, 32 nodes", "prompt-lookup+draft-model, 32 nodes"}
+    assert {run["system"] for run in runs if run["batch"] == 1} == systems | fixed
+    assert {run["system"] for run in runs if run["batch"] == 16} == systems
+    assert {run["prompt"] for run in runs if run["batch"] == 1} == {"0", "2"}, "one of each category"
+    for run in runs:
+        texts = 1 if run["batch"] == 1 else 16
+        assert texts <= run["tokens"] <= 8 * texts
+        assert 0 < run["steps"] <= run["tokens"]
+        assert run["verified"] <= 32 * run["steps"] or not run["system"].endswith("nodes")
+        assert set(run["offered"]) == ({*run["system"].partition(",")[0].split("+")} - {"off"})
+        assert run["verifying_milliseconds"] > 0
+    draft = [run for run in runs if run["system"] == "prompt-lookup+draft-model, 32 nodes" and run["mode"] == "greedy"]
+    assert all(run["accepted"]["draft-model"] > 0 for run in draft), "the model drafts for itself"
+
+
+def test_a_sample_is_the_first_of_each_category_in_turns() -> None:
+    prompts = [harness.Prompt(f"{c}{n}", c, (1,)) for c in ("qa", "rag") for n in range(3)]
+    assert [p.id for p in drafting.sample(prompts, 2, None)] == ["qa0", "rag0", "qa1", "rag1"]
+    assert [p.id for p in drafting.sample(prompts, 2, 3)] == ["qa0", "rag0", "qa1"]
+    groups = drafting.batches(prompts[:3], 2)
+    assert [[p.id for p in group] for group in groups.values()] == [["qa0", "qa1"], ["qa2", "qa0"]]
+
+
+def test_combinations_are_each_drafter_and_all_unless_they_are_named() -> None:
+    offered = ["prediction", "a", "b", "echo"]
+    assert drafting.combinations(None, offered) == [("a",), ("b",), ("a", "b")]
+    assert drafting.combinations(["a+echo", "b"], offered) == [("a", "echo"), ("b",)]
+    with pytest.raises(SystemExit, match="'c'; there are: prediction, a, b, echo"):
+        drafting.combinations(["a+c"], offered)
 
 
 def test_kv_prints_every_format(tiny: Path, tmp_path: Path) -> None:

@@ -33,9 +33,9 @@ from specgen import (
 )
 from specgen.context.pipeline import ContextPipeline
 from specgen.draft import drafting
-from specgen.draft.budget import Calibration, Pace, RowCost, survivals, worthwhile
+from specgen.draft.budget import Calibration, Pace, RowCost, likeliest, survivals, worthwhile
 from specgen.draft.draft_model import DraftModel
-from specgen.draft.merge import merge
+from specgen.draft.merge import Merged
 from specgen.draft.ngram import NgramIndex, continuations
 from specgen.draft.prediction import Prediction
 from specgen.draft.prompt_lookup import PromptLookup
@@ -1085,7 +1085,7 @@ def test_trees_shrink_as_the_batch_grows() -> None:
     tree = chain(tuple(range(8)), 0.7)
     sizes = []
     for batch in (1, 2, 4, 16):
-        chosen = worthwhile([tree] * batch, batch, Busy())  # type: ignore[arg-type]
+        chosen, _ = worthwhile([tree] * batch, batch, Busy())  # type: ignore[arg-type]
         sizes.append(sum(map(len, chosen)) / batch)
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] >= 5
@@ -1112,7 +1112,7 @@ def test_what_is_worth_its_row_is_closed_under_parents_and_grows_with_confidence
 
     sizes = []
     for dear in (0.0, 0.01, 0.1, 0.5, 1e9):
-        chosen = worthwhile(trees, len(trees), Cost(dear))  # type: ignore[arg-type]
+        chosen, _ = worthwhile(trees, len(trees), Cost(dear))  # type: ignore[arg-type]
         taken, left = [], [0.0]
         for tree, nodes in zip(trees, chosen, strict=True):
             assert len(set(nodes)) == len(nodes)
@@ -1142,7 +1142,78 @@ def test_the_choice_is_the_best_there_is() -> None:
 
         every = [[node for node in range(7) if mask >> node & 1] for mask in range(2**7)]
         closed = [nodes for nodes in every if all(parents[node] in (-1, *nodes) for node in nodes)]
-        assert rate(worthwhile([tree], 1, cost)[0]) == pytest.approx(max(map(rate, closed)))
+        chosen, expected = worthwhile([tree], 1, cost)
+        assert rate(chosen[0]) == pytest.approx(max(map(rate, closed)))
+        assert expected == pytest.approx(rate(chosen[0]))
+
+
+def test_what_one_sequence_may_not_take_is_left_for_the_others() -> None:
+    """And the time that is gone makes every further token cheaper."""
+
+    class Steep(FixedCost):
+        def seconds(self, rows: int) -> float:
+            return 1.0 + 0.3 * rows
+
+    sure, fair = chain((1, 2, 3, 4), 0.95), chain((5, 6, 7, 8), 0.9)
+    chosen, _ = worthwhile([sure, fair], 2, Steep(), most=[1, 4])  # type: ignore[arg-type]
+    assert chosen[0] == [0]
+    assert chosen[1]
+    few, many = (
+        sum(map(len, worthwhile([chain(tuple(range(9)), 0.8)], 1, Steep(), spent=gone)[0]))  # type: ignore[arg-type]
+        for gone in (0.0, 5.0)
+    )
+    assert few < many
+
+
+def test_a_sequence_that_offers_more_gets_more_of_the_rows() -> None:
+    """By marginal gain over the whole batch: the same rows, wherever they bring most."""
+
+    class Busy(FixedCost):
+        def seconds(self, rows: int) -> float:
+            return 1.0 + 0.2 * max(0, rows - 8)
+
+    sure, vague = chain(tuple(range(8)), 0.95), chain(tuple(range(8)), 0.4)
+    chosen, _ = worthwhile([sure, vague, vague, EMPTY_TREE], 4, Busy())  # type: ignore[arg-type]
+    assert len(chosen[0]) > 2 * len(chosen[1]) == 2 * len(chosen[2])
+
+
+def test_sixty_wrong_nodes_a_step_cost_no_rows(model: PreTrainedModel) -> None:
+    """However sure of itself, and however many requests it drafts for: at most some rows of the first steps."""
+    bench = fixed(Bench(model, {"echo": echoes(0.0, siblings=1, depth=20, confidence=0.9)}))
+    first = bench.alone(PROMPTS[0], max_tokens=100, prediction=greedy(model, PROMPTS[0], 100)).stats
+    assert first.per_step_drafted[0] > 20
+    assert sum(first.per_step_drafted) < 100
+    assert sum(first.per_step_drafted[20:]) == 0
+    share = first.by_drafter["echo"]
+    assert share.offered > 50 * share.asked, "it goes on offering as long as it is asked"
+    truths = [greedy(model, prompt, 40) for prompt in PROMPTS]
+    names = [bench.add(prompt, max_tokens=40, prediction=truth) for prompt, truth in zip(PROMPTS, truths, strict=True)]
+    bench.run()
+    for name, truth in zip(names, truths, strict=True):
+        result = bench.result(name)
+        assert list(result.ids) == truth
+        assert result.stats.by_drafter["echo"].verified == result.stats.num_draft_tokens <= 2
+
+
+def test_who_only_repeats_a_cheaper_drafter_is_asked_ever_less(model: PreTrainedModel) -> None:
+    """Alone the same drafter pays, slow as it is."""
+    said = greedy(model, PROMPTS[0], 100)
+
+    def slow(ids: list[int]) -> TokenTree:
+        time.sleep(0.02)
+        return chain(said[len(ids) - 6 : len(ids) - 4] or [0], 0.9)
+
+    def asked(drafters: Sequence[str]) -> dict[str, int]:
+        bench = fixed(Bench(model, {"slow": Scripted(slow), "echo": echoes(1.0, siblings=0, depth=2)}))
+        options = {"prediction": said, "speculation": {"drafters": drafters}}
+        result = bench.alone(PROMPTS[0], max_tokens=100, **options)
+        assert list(result.ids) == said
+        return {name: share.asked for name, share in result.stats.by_drafter.items()}
+
+    assert asked(["slow"])["slow"] >= 30
+    both = asked(["slow", "echo"])
+    assert both["echo"] >= 30
+    assert both["slow"] <= 8
 
 
 def test_the_cost_of_rows_is_learned_from_forwards() -> None:
@@ -1194,7 +1265,7 @@ def test_confidence_is_replaced_by_what_was_seen() -> None:
     assert here.survival(0.55) == pytest.approx(0.55), "of another confidence nothing is known"
     elsewhere = Calibration(everyone)
     assert elsewhere.survival(0.9) < 0.1
-    assert elsewhere.calibrated(chain((7,), 0.9)).confidence == (elsewhere.survival(0.9),)
+    assert elsewhere.calibrated(chain((7,), 0.9), [False]) == [elsewhere.survival(0.9)]
 
 
 def test_only_nodes_under_the_committed_path_are_judged() -> None:
@@ -1233,6 +1304,22 @@ def test_a_drafter_that_pays_or_costs_nothing_is_always_asked() -> None:
     assert asked(Pace(), gained=0, seconds=0.00005, steps=100) == 100
 
 
+def test_new_sequences_know_that_a_drafter_did_not_pay() -> None:
+    """Short requests would else give it four trials each, for ever; and yet it is tried now and then."""
+    everyone = Pace()
+    counts = [asked(Pace(everyone), gained=0, seconds=0.01, steps=20) for _ in range(60)]
+    assert counts[0] <= 5
+    assert sum(counts[1:]) < 20
+    assert sum(counts[30:]) > 0
+    for _ in range(60):
+        asked(Pace(everyone), gained=4, seconds=0.01, steps=20)
+    assert asked(Pace(everyone), gained=4, seconds=0.01, steps=20) == 20
+
+
+def test_an_answer_that_takes_longer_than_its_tree_could_save_is_one_trial_too_many() -> None:
+    assert asked(Pace(), gained=0, seconds=0.7, steps=8) == 1
+
+
 def test_a_drafter_that_gets_better_is_asked_again() -> None:
     pace = Pace()
     asked(pace, gained=0, seconds=0.01, steps=60)
@@ -1248,7 +1335,7 @@ def paths(tree: TokenTree) -> dict[tuple[int, ...], float]:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_merged_trees_hold_every_path_once_with_the_highest_confidence(seed: int) -> None:
+def test_merged_trees_hold_every_path_once_with_the_mean_confidence(seed: int) -> None:
     rng = random.Random(seed)
     trees = []
     for _ in range(rng.randint(0, 4)):
@@ -1257,13 +1344,53 @@ def test_merged_trees_hold_every_path_once_with_the_highest_confidence(seed: int
             found.setdefault((rng.randrange(-1, len(found)), rng.randrange(3)), len(found))
         parents, tokens = zip(*found, strict=True) if found else ((), ())
         trees.append(TokenTree(tuple(tokens), tuple(parents), tuple(rng.random() for _ in found)))
-    merged = merge(trees)
-    check(merged, 3)
-    expected: dict[tuple[int, ...], float] = {}
+    merged = Merged(trees)
+    union = merged.tree([tree.confidence for tree in trees])
+    check(union, 3)
+    expected: dict[tuple[int, ...], list[float]] = {}
     for tree in trees:
         for step, confidence in paths(tree).items():
-            expected[step] = max(confidence, expected.get(step, 0.0))
-    assert paths(merged) == expected
+            expected.setdefault(step, []).append(confidence)
+    assert paths(union) == pytest.approx({step: sum(every) / len(every) for step, every in expected.items()})
+    for number, tree in enumerate(trees):
+        assert merged.shared(number) == [len(expected[step]) > 1 for step in paths(tree)]
+
+
+def test_agreement_is_learned_apart() -> None:
+    """Alone a drafter is wrong; where another says the same it is right."""
+    everyone = Calibration()
+    here = Calibration(everyone)
+    for _ in range(60):
+        here.observe(TokenTree((1, 2), (-1, -1), (0.5, 0.5)), (1,), [True, False])
+    assert here.survival(0.5, shared=True) > 0.95
+    assert here.survival(0.5) < 0.05
+    elsewhere = Calibration(everyone)
+    agreed, alone = elsewhere.calibrated(chain((7, 8), 0.5), [True, False])
+    assert (agreed, alone) == (elsewhere.survival(0.5, shared=True), elsewhere.survival(0.5))
+    assert agreed > 0.9
+    assert alone < 0.1
+
+
+def test_a_fixed_budget_takes_the_likeliest_nodes_of_all_drafters(model: PreTrainedModel) -> None:
+    """Not those of whoever comes first."""
+    said = greedy(model, PROMPTS[0], 60)
+    noise = echoes(0.0, siblings=3, depth=20, confidence=0.9)
+    bench = Bench(model, {"noise": noise, "echo": echoes(1.0, siblings=0, depth=6)})
+    speculation = {"adaptive": False, "max_nodes": 12}
+    stats = bench.alone(PROMPTS[0], max_tokens=60, prediction=said, speculation=speculation).stats
+    assert set(stats.per_step_drafted[:-2]) == {12}
+    assert max(stats.per_step_accepted) == 6, "before: the noise had all twelve"
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_likeliest_nodes_come_with_their_parents(seed: int) -> None:
+    rng = random.Random(seed)
+    parents = tuple(rng.randrange(-1, node) if node else -1 for node in range(20))
+    tree = TokenTree(tuple(range(20)), parents, tuple(rng.choice((0.2, 0.5, 1.0)) for _ in range(20)))
+    for most in (0, 1, 7, 20, 63):
+        nodes = likeliest(tree, most)
+        assert len(nodes) == min(most, 20)
+        assert all(parents[node] in (-1, *nodes) for node in nodes)
 
 
 def test_several_drafters_share_one_tree(model: PreTrainedModel) -> None:

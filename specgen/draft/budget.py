@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from specgen.types import TokenTree
+from specgen.types import MAX_TREE_NODES, TokenTree
 
 _SMOOTHING = 0.15
 _ROW_PRIOR = 0.01
@@ -26,9 +26,11 @@ class RowCost:
 
     def __init__(self) -> None:
         self._groups: dict[int, tuple[float, float]] = {}
+        self._known: list[tuple[float, float]] | None = None
 
     def observe(self, rows: int, seconds: float) -> None:
         """A forward over `rows` rows took `seconds`."""
+        self._known = None
         group = rows.bit_length()
         if group not in self._groups:
             self._groups[group] = (float(rows), seconds)
@@ -42,7 +44,8 @@ class RowCost:
 
     def seconds(self, rows: int) -> float:
         """Expected seconds of a forward over `rows` rows; never less than for fewer rows. 1 before any measurement."""
-        points = self._points()
+        # Asked for every node of a step, while it changes once in a step.
+        points = self._known = self._known or self._points()
         if not points:
             return 1.0 + _ROW_PRIOR * rows
         first_rows, first = points[0]
@@ -87,24 +90,26 @@ _PRIOR_WEIGHT = 4.0
 class Calibration:
     """How often a drafter's node of a given confidence is right given that its parent is.
 
-    `parent` is the calibration over all sequences, which this one refines; it learns from every trial as well.
+    Nodes that other drafters offer too are counted apart from those that this one offers alone. `parent` is the
+    calibration over all sequences, which this one refines; it learns from every trial as well.
     """
 
     def __init__(self, parent: Calibration | None = None) -> None:
         self._parent = parent
-        self._tallies = [_Tally() for _ in range(_BINS + 1)]
+        self._tallies = [[_Tally() for _ in range(_BINS + 1)] for _ in (False, True)]
 
-    def survival(self, confidence: float) -> float:
+    def survival(self, confidence: float, shared: bool = False) -> float:
         """Observed share of right nodes at this confidence, leaning on the confidence itself while there is little."""
-        prior = self._parent.survival(confidence) if self._parent else confidence
-        return self._tallies[round(confidence * _BINS)].mean(prior, _PRIOR_WEIGHT)
+        prior = self._parent.survival(confidence, shared) if self._parent else confidence
+        return self._tallies[shared][round(confidence * _BINS)].mean(prior, _PRIOR_WEIGHT)
 
-    def calibrated(self, tree: TokenTree) -> TokenTree:
-        """The same tree with observed survival in place of the drafter's confidence."""
-        known = {confidence: self.survival(confidence) for confidence in set(tree.confidence)}
-        return TokenTree(tree.tokens, tree.parents, tuple(known[confidence] for confidence in tree.confidence))
+    def calibrated(self, tree: TokenTree, shared: Sequence[bool]) -> list[float]:
+        """Observed survival in place of the drafter's confidence, node by node."""
+        asked = list(zip(tree.confidence, shared, strict=True))
+        known = {key: self.survival(*key) for key in set(asked)}
+        return [known[key] for key in asked]
 
-    def observe(self, tree: TokenTree, committed: Sequence[int]) -> int:
+    def observe(self, tree: TokenTree, committed: Sequence[int], shared: Sequence[bool] | None = None) -> int:
         """Learn from what was committed: every node whose parent lies on the committed path was right or wrong.
 
         Nodes count whether or not they were verified, so drafters go on learning while nothing of theirs is taken.
@@ -117,16 +122,16 @@ class Calibration:
             if depth is None or depth >= len(committed):
                 continue
             hit = committed[depth] == token
-            self._learn(tree.confidence[node], hit)
+            self._learn(tree.confidence[node], hit, shared is not None and shared[node])
             if hit:
                 on_path[node] = depth + 1
                 longest = max(longest, depth + 1)
         return longest
 
-    def _learn(self, confidence: float, hit: bool) -> None:
-        self._tallies[round(confidence * _BINS)].add(hit)
+    def _learn(self, confidence: float, hit: bool, shared: bool) -> None:
+        self._tallies[shared][round(confidence * _BINS)].add(hit)
         if self._parent:
-            self._parent._learn(confidence, hit)
+            self._parent._learn(confidence, hit, shared)
 
 
 def survivals(tree: TokenTree) -> list[float]:
@@ -137,53 +142,90 @@ def survivals(tree: TokenTree) -> list[float]:
     return found
 
 
-def worthwhile(trees: Sequence[TokenTree], base_rows: int, cost: RowCost) -> list[list[int]]:
+def likeliest(tree: TokenTree, most: int) -> list[int]:
+    """The `most` nodes of highest survival; none comes without its parent."""
+    if len(tree) <= most:
+        return list(range(len(tree)))
+    survival = survivals(tree)
+    return sorted(range(len(tree)), key=lambda node: (-survival[node], node))[:most]
+
+
+def worthwhile(
+    trees: Sequence[TokenTree],
+    base_rows: int,
+    cost: RowCost,
+    *,
+    most: Sequence[int] | None = None,
+    spent: float = 0.0,
+) -> tuple[list[list[int]], float]:
     """For each tree the nodes to verify: those that make committed tokens per second, over the whole batch, largest.
 
-    Nodes are taken in order of survival, so a node never comes without its parent. `base_rows` are verified anyway.
-    Every tree's sequence commits one token whatever is drafted.
+    Nodes are taken in order of survival, so a node never comes without its parent, and at most `most[i]` of tree i.
+    `base_rows` are verified anyway, and `spent` seconds of the step are gone. Every tree's sequence commits one token
+    whatever is drafted. Answers that rate too.
     """
+    room = [len(tree) for tree in trees] if most is None else list(most)
     offers = sorted(
         ((-survival, node, index) for index, tree in enumerate(trees) for node, survival in enumerate(survivals(tree)))
     )
     tokens = float(len(trees))
-    best, taken = tokens / cost.seconds(base_rows), 0
-    for count, (survival, _, _) in enumerate(offers, 1):
+    best, taken = tokens / (spent + cost.seconds(base_rows)), 0
+    chosen: list[tuple[int, int]] = []
+    for survival, node, index in offers:
+        if not room[index]:
+            continue
+        room[index] -= 1
+        chosen.append((index, node))
         tokens -= survival
-        rate = tokens / cost.seconds(base_rows + count)
+        rate = tokens / (spent + cost.seconds(base_rows + len(chosen)))
         if rate > best:
-            best, taken = rate, count
-    chosen: list[list[int]] = [[] for _ in trees]
-    for _, node, index in offers[:taken]:
-        chosen[index].append(node)
-    return chosen
+            best, taken = rate, len(chosen)
+    nodes: list[list[int]] = [[] for _ in trees]
+    for index, node in chosen[:taken]:
+        nodes[index].append(node)
+    return nodes, best
 
 
 class Pace:
-    """Whether a drafter that costs time is worth asking in one sequence, with back-off where it is not."""
+    """Whether a drafter that costs time is worth asking in one sequence, with back-off where it is not.
 
-    def __init__(self) -> None:
+    `parent` is the pace over all sequences: while the drafter does not pay there, new sequences together wait for the
+    parent's back-off before one of them asks, and one answer is enough to judge by.
+    """
+
+    def __init__(self, parent: Pace | None = None) -> None:
+        self._parent = parent
         self._gain = 0.0
         self._seconds = 0.0
         self._calls = 0
         self._pause = 0
         self._next_pause = _FIRST_PAUSE
+        self._trials = 1 if parent and parent.is_backing_off else _TRIALS
+
+    @property
+    def is_backing_off(self) -> bool:
+        """Whether the drafter did not pay of late."""
+        return self._next_pause > _FIRST_PAUSE
 
     def ready(self) -> bool:
         """Ask the drafter in this step? Counts a step of the pause if not."""
         if self._pause:
             self._pause -= 1
             return False
-        return True
+        return bool(self._calls) or self._parent is None or self._parent.ready()
 
     def observe(self, gained: int, seconds: float, token_seconds: float) -> None:
         """`gained` tokens came of a proposal that took `seconds`; a token is worth `token_seconds`."""
+        if self._parent:
+            self._parent.observe(gained, seconds, token_seconds)
         weight = max(_SMOOTHING, 1.0 / (self._calls + 1))
         self._calls += 1
         self._gain += weight * (gained - self._gain)
         self._seconds += weight * (seconds - self._seconds)
-        if self._calls < _TRIALS or (self._gain + _NEGLIGIBLE) * token_seconds >= self._seconds:
-            self._next_pause = max(_FIRST_PAUSE, self._next_pause // 2) if self._calls >= _TRIALS else _FIRST_PAUSE
+        hopeless = seconds > MAX_TREE_NODES * token_seconds
+        tried = self._calls >= self._trials
+        if not hopeless and (not tried or (self._gain + _NEGLIGIBLE) * token_seconds >= self._seconds):
+            self._next_pause = max(_FIRST_PAUSE, self._next_pause // 2) if tried else _FIRST_PAUSE
             return
         self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, _LONGEST_PAUSE)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import index
 
-from specgen.draft.budget import Calibration, Pace, RowCost, worthwhile
+from specgen.draft.budget import Calibration, Pace, RowCost, likeliest, worthwhile
 from specgen.draft.drafter import Drafter, DraftHints, DraftSession
 from specgen.draft.features import Features, Wanted
-from specgen.draft.merge import merge
+from specgen.draft.merge import Merged
 from specgen.errors import UnknownName
 from specgen.log import Log
 from specgen.tree import check, depths, select
@@ -23,13 +23,15 @@ _STALL_SECONDS = 5.0
 
 @dataclass(slots=True)
 class _Active:
-    """One drafter in one sequence."""
+    """One drafter in one sequence. Of the last step: its tree, which of its nodes others offered too, and the seconds
+    that it took."""
 
     session: DraftSession
     calibration: Calibration
-    pace: Pace = field(default_factory=Pace)
+    pace: Pace
     stats: DrafterStats = DrafterStats()
     offer: TokenTree = EMPTY_TREE
+    shared: Sequence[bool] = ()
     seconds: float = 0.0
 
 
@@ -54,6 +56,8 @@ class Drafting:
         self.cost = RowCost()
         self._vocab_size = vocab_size
         self._calibrations = {name: Calibration() for name in drafters}
+        self._paces = {name: Pace() for name in drafters}
+        self._token_seconds = 0.0
         self._curious = [name for name, drafter in drafters.items() if drafter.wanted != Wanted()]
         self.wanted = Wanted.union(drafter.wanted for drafter in drafters.values())
 
@@ -75,45 +79,65 @@ class Drafting:
                 log.warning("drafter cannot open a session", drafter=name, error=repr(error))
                 drafts.unopened[name] = DrafterStats(disabled=repr(error))
                 continue
-            drafts.active[name] = _Active(session, Calibration(self._calibrations[name]))
+            drafts.active[name] = _Active(session, Calibration(self._calibrations[name]), Pace(self._paces[name]))
         return drafts
 
     def propose(self, sequences: Sequence[Drafts], deepest: Sequence[int], base_rows: int) -> list[TokenTree]:
         """The tree to verify for each sequence, at most `deepest[i]` deep, when `base_rows` rows run anyway."""
-        for name, drafter in self.drafters.items():
+        started = time.perf_counter()
+        asking = sum(
             self._ask(name, drafter, [d for d, depth in zip(sequences, deepest, strict=True) if depth > 0])
+            for name, drafter in self.drafters.items()
+        )
         trees = [_shallow(self._merged(d), depth) for d, depth in zip(sequences, deepest, strict=True)]
         adaptive = [tree if d.speculation.adaptive else EMPTY_TREE for d, tree in zip(sequences, trees, strict=True)]
-        fixed = [EMPTY_TREE if d.speculation.adaptive else tree for d, tree in zip(sequences, trees, strict=True)]
-        chosen = worthwhile(adaptive, base_rows + sum(map(len, fixed)), self.cost)
-        return [
-            select(tree, nodes[: d.speculation.max_nodes])
-            if d.speculation.adaptive
-            else select(tree, range(min(len(tree), d.speculation.max_nodes)))
-            for d, tree, nodes in zip(sequences, trees, chosen, strict=True)
+        fixed = [
+            [] if d.speculation.adaptive else likeliest(tree, d.speculation.max_nodes)
+            for d, tree in zip(sequences, trees, strict=True)
         ]
+        spent = time.perf_counter() - started
+        most = [d.speculation.max_nodes for d in sequences]
+        rows = base_rows + sum(map(len, fixed))
+        chosen, rate = worthwhile(adaptive, rows, self.cost, most=most, spent=spent)
+        if sequences:
+            self._token_seconds = 1.0 / rate
+        _share(spent - asking, sequences)
+        return [select(tree, [*all_of, *nodes]) for tree, all_of, nodes in zip(trees, fixed, chosen, strict=True)]
 
     def commit(self, drafts: Drafts, verified: TokenTree, committed: Sequence[int]) -> None:
         """Tell the sessions what was committed, and learn what their offers were worth."""
-        token_seconds = self.cost.seconds(1)
-        for name, active in list(drafts.active.items()):
-            offer, active.offer = active.offer, EMPTY_TREE
-            held = active.calibration.observe(offer, committed)
-            places = _common(offer, verified)
-            accepted = min(held, len(committed) - 1) if places else 0
-            if offer or active.seconds:
-                active.pace.observe(accepted, active.seconds, token_seconds)
-            active.seconds = 0.0
-            stats = active.stats
-            active.stats = DrafterStats(
-                stats.offered + len(offer), stats.verified + places, stats.accepted + accepted, stats.disabled
+        accepted = {}
+        for name, active in drafts.active.items():
+            held = active.calibration.observe(active.offer, committed, active.shared)
+            places = _common(active.offer, verified) if active.offer else 0
+            accepted[name] = min(held, len(committed) - 1) if places else 0
+            active.stats = replace(
+                active.stats,
+                offered=active.stats.offered + len(active.offer),
+                verified=active.stats.verified + places,
+                accepted=active.stats.accepted + accepted[name],
             )
-            if stats.disabled:
+        self._learn_pace(drafts, accepted)
+        for name, active in drafts.active.items():
+            active.offer, active.shared = EMPTY_TREE, ()
+            if active.stats.disabled:
                 continue
             try:
                 active.session.commit(committed)
             except Exception as error:  # a drafter is someone else's code: the request goes on without it
                 self._disable(name, [drafts], repr(error))
+
+    def _learn_pace(self, drafts: Drafts, accepted: Mapping[str, int]) -> None:
+        """Whoever was asked earns the tokens that no cheaper drafter had: the others would have come without it.
+
+        A path stands in one drafter's tree as a whole, so the union accepts as many tokens as its best tree.
+        """
+        had = 0
+        asked = [(active.seconds, name) for name, active in drafts.active.items() if active.seconds]
+        for seconds, name in sorted(asked):
+            drafts.active[name].pace.observe(max(0, accepted[name] - had), seconds, self._token_seconds)
+            drafts.active[name].seconds = 0.0
+            had = max(had, accepted[name])
 
     def wants(self, drafts: Drafts) -> bool:
         """Whether anyone in this sequence would look at features."""
@@ -137,16 +161,17 @@ class Drafting:
             except Exception as error:  # the sequence is done; nothing of it may be held up
                 log.warning("drafter cannot close a session", drafter=name, error=repr(error))
 
-    def _ask(self, name: str, drafter: Drafter, sequences: Sequence[Drafts]) -> None:
+    def _ask(self, name: str, drafter: Drafter, sequences: Sequence[Drafts]) -> float:
+        """Let a drafter draft for all that are to ask it; the seconds that it took."""
         asked = [
             drafts
             for drafts in sequences
             if (active := drafts.active.get(name))
             and not active.stats.disabled
-            and (active.pace.ready() or not drafts.speculation.adaptive)
+            and (not drafts.speculation.adaptive or active.pace.ready())
         ]
         if not asked:
-            return
+            return 0.0
         sessions = [drafts.active[name].session for drafts in asked]
         limits = [drafts.speculation.max_nodes for drafts in asked]
         started = time.perf_counter()
@@ -156,24 +181,38 @@ class Drafting:
                 check(tree, self._vocab_size, limit)
         except Exception as error:  # a drafter is someone else's code: the requests go on without it
             self._disable(name, asked, repr(error))
-            return
+            return time.perf_counter() - started
         seconds = time.perf_counter() - started
         if seconds > _STALL_SECONDS * len(asked):
             self._disable(name, asked, f"took {seconds:.1f} s for {len(asked)} trees")
-            return
+            return seconds
         for drafts, tree in zip(asked, trees, strict=True):
-            drafts.active[name].offer = tree
-            drafts.active[name].seconds = seconds / len(asked)
+            active = drafts.active[name]
+            active.offer, active.seconds = tree, seconds / len(asked)
+            active.stats = replace(active.stats, asked=active.stats.asked + 1)
+        return seconds
 
     def _merged(self, drafts: Drafts) -> TokenTree:
         offers = [active for active in drafts.active.values() if active.offer]
-        return merge([active.calibration.calibrated(active.offer) for active in offers])
+        if not offers:
+            return EMPTY_TREE
+        merged = Merged([active.offer for active in offers])
+        for number, active in enumerate(offers):
+            active.shared = merged.shared(number)
+        return merged.tree([active.calibration.calibrated(active.offer, active.shared) for active in offers])
 
     def _disable(self, name: str, sequences: Sequence[Drafts], reason: str) -> None:
         log.warning("drafter switched off", drafter=name, requests=len(sequences), reason=reason)
         for drafts in sequences:
-            stats = drafts.active[name].stats
-            drafts.active[name].stats = DrafterStats(stats.offered, stats.verified, stats.accepted, reason)
+            drafts.active[name].stats = replace(drafts.active[name].stats, disabled=reason)
+
+
+def _share(seconds: float, sequences: Sequence[Drafts]) -> None:
+    """Charge what merging and choosing took to the drafters that were asked, by the nodes that they offered."""
+    asked = [active for drafts in sequences for active in drafts.active.values() if active.offer]
+    nodes = sum(len(active.offer) for active in asked)
+    for active in asked:
+        active.seconds += seconds * len(active.offer) / nodes
 
 
 def _plain(tree: TokenTree) -> TokenTree:

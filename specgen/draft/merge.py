@@ -1,31 +1,49 @@
-"""One tree from several drafters' trees: the same path is one node, with the highest confidence anyone has in it."""
+"""One tree from several drafters' trees: the same path is one node, and who agrees on it is known."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from specgen.types import EMPTY_TREE, TokenTree
+from specgen.types import TokenTree
 
 
-def merge(trees: Sequence[TokenTree]) -> TokenTree:
-    """The union of `trees` as sets of paths. Parents come before their children; earlier trees come first."""
-    full = [tree for tree in trees if len(tree)]
-    if len(full) <= 1:
-        return full[0] if full else EMPTY_TREE
-    tokens: list[int] = []
-    parents: list[int] = []
-    confidence: list[float] = []
-    merged: dict[tuple[int, int], int] = {}
-    for tree in full:
-        places = {-1: -1}
-        for node, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
-            key = places[parent], token
-            place = merged.get(key)
-            if place is None:
-                place = merged[key] = len(tokens)
-                tokens.append(token)
-                parents.append(key[0])
-                confidence.append(0.0)
-            confidence[place] = max(confidence[place], tree.confidence[node])
-            places[node] = place
-    return TokenTree(tuple(tokens), tuple(parents), tuple(confidence))
+class Merged:
+    """The union of trees as sets of paths. Parents come before their children; earlier trees come first.
+
+    places: for each tree the node of the union that each of its nodes became.
+    """
+
+    def __init__(self, trees: Sequence[TokenTree]) -> None:
+        self.places: list[list[int]] = []
+        self._nodes: dict[tuple[int, int], int] = {}
+        self._holders: list[int] = []
+        for tree in trees:
+            self._add(tree)
+
+    def shared(self, tree: int) -> list[bool]:
+        """For each node of a tree whether another tree holds it too."""
+        return [self._holders[place] > 1 for place in self.places[tree]]
+
+    def tree(self, confidences: Sequence[Sequence[float]]) -> TokenTree:
+        """The union, given the confidence of each tree's nodes. Where several hold a node, the mean is taken: each
+        of them is to be calibrated on the nodes that others hold too, so that agreement is in it already."""
+        sums = [0.0] * len(self._holders)
+        for places, confidence in zip(self.places, confidences, strict=True):
+            for place, value in zip(places, confidence, strict=True):
+                sums[place] += value
+        means = (total / holders for total, holders in zip(sums, self._holders, strict=True))
+        return TokenTree(
+            tuple(token for _, token in self._nodes), tuple(parent for parent, _ in self._nodes), tuple(means)
+        )
+
+    def _add(self, tree: TokenTree) -> None:
+        nodes, holders = self._nodes, self._holders
+        places: list[int] = []
+        for token, parent in zip(tree.tokens, tree.parents, strict=True):
+            key = (places[parent] if parent >= 0 else -1), token
+            place = nodes.setdefault(key, len(holders))
+            if place == len(holders):
+                holders.append(0)
+            holders[place] += 1
+            places.append(place)
+        self.places.append(places)

@@ -15,12 +15,14 @@ class EchoOptions(msgspec.Struct, frozen=True, kw_only=True):
     """hit_rate: share of positions, 0 to 1, where the truth is in the tree. Which ones is a function of `seed`.
     siblings: wrong nodes beside each node of the main path, each with a wrong child of its own.
     depth: length of the main path.
+    confidence: what each node claims, 0 to 1; `None` tells the truth, the hit rate over the nodes of a level.
     """
 
     hit_rate: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
     siblings: Annotated[int, msgspec.Meta(ge=0, le=62)] = 1
     depth: Annotated[int, msgspec.Meta(ge=1, le=63)] = 8
     seed: Annotated[int, msgspec.Meta(ge=0)] = 0
+    confidence: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
 
 
 def echo(setup: DrafterSetup) -> EchoDrafter:
@@ -72,8 +74,10 @@ class EchoSession(DraftSession):
                 wrong = [node for node in nodes if node != main][: max_nodes - len(tokens)]
                 tokens += child * len(wrong)
                 parents += wrong * len(child)
-        share = self._options.hit_rate / (self._options.siblings + 1)
-        return TokenTree(tuple(tokens), tuple(parents), (share,) * len(tokens))
+        claim = self._options.confidence
+        if claim is None:
+            claim = self._options.hit_rate / (self._options.siblings + 1)
+        return TokenTree(tuple(tokens), tuple(parents), (claim,) * len(tokens))
 
     def commit(self, tokens: Sequence[int]) -> None:
         """Forget the prediction for good once `tokens` have left it."""

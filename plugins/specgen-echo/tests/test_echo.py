@@ -83,6 +83,12 @@ def test_a_missed_position_is_missed_in_every_branch() -> None:
     assert False in shown
 
 
+def test_it_claims_what_it_is_told_to() -> None:
+    session = drafter(hit_rate=0.0, depth=20, confidence=0.9).open(PROMPT, DraftHints())
+    assert session.propose(60).confidence == (0.9,) * 60
+    assert set(drafter(siblings=3).open(PROMPT, DraftHints(TRUTH)).propose(60).confidence) == {0.25}
+
+
 def test_noise_has_wrong_siblings_and_wrong_branches_of_depth_two() -> None:
     tree = drafter(siblings=2, depth=3).open(PROMPT, DraftHints(TRUTH)).propose(63)
     below = children(tree)
@@ -130,6 +136,7 @@ def test_odd_predictions_and_vocabularies_do_no_harm(prediction: tuple[int, ...]
         ("hit_rate", float("nan")),
         ("hit_rate", "1"),
         ("siblings", -1),
+        ("confidence", 1.5),
         ("siblings", 1.5),
         ("depth", 0),
         ("seed", True),
@@ -142,7 +149,7 @@ def test_values_out_of_range_are_refused_by_name(option: str, value: object) -> 
 
 
 def test_unknown_options_are_refused_with_the_choices() -> None:
-    with pytest.raises(UnknownName, match="'hitrate'; choices: depth, hit_rate, seed, siblings"):
+    with pytest.raises(UnknownName, match="'hitrate'; choices: confidence, depth, hit_rate, seed, siblings"):
         drafter(hitrate=1.0)
 
 
