@@ -38,8 +38,8 @@ MODES = {"greedy": 0.0, "T=1": 1.0}
 GREEDY = "greedy"
 # Not drafters of their own: `prediction` needs a request that brings one, `echo` the truth.
 _NOT_ALONE = ("prediction", ECHO)
-# 60 nodes a step, none of them right, each of them sure of itself.
-_USELESS = {"hit_rate": 0.0, "siblings": 1, "depth": 20, "confidence": 0.9}
+# 62 nodes a step, none of them right, each of them sure of itself.
+_USELESS = {"hit_rate": 0.0, "siblings": 1, "depth": 21, "confidence": 0.9}
 _SEED = 1
 _PAGE = 64
 

@@ -84,7 +84,7 @@ def test_a_missed_position_is_missed_in_every_branch() -> None:
 
 
 def test_it_claims_what_it_is_told_to() -> None:
-    session = drafter(hit_rate=0.0, depth=20, confidence=0.9).open(PROMPT, DraftHints())
+    session = drafter(hit_rate=0.0, depth=21, confidence=0.9).open(PROMPT, DraftHints())
     assert session.propose(60).confidence == (0.9,) * 60
     assert set(drafter(siblings=3).open(PROMPT, DraftHints(TRUTH)).propose(60).confidence) == {0.25}
 
