@@ -38,8 +38,8 @@ MODES = {"greedy": 0.0, "T=1": 1.0}
 GREEDY = "greedy"
 # Not drafters of their own: `prediction` needs a request that brings one, `echo` the truth.
 _NOT_ALONE = ("prediction", ECHO)
-# 60 nodes a step, none of them right, each of them sure of itself.
-_USELESS = {"hit_rate": 0.0, "siblings": 1, "depth": 20, "confidence": 0.9}
+# 62 nodes a step, none of them right, each of them sure of itself.
+_USELESS = {"hit_rate": 0.0, "siblings": 1, "depth": 21, "confidence": 0.9}
 _SEED = 1
 _PAGE = 64
 
@@ -260,8 +260,9 @@ def _call(bench: Bench, system: System, mode: str, passes: int) -> Callable[[Pro
 
 def _options(args: argparse.Namespace, names: Sequence[str], prompts: Sequence[Prompt]) -> dict[str, Any]:
     chosen: dict[str, dict[str, Any]] = {name: {} for name in names}
-    if DRAFT_MODEL in chosen:
-        chosen[DRAFT_MODEL] = {"model": args.draft_model}
+    for name, (option, path) in _files(args).items():
+        if name in chosen:
+            chosen[name] = {option: path}
     if ECHO in chosen:
         chosen[ECHO] = dict(_USELESS)
     rooms = sorted((len(prompt.ids) + args.tokens + MAX_TREE_NODES + _PAGE for prompt in prompts), reverse=True)
@@ -410,7 +411,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME[+NAME]",
         help="drafters and combinations; default: each that is installed, and all together",
     )
-    options.add_argument("--draft-model", metavar="PATH", help=f"for the drafter '{DRAFT_MODEL}'")
+    options.add_argument("--draft-model", metavar="PATH", help=f"for the drafter '{DRAFT_MODEL}', which needs it")
+    options.add_argument("--head", metavar="FOLDER", help=f"for the drafter '{HEAD}', which needs it")
     options.add_argument("--per-category", type=int, metavar="N", help="prompts of each category; default: 5")
     options.add_argument("--batches", nargs="+", type=int, metavar="N", help="sizes of batches; default: 1 4 16")
     options.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: both")
@@ -423,10 +425,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def _files(args: argparse.Namespace) -> dict[str, tuple[str, str | None]]:
+    """Drafters that need a file of their own, with the option that names it."""
+    return {DRAFT_MODEL: ("model", args.draft_model), HEAD: ("path", args.head)}
+
+
 def _systems(args: argparse.Namespace) -> list[System]:
     """Off, each combination both ways, and the largest one beside a drafter that is never right."""
     offered = load_plugins().collect("drafters")
-    known = [name for name in offered if name != DRAFT_MODEL or args.draft_model]
+    files = _files(args)
+    known = [name for name in offered if name not in files or files[name][1]]
     named = combinations(args.drafters, known)
     systems = [System(), *(System(names, fixed) for names in named for fixed in (True, False))]
     if ECHO in offered:

@@ -1179,7 +1179,7 @@ def test_a_sequence_that_offers_more_gets_more_of_the_rows() -> None:
 
 def test_sixty_wrong_nodes_a_step_cost_no_rows(model: PreTrainedModel) -> None:
     """However sure of itself, and however many requests it drafts for: at most some rows of the first steps."""
-    bench = fixed(Bench(model, {"echo": echoes(0.0, siblings=1, depth=20, confidence=0.9)}))
+    bench = fixed(Bench(model, {"echo": echoes(0.0, siblings=1, depth=21, confidence=0.9)}))
     first = bench.alone(PROMPTS[0], max_tokens=100, prediction=greedy(model, PROMPTS[0], 100)).stats
     assert first.per_step_drafted[0] > 20
     assert sum(first.per_step_drafted) < 100
