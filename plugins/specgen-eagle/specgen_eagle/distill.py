@@ -43,14 +43,11 @@ def distill(engine: Engine, output: Path, work: Path, recipe: Recipe, told: Told
     if states is None:
         raise InvalidRequest("the corpus is empty", param="conversations")
     trainer = Trainer(head, engine.model, states, held_out, recipe.training, work)
-    curve = _curve(work / "curve.json")
     for point in trainer.run():
-        curve = [*(p for p in curve if p.step < point.step), point]
-        (work / "curve.json").write_bytes(msgspec.json.encode(curve))
         told("updates", point.step, recipe.training.steps)
     save_head(head, output, engine.model, str(engine.model.config.name_or_path or type(engine.model).__name__))
-    _write_manifest(output, engine.model, recipe, curve)
-    return curve
+    _write_manifest(output, engine.model, recipe, trainer.curve)
+    return trainer.curve
 
 
 def plot(curve: list[Point], path: Path) -> None:
@@ -74,10 +71,6 @@ def _same_recipe(path: Path, recipe: Recipe) -> None:
     if path.exists() and path.read_bytes() != written:
         raise InvalidRequest(f"{path.parent} was begun with another recipe; choose another folder", param="work")
     path.write_bytes(written)
-
-
-def _curve(path: Path) -> list[Point]:
-    return msgspec.json.decode(path.read_bytes(), type=list[Point]) if path.exists() else []
 
 
 def _write_manifest(output: Path, model: Any, recipe: Recipe, curve: list[Point]) -> None:

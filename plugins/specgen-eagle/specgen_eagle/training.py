@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def frequent(corpus: Sequence[Conversation], count: int, vocab_size: int) -> Ten
 class Trainer:
     """Updates of one head. `run` yields an evaluation every so often, after which the run can be taken up again.
 
-    folder: where the state of the run is kept.
+    folder: where the state of the run is kept. curve: the evaluations so far.
     """
 
     def __init__(
@@ -120,12 +121,13 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
         self._file = folder / "training.pt"
         self.step = 0
+        self.curve: list[Point] = []
         self._resume()
 
     def run(self) -> Iterator[Point]:
-        """Train to the end."""
+        """Train to the end; nothing if it is reached."""
         recent: list[float] = []
-        for batch in self._batches(self.step):
+        for batch in islice(self._batches(self.step), self.recipe.steps - self.step):
             self._optimizer.param_groups[0]["lr"] = self._learning_rate()
             with self._autocast():
                 lost = loss(self.head, batch, self.recipe.ahead, self.recipe.decay)
@@ -135,14 +137,11 @@ class Trainer:
             self._optimizer.zero_grad(set_to_none=True)
             recent.append(lost.item())
             self.step += 1
-            last = self.step == self.recipe.steps
-            if last or self.step % self.recipe.evaluate_every == 0:
-                point = Point(self.step, sum(recent) / len(recent), self.survival())
+            if self.step == self.recipe.steps or self.step % self.recipe.evaluate_every == 0:
+                self.curve.append(Point(self.step, sum(recent) / len(recent), self.survival()))
                 recent.clear()
                 self._keep()
-                yield point
-            if last:
-                return
+                yield self.curve[-1]
 
     def survival(self) -> tuple[float, ...]:
         """Of the text held out; see `Point`."""
@@ -198,7 +197,12 @@ class Trainer:
         return torch.autocast(self._embeddings.device.type, dtype=dtype if half else torch.bfloat16, enabled=half)
 
     def _keep(self) -> None:
-        kept = {"step": self.step, "head": self.head.state_dict(), "optimizer": self._optimizer.state_dict()}
+        kept = {
+            "step": self.step,
+            "curve": [(point.step, point.loss, point.survival) for point in self.curve],
+            "head": self.head.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+        }
         beside = self._file.with_suffix(".new")
         torch.save(kept, beside)
         beside.replace(self._file)
@@ -210,3 +214,4 @@ class Trainer:
         self.head.load_state_dict(kept["head"])
         self._optimizer.load_state_dict(kept["optimizer"])
         self.step = kept["step"]
+        self.curve = [Point(*point) for point in kept["curve"]]
