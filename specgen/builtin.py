@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from specgen.context.chat_template import chat_template
 from specgen.context.stage import ContextStageFactory
 from specgen.context.truncation import truncate
-from specgen.draft.draft_model import DraftModel
 from specgen.draft.drafter import DrafterFactory
 from specgen.draft.prediction import Prediction
 from specgen.draft.prompt_lookup import PromptLookup
+from specgen.draft.translation import draft_model
 from specgen.hookspecs import hookimpl
 from specgen.kv.formats import FORMATS, KVFormatFactory
 
@@ -30,4 +30,4 @@ def kv_formats() -> Mapping[str, KVFormatFactory]:
 @hookimpl
 def drafters() -> Mapping[str, DrafterFactory]:
     """The drafters that need no training."""
-    return {"prediction": Prediction, "prompt-lookup": PromptLookup, "draft-model": DraftModel}
+    return {"prediction": Prediction, "prompt-lookup": PromptLookup, "draft-model": draft_model}

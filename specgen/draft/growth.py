@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specgen.draft.budget import survivals
 from specgen.tree import path, select
-from specgen.types import EMPTY_TREE, TokenTree
+from specgen.types import TokenTree
 
 _LEAST_SURVIVAL = 0.1
 
@@ -77,8 +77,11 @@ class Growth:
 
     def best(self, max_nodes: int) -> TokenTree:
         """The `max_nodes` likeliest nodes."""
-        if not self.tokens:
-            return EMPTY_TREE
-        survival = survivals(self.tree)
-        order = sorted(range(len(survival)), key=lambda node: (-survival[node], node))
-        return select(self.tree, order[:max_nodes])
+        return likeliest(self.tree, max_nodes)
+
+
+def likeliest(tree: TokenTree, max_nodes: int) -> TokenTree:
+    """The tree of the `max_nodes` nodes that are likeliest to survive; of equal ones the first."""
+    survival = survivals(tree)
+    order = sorted(range(len(survival)), key=lambda node: (-survival[node], node))
+    return select(tree, order[:max_nodes])
