@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Annotated, Any
 
 import msgspec
@@ -57,9 +57,9 @@ def _same_tokens(setup: DrafterSetup, vocab_size: int, tokenizer: Any) -> bool:
         return True
     missing = "the engine has none" if setup.tokenizer is None else "there is none beside the draft model"
     raise DrafterMismatch(
-        f"drafter 'draft-model' has a vocabulary of {vocab_size}, the target of {setup.vocab_size}; choose "
-        "a draft model that shares the target's tokenizer, or give the tokenizers of both, so that it can draft through "
-        f"text: {missing}"
+        f"drafter 'draft-model' has a vocabulary of {vocab_size}, the target of {setup.vocab_size}; choose a "
+        "draft model that shares the target's tokenizer, or give the tokenizers of both, so that it can draft "
+        f"through text: {missing}"
     )
 
 
@@ -77,23 +77,24 @@ class Translation:
         own = draft.bos_token_id
         self._opening = [own] if own is not None and draft.encode("", add_special_tokens=True)[:1] == [own] else []
         theirs = getattr(target, "bos_token", None)
-        self._foreign = theirs if theirs and theirs not in draft.get_vocab() else ""
+        self._foreign = [] if theirs is None or theirs in draft.get_vocab() else [target.bos_token_id]
 
-    def revision(self, ids: Sequence[int], before: int, draft_ids: Sequence[int]) -> tuple[int, list[int]]:
+    def revision(self, ids: list[int], before: int, draft_ids: Sequence[int]) -> tuple[int, list[int]]:
         """How many of `draft_ids`, which say `ids[:before]`, stay, and what comes behind them so that all of `ids` is
         said. Looks at the last of them alone, unless it turns out that they were spelt otherwise."""
         start = max(0, before - CONTEXT)
         old, new = (self.draft.ids(self.target.text(ids[start:stop])) for stop in (before, len(ids)))
         same = _common(old, new)
         kept = len(draft_ids) - len(old) + same
-        if same and list(draft_ids[kept:]) == old[same:]:
+        if same and kept > 0 and list(draft_ids[kept - 1 :]) == old[same - 1 :]:
             return kept, new[same:]
         whole = self._whole(ids)
         kept = _common(draft_ids, whole)
         return kept, whole[kept:]
 
-    def _whole(self, ids: Sequence[int]) -> list[int]:
-        said = self.draft.ids(self.target.text(ids).removeprefix(self._foreign))
+    def _whole(self, ids: list[int]) -> list[int]:
+        heard = ids[1:] if ids[:1] == self._foreign else ids
+        said = self.draft.ids(self.target.text(heard))
         return said if said[:1] == self._opening else self._opening + said
 
     def tree(self, ids: Sequence[int], read: int, drafted: TokenTree) -> TokenTree:
@@ -150,8 +151,8 @@ class _Step:
 
 def _falling(tokens: Sequence[int], reached: Sequence[float]) -> TokenTree:
     """A chain of tokens, given the chance that the text goes on as far as each."""
-    above = (1.0, *reached)
-    confidence = (chance / parent if parent else 0.0 for chance, parent in zip(reached, above, strict=False))
+    chances = list(accumulate(reached, min))
+    confidence = (chance / above if above else 0.0 for chance, above in zip(chances, (1.0, *chances), strict=False))
     return TokenTree(tuple(tokens), tuple(range(-1, len(tokens) - 1)), tuple(confidence))
 
 
