@@ -102,8 +102,10 @@ class Translation:
 
         A path is left out where the target would have spelt `ids` otherwise, had it been about to say it.
         """
-        before = self.target.text(ids[max(0, read - CONTEXT) : read])
-        begun = [*self.target.ids(before), *ids[read:]]
+        start = max(0, read - CONTEXT)
+        before = self.target.text(ids[start:read])
+        # As committed, or where that was cut at an odd place or is odd itself, as the tokenizer would write it.
+        begun = [list(ids[start:]), [*self.target.ids(before), *ids[read:]]]
         said: list[str] = []
         for node, parent in enumerate(drafted.parents):
             tokens = [drafted.tokens[step] for step in path(drafted, node)]
@@ -113,23 +115,24 @@ class Translation:
         paths = ([_Step(drafted.tokens[n], said[n], survival[n]) for n in path(drafted, leaf)] for leaf in leaves)
         return merge([self._chain(before, begun, steps) for steps in paths])
 
-    def _chain(self, before: str, begun: Sequence[int], steps: Sequence[_Step]) -> TokenTree:
-        """The target's tokens for what `steps` say behind the text `before`, of which `begun` are committed."""
+    def _chain(self, before: str, begun: Sequence[list[int]], steps: Sequence[_Step]) -> TokenTree:
+        """The target's tokens for what `steps` say behind the text `before`, which was spelt as one of `begun`."""
         plain = list(takewhile(lambda step: step.token not in self.special, steps))
         spelt = self.target.ids(before + (plain[-1].whole if plain else ""))
-        if spelt[: len(begun)] != begun:
+        committed = next((len(ids) for ids in begun if spelt[: len(ids)] == ids), None)
+        if committed is None:
             return EMPTY_TREE
         tokens: list[int] = []
         reached: list[float] = []
         written = ""
-        for token in takewhile(lambda token: token < self._vocab_size, spelt[len(begun) :]):
+        for token in takewhile(lambda token: token < self._vocab_size, spelt[committed:]):
             tokens.append(token)
             written = self.target.lengthened(written, tokens)
             reached.append(
                 next((step.survival for step in plain if len(step.whole) >= len(written)), plain[-1].survival)
             )
         for step in steps[len(plain) : len(plain) + 1]:
-            if len(tokens) == len(spelt) - len(begun) and (end := self.special[step.token]) is not None:
+            if len(tokens) == len(spelt) - committed and (end := self.special[step.token]) is not None:
                 tokens.append(end)
                 reached.append(step.survival)
         return _falling(tokens, reached)

@@ -298,6 +298,17 @@ def test_a_path_that_would_have_been_spelt_otherwise_is_left_out() -> None:
     assert offered("coarse bytes", "fine bytes", ours.encode("The har"), "bour before")[0] == []
 
 
+def test_white_space_that_is_spelt_otherwise_at_the_end_of_a_text_is_no_obstacle() -> None:
+    """As GPT-2 does: two line ends are one token alone, and two before a word."""
+    ours = TOKENIZERS["coarse bytes"]
+    whole = ours.encode("The dog\n\nreads")
+    assert len(ours.encode("\n\n")) == 1
+    before = [*ours.encode("The dog"), *ours.encode("\n") * 2]
+    assert whole[: len(before)] == before
+    tokens, _ = offered("coarse bytes", "pieces", before, "reads")
+    assert before + tokens == whole
+
+
 def test_the_draft_models_end_of_text_is_the_targets() -> None:
     ours, pieces = TOKENIZERS["coarse bytes"], TOKENIZERS["pieces"]
     tokens, _ = offered("coarse bytes", "pieces", ours.encode("The dog"), " reads", end=True)
