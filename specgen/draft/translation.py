@@ -129,7 +129,7 @@ class Translation:
             tokens.append(token)
             written = self.target.lengthened(written, tokens)
             reached.append(
-                next((step.survival for step in plain if len(step.whole) >= len(written)), plain[-1].survival)
+                next((step.survival for step in plain if len(step.whole) >= len(written)), steps[-1].survival)
             )
         for step in steps[len(plain) : len(plain) + 1]:
             if len(tokens) == len(spelt) - committed and (end := self.special[step.token]) is not None:
