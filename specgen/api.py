@@ -18,7 +18,7 @@ from specgen.engine import Counters, EngineCore
 from specgen.errors import UnknownName
 from specgen.kv.stored import CacheOptions
 from specgen.model.calibration import calibration_ids
-from specgen.model.loading import check_same_tokenizer, load_model, load_tokenizer
+from specgen.model.loading import load_model, load_tokenizer
 from specgen.model.target import Target
 from specgen.params import SamplingParams
 from specgen.plugins import Plugins, load_plugins
@@ -38,7 +38,7 @@ class Engine:
         engine = Engine.from_pretrained("path/to/model")
         result = engine.generate([{"role": "user", "content": "Hello"}], max_tokens=64)
 
-    `options` are the fields of `EngineConfig`, and `draft_model` for a smaller model of the same tokenizer.
+    `options` are the fields of `EngineConfig`, and `draft_model` for a smaller model.
     `prefix` pins, saves and loads the prefix cache. `responses` has the response cache's `stats` and `clear()`.
     Raises UnsupportedModel, DrafterMismatch, PluginError or InvalidRequest when something does not fit.
     """
@@ -56,7 +56,7 @@ class Engine:
         self.plugins = plugins or load_plugins()
         self.tokenizer = tokenizer
         self.model = model
-        self.target = self._target(model, self.config.kv_tokens, self._invariant())
+        self.target = self._target(model, tokenizer, self.config.kv_tokens, self._invariant())
         self._core = EngineCore(
             self.target,
             self._drafters(),
@@ -179,16 +179,16 @@ class Engine:
             built[name] = offered[name](setup)
         return built
 
-    def _load_draft_model(self, source: str | Path | PreTrainedModel, *, tokenizer: Any = None) -> Target:
+    def _load_draft_model(self, source: str | Path | PreTrainedModel) -> tuple[Target, Any]:
+        tokenizer = load_tokenizer(source)
         if not isinstance(source, PreTrainedModel):
-            check_same_tokenizer(load_tokenizer(source), tokenizer)
             source = load_model(source, dtype=self.target.model.dtype, device=self.target.device)
         # What a drafter rounds changes no text.
-        drafter = self._target(source, self.target.pool.capacity, invariant=False)
+        drafter = self._target(source, tokenizer, self.target.pool.capacity, invariant=False)
         drafter.compile(self.config.compile)
-        return drafter
+        return drafter, tokenizer
 
-    def _target(self, model: PreTrainedModel, kv_tokens: int | None, invariant: bool | None) -> Target:
+    def _target(self, model: PreTrainedModel, tokenizer: Any, kv_tokens: int | None, invariant: bool | None) -> Target:
         formats = self.plugins.collect("kv_formats")
         if self.config.kv_format not in formats:
             raise UnknownName("KV format", self.config.kv_format, formats, param="kv_format")
@@ -197,7 +197,7 @@ class Engine:
             kv_tokens=kv_tokens,
             max_context=self.config.max_context,
             kv_format=formats[self.config.kv_format](),
-            calibration=calibration_ids(self.tokenizer),
+            calibration=calibration_ids(tokenizer),
             invariant=invariant,
             cpu_kernels=self.config.cpu_kernels,
         )

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from specgen.context.chat_template import chat_template
 from specgen.context.stage import ContextStageFactory
 from specgen.context.truncation import truncate
-from specgen.draft.draft_model import DraftModel
 from specgen.draft.drafter import DrafterFactory
 from specgen.draft.prediction import Prediction
 from specgen.draft.prompt_lookup import PromptLookup
 from specgen.draft.recycling import Recycling
+from specgen.draft.translation import draft_model
 from specgen.hookspecs import hookimpl
 from specgen.kv.formats import FORMATS, KVFormatFactory
 
@@ -35,5 +35,5 @@ def drafters() -> Mapping[str, DrafterFactory]:
         "prediction": Prediction,
         "prompt-lookup": PromptLookup,
         "recycling": Recycling,
-        "draft-model": DraftModel,
+        "draft-model": draft_model,
     }

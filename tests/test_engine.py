@@ -198,12 +198,7 @@ def echoes(hit_rate: float, **options: Any) -> Drafter:
 
 
 def drafted_by(model: PreTrainedModel, *, kv_tokens: int = 2048, **options: int) -> DraftModel:
-    setup = DrafterSetup(
-        VOCABULARY,
-        options={"model": model, **options},
-        load_model=lambda source, tokenizer: Target(source, kv_tokens=kv_tokens),
-    )
-    return DraftModel(setup)
+    return DraftModel(Target(model, kv_tokens=kv_tokens), VOCABULARY, **options)
 
 
 def all_drafters(smaller: PreTrainedModel) -> dict[str, Drafter]:

@@ -10,9 +10,7 @@ import typer
 Model = Annotated[
     str | None, typer.Option("--model", "-m", metavar="PATH", help="Model folder or name. Default: the demo model.")
 ]
-DraftModel = Annotated[
-    str | None, typer.Option(metavar="PATH", help="A smaller model of the same tokenizer that drafts.")
-]
+DraftModel = Annotated[str | None, typer.Option(metavar="PATH", help="A smaller model that drafts.")]
 Drafters = Annotated[
     str | None, typer.Option(metavar="A,B", help="Drafters in order of preference. Default: the engine's.")
 ]

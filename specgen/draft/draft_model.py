@@ -5,20 +5,18 @@ al. 2024): one packed forward per depth for the whole batch, the most confident 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Protocol
+from typing import Protocol
 
-import msgspec
 import torch
 from torch import Tensor
 
-from specgen.draft.drafter import Drafter, DrafterSetup, DraftHints, DraftSession
+from specgen.draft.drafter import Drafter, DraftHints, DraftSession
 from specgen.draft.growth import Growth
-from specgen.errors import DrafterMismatch, InvalidRequest, OutOfPages
+from specgen.errors import OutOfPages
 from specgen.kv.pool import BlockTable, KVPool
 from specgen.kv.prefix import PrefixCache
 from specgen.kv.radix import CacheKey
 from specgen.kv.segment import Segment
-from specgen.options import read_options
 from specgen.types import TokenTree
 
 _ROWS_PER_FORWARD = 512
@@ -35,36 +33,23 @@ class PackedModel(Protocol):
         """[wanted rows, vocab]."""
 
 
-class DraftModelOptions(msgspec.Struct, frozen=True):
-    """model: path or loaded model, required. depth of the tree. width: nodes grown per depth, and children of each."""
-
-    model: Any = None
-    depth: Annotated[int, msgspec.Meta(ge=1, le=16)] = 5
-    width: Annotated[int, msgspec.Meta(ge=1, le=8)] = 3
-
-
 class DraftModel(Drafter):
-    """Drafts with a model that `setup.load_model` makes of the option `model`; see `DraftModelOptions`."""
+    """Drafts with `model`, tokens below `vocab_size` alone.
 
-    def __init__(self, setup: DrafterSetup) -> None:
-        options = read_options("drafter 'draft-model'", setup.options, DraftModelOptions)
-        if options.model is None or setup.load_model is None:
-            raise InvalidRequest("drafter 'draft-model' needs the option model: a path or a model", param="model")
-        self.depth, self.width = options.depth, options.width
-        self.model: PackedModel = setup.load_model(options.model, tokenizer=setup.tokenizer)
-        self.vocab_size = setup.vocab_size
-        self.prefix = PrefixCache(self.model.pool)
+    depth: levels of a tree, at least 1. width: nodes grown per level, and children of each, at least 1.
+    """
+
+    def __init__(self, model: PackedModel, vocab_size: int, *, depth: int = 5, width: int = 3) -> None:
+        self.model = model
+        self.vocab_size = vocab_size
+        self.depth, self.width = depth, width
+        self.prefix = PrefixCache(model.pool)
         self._open = 0
-        if self.model.vocab_size != setup.vocab_size:
-            raise DrafterMismatch(
-                f"drafter 'draft-model' has a vocabulary of {self.model.vocab_size}, the target of {setup.vocab_size}; "
-                "choose a draft model that shares the target's tokenizer"
-            )
 
-    def open(self, prompt: Sequence[int], hints: DraftHints) -> DraftSession:
+    def open(self, prompt: Sequence[int], hints: DraftHints) -> DraftModelSession:
         """A session with a table of its own in the draft model's pool; the prompt is read after the first commit."""
         self._open += 1
-        return _Session(self, prompt, CacheKey(tenant=hints.cache_salt))
+        return DraftModelSession(self, prompt, CacheKey(tenant=hints.cache_salt))
 
     def closed(self) -> None:
         """A session was closed."""
@@ -72,7 +57,7 @@ class DraftModel(Drafter):
 
     def propose(self, sessions: Sequence[DraftSession], max_nodes: Sequence[int]) -> list[TokenTree]:
         """Grow one tree per session, all of them together in each forward."""
-        growths = [session.grow() for session in sessions if isinstance(session, _Session)]
+        growths = [session.grow() for session in sessions if isinstance(session, DraftModelSession)]
         alive = [growth for growth in growths if growth.session.reserve(self.depth * self.width)]
         self._read(alive)
         for _ in range(1, self.depth):
@@ -81,7 +66,7 @@ class DraftModel(Drafter):
                 break
             logits = self.model.forward([growth.segment() for growth in alive])
             for growth, rows in zip(alive, logits.split([len(g.picked) for g in alive]), strict=True):
-                growth.read(rows, self.width)
+                growth.read(rows[:, : self.vocab_size], self.width)
         return [growth.best(most) for growth, most in zip(growths, max_nodes, strict=True)]
 
     def check(self) -> None:
@@ -101,20 +86,24 @@ class DraftModel(Drafter):
             for growth, segment in zip(behind, segments, strict=True):
                 growth.session.table.commit(len(segment.tokens))
                 if segment.logits:
-                    growth.read(next(rows)[None], self.width)
+                    growth.read(next(rows)[None, : self.vocab_size], self.width)
             behind = [growth for growth in behind if growth.session.is_behind]
 
 
-class _Session(DraftSession):
+class DraftModelSession(DraftSession):
+    """`ids` are those committed so far; the rows of `table` that are written stand for their beginning."""
+
     def __init__(self, drafter: DraftModel, prompt: Sequence[int], key: CacheKey) -> None:
         self._drafter = drafter
         self._key = key
         self.ids = list(prompt)
         self._prompt_length = len(prompt)
         self.table: BlockTable = drafter.model.pool.open()
+        self._adopted = 0
         self._growth: _Growth | None = None
 
     def propose(self, max_nodes: int) -> TokenTree:
+        """As `DraftModel.propose`, alone."""
         return self._drafter.propose([self], [max_nodes])[0]
 
     def commit(self, tokens: Sequence[int]) -> None:
@@ -124,16 +113,31 @@ class _Session(DraftSession):
         self._growth = None
         self.ids.extend(tokens)
 
+    def revise(self, kept: int, tokens: Sequence[int]) -> None:
+        """Take back all ids behind the first `kept`, then commit `tokens`."""
+        if kept < len(self.ids):
+            self._growth = None
+            del self.ids[kept:]
+            self.table.length = min(self.table.length, kept)
+            if kept < self._adopted:
+                # Rows that others may read are not written again: the next reading adopts anew.
+                self.table.trim(0)
+                self.table.length = self._adopted = 0
+        self.commit(tokens)
+
     def close(self) -> None:
+        """Leave what was read to the drafter's prefix cache."""
         self._drafter.prefix.retire(self._key, self.ids, self.table)
         self._drafter.closed()
 
     def grow(self) -> _Growth:
+        """Begin a tree."""
         self._growth = _Growth(self)
         return self._growth
 
     @property
     def is_behind(self) -> bool:
+        """Whether there are ids that the model has not read."""
         return self.table.length < len(self.ids)
 
     def reserve(self, tree_rows: int) -> bool:
@@ -151,6 +155,7 @@ class _Session(DraftSession):
         if not self.table.pages:
             lease = self._drafter.prefix.match(self._key, self.ids)
             self.table.adopt(lease.pages, lease.tokens)
+            self._adopted = lease.tokens
         try:
             self.table.reserve(len(self.ids) + tree_rows)
         except OutOfPages:
@@ -158,16 +163,20 @@ class _Session(DraftSession):
         return True
 
     def unread(self, most: int) -> Segment:
+        """The next ids to read, at most `most`, with logits wanted behind the last of all."""
+        size = self._drafter.model.vocab_size
         start = self.table.length
         stop = min(len(self.ids), start + most)
         wanted = (stop - start - 1,) if stop == len(self.ids) else ()
-        return Segment(self.table, self.ids[start:stop], range(start, stop), None, wanted)
+        # Models of one tokenizer may be padded to vocabularies of different sizes; what is there means nothing.
+        tokens = [token if token < size else 0 for token in self.ids[start:stop]]
+        return Segment(self.table, tokens, range(start, stop), None, wanted)
 
 
 class _Growth(Growth):
     """A tree under one session's last id."""
 
-    def __init__(self, session: _Session) -> None:
+    def __init__(self, session: DraftModelSession) -> None:
         super().__init__()
         self.session = session
 

@@ -75,14 +75,15 @@ class DrafterSetup:
     """What a drafter factory is given when an engine is built.
 
     options: what the user wrote for this drafter. A factory refuses unknown ones by name.
-    load_model: turns a path or a model into a packed model that the drafter may own, with `kv_tokens` of KV.
+    load_model: turns a path or a model into a packed model that the drafter may own, with `kv_tokens` of KV, and its
+        tokenizer, None where there is none.
     target: the target's model, to read its config and weights; not to be run or changed.
     """
 
     vocab_size: int
     tokenizer: Any = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    load_model: Callable[..., Any] | None = None
+    load_model: Callable[[Any], tuple[Any, Any]] | None = None
     target: Any = None
 
 

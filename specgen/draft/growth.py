@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specgen.draft.budget import survivals
+from specgen.draft.budget import likeliest, survivals
 from specgen.tree import path, select
-from specgen.types import EMPTY_TREE, TokenTree
+from specgen.types import TokenTree
 
 _LEAST_SURVIVAL = 0.1
 
@@ -41,13 +41,14 @@ class Growth:
                 self.parents.append(parent)
                 self.confidence.append(min(1.0, chance))
 
-    def pick(self, width: int) -> list[int]:
-        """Choose the likeliest `width` nodes of the deepest level to grow next; none when nothing there is likely."""
+    def pick(self, width: int, least: float = _LEAST_SURVIVAL) -> list[int]:
+        """Choose the likeliest `width` nodes of the deepest level to grow next, those that survive with a chance of
+        `least` or more."""
         survival = survivals(self.tree)
         previous = set(self.picked)
         level = [node for node, parent in enumerate(self.parents) if parent in previous and node not in self.row]
         level.sort(key=lambda node: (-survival[node], node))
-        self.picked = sorted(node for node in level[:width] if survival[node] >= _LEAST_SURVIVAL)
+        self.picked = sorted(node for node in level[:width] if survival[node] >= least)
         for node in self.picked:
             self.row[node] = len(self.row)
         return self.picked
@@ -77,8 +78,4 @@ class Growth:
 
     def best(self, max_nodes: int) -> TokenTree:
         """The `max_nodes` likeliest nodes."""
-        if not self.tokens:
-            return EMPTY_TREE
-        survival = survivals(self.tree)
-        order = sorted(range(len(survival)), key=lambda node: (-survival[node], node))
-        return select(self.tree, order[:max_nodes])
+        return select(self.tree, likeliest(self.tree, max_nodes))

@@ -47,3 +47,8 @@ class Merged:
             holders[place] += 1
             places.append(place)
         self.places.append(places)
+
+
+def merge(trees: Sequence[TokenTree]) -> TokenTree:
+    """The union of `trees`, whose confidences speak of the same thing; where several hold a node, their mean."""
+    return Merged(trees).tree([tree.confidence for tree in trees])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from specgen.errors import DrafterMismatch, InvalidRequest
+from specgen.errors import InvalidRequest
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -46,20 +46,12 @@ def load_model(
     return model
 
 
-def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer beside a model, or None where there is none."""
+def load_tokenizer(source: str | Path | PreTrainedModel) -> Any:
+    """The tokenizer beside a model, or where a loaded model came from; None where there is none."""
+    place = source.name_or_path if isinstance(source, PreTrainedModel) else source
+    if not place:
+        return None
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError):
         return None
-
-
-def check_same_tokenizer(drafter: Any, target: Any) -> None:
-    """Raise DrafterMismatch if two tokenizers spell differently; says nothing where one of them is missing."""
-    if drafter is None or target is None:
-        return
-    ours, theirs = drafter.get_vocab(), target.get_vocab()
-    if ours != theirs:
-        odd = next((token for token in ours if theirs.get(token) != ours[token]), None)
-        what = f"token {odd!r} is {ours[odd]}, the target's is {theirs.get(odd)}" if odd else "it lacks tokens"
-        raise DrafterMismatch(f"drafter 'draft-model' has another vocabulary than the target: {what}")

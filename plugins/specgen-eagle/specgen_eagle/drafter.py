@@ -29,6 +29,8 @@ from specgen_eagle.head import EagleHead
 
 _ROWS_PER_FORWARD = 512
 _FIRST_ROOM = 256
+# A level costs little beside a step of the target: grow what is unlikely too, the budget may leave it out.
+_LEAST_SURVIVAL = 0.02
 _EMPTY = TokenTree((), (), ())
 
 
@@ -77,7 +79,7 @@ class Eagle(Drafter):
         growths = [(session, session.grow()) for session in ready]
         self._extend(growths, [session.root for session in ready])
         for _ in range(1, self.depth):
-            growths = [(session, growth) for session, growth in growths if growth.pick(self.width)]
+            growths = [(session, growth) for session, growth in growths if growth.pick(self.width, _LEAST_SURVIVAL)]
             if not growths:
                 break
             parts = [session.level(growth) for session, growth in growths]
