@@ -31,9 +31,19 @@ class Merged:
         for places, confidence in zip(self.places, confidences, strict=True):
             for place, value in zip(places, confidence, strict=True):
                 sums[place] += value
-        means = (total / holders for total, holders in zip(sums, self._holders, strict=True))
+        return self._with([total / holders for total, holders in zip(sums, self._holders, strict=True)])
+
+    def surest(self, confidences: Sequence[Sequence[float]]) -> TokenTree:
+        """The union, each node as sure as the tree that is surest of it."""
+        best = [0.0] * len(self._holders)
+        for places, confidence in zip(self.places, confidences, strict=True):
+            for place, value in zip(places, confidence, strict=True):
+                best[place] = max(best[place], value)
+        return self._with(best)
+
+    def _with(self, confidence: Sequence[float]) -> TokenTree:
         return TokenTree(
-            tuple(token for _, token in self._nodes), tuple(parent for parent, _ in self._nodes), tuple(means)
+            tuple(token for _, token in self._nodes), tuple(parent for parent, _ in self._nodes), tuple(confidence)
         )
 
     def _add(self, tree: TokenTree) -> None:
@@ -47,8 +57,3 @@ class Merged:
             holders[place] += 1
             places.append(place)
         self.places.append(places)
-
-
-def merge(trees: Sequence[TokenTree]) -> TokenTree:
-    """The union of `trees`, whose confidences speak of the same thing; where several hold a node, their mean."""
-    return Merged(trees).tree([tree.confidence for tree in trees])

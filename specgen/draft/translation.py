@@ -17,7 +17,7 @@ import msgspec
 from specgen.draft.budget import likeliest, survivals
 from specgen.draft.draft_model import DraftModel, DraftModelSession
 from specgen.draft.drafter import Drafter, DrafterSetup, DraftHints, DraftSession
-from specgen.draft.merge import merge
+from specgen.draft.merge import Merged
 from specgen.draft.spelling import CONTEXT, HALF, Spelling
 from specgen.errors import DrafterMismatch, InvalidRequest
 from specgen.options import read_options
@@ -112,7 +112,8 @@ class Translation:
         survival = survivals(drafted)
         leaves = sorted(set(range(len(drafted))) - set(drafted.parents))
         paths = ([_Step(drafted.tokens[n], said[n], survival[n]) for n in path(drafted, leaf)] for leaf in leaves)
-        return merge([self._chain(before, begun, steps) for steps in paths])
+        chains = [self._chain(before, begun, steps) for steps in paths]
+        return Merged(chains).surest([chain.confidence for chain in chains])
 
     def _chain(self, before: str, begun: Sequence[list[int]], steps: Sequence[_Step]) -> TokenTree:
         """The target's tokens for what `steps` say behind the text `before`, which was spelt as one of `begun`."""
