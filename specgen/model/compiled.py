@@ -8,6 +8,7 @@ may change between two calls is an input of the graph.
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -72,7 +73,7 @@ class CompiledForward:
                 "post_grad_custom_pre_pass": GroupLinears(),
             },
         )
-        with _kept():
+        with _kept(), _uncollected():
             self._warm_up()
 
     def __call__(self, segments: Sequence[Segment], tokens: Sequence[int], positions: Sequence[int]) -> Scores:
@@ -120,6 +121,18 @@ def _kept() -> Iterator[None]:
             os.environ.pop(_FOLDER, None)
         else:
             os.environ[_FOLDER] = before
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Tracing makes millions of objects that stay until its end: looking through them for garbage is in vain."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def _filled(wanted: list[int]) -> list[int]:
