@@ -8,6 +8,8 @@ may change between two calls is an input of the graph.
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import gc
 import os
 import threading
@@ -185,7 +187,7 @@ def compile_forward(
 
 
 def in_background(work: Callable[[], CompiledForward]) -> Future[CompiledForward]:
-    """Run `work` on a daemon thread: a program may end before it is done."""
+    """Run `work` on a daemon thread: a program may end before it is done, and waits for no more than what it is at."""
     future: Future[CompiledForward] = Future()
 
     def run() -> None:
@@ -194,5 +196,14 @@ def in_background(work: Callable[[], CompiledForward]) -> Future[CompiledForward
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, name="specgen-compile", daemon=True).start()
+    thread = threading.Thread(target=run, name="specgen-compile", daemon=True)
+    thread.start()
+    atexit.register(_abandon, thread)
     return future
+
+
+def _abandon(thread: threading.Thread) -> None:
+    """An interpreter that ends while the thread is inside of the compiler's C++ would abort: see it out."""
+    if thread.is_alive():
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+        thread.join()

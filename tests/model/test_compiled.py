@@ -101,6 +101,23 @@ with Engine(build("llama"), kv_tokens=256, compile=True) as engine:
 """
 
 
+_HURRIED = """
+from specgen import Engine
+from tests.models.tiny import build
+
+with Engine(build("llama"), kv_tokens=256, compile="background") as engine:
+    engine.generate([5, 6, 7], max_tokens=1, temperature=0)
+"""
+
+
+def test_a_program_may_end_while_it_compiles(tmp_path: Path) -> None:
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    command = [sys.executable, "-c", _HURRIED]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "terminate" not in ended.stderr
+
+
 def test_two_processes_may_compile_at_once(tmp_path: Path) -> None:
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
     command = [sys.executable, "-c", _TWIN]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -133,13 +134,19 @@ class Eagle(Drafter):
             growth.extend(shares.tolist(), ids.tolist())
 
 
+@dataclass(frozen=True, slots=True)
 class Part:
-    """Rows of one session in one forward of the head. visible: bool[rows, cache rows behind the committed ones]."""
+    """Rows of one session in one forward of the head.
 
-    def __init__(
-        self, cache: Cache, tokens: Sequence[int], positions: Sequence[int], states: Tensor, visible: Tensor
-    ) -> None:
-        self.cache, self.tokens, self.positions, self.states, self.visible = cache, tokens, positions, states, visible
+    states: [rows, width], the target's or the head's own before each token. visible: bool[rows, n], what each row sees
+    of the last n rows in the cache once these are written.
+    """
+
+    cache: Cache
+    tokens: Sequence[int]
+    positions: Sequence[int]
+    states: Tensor
+    visible: Tensor
 
 
 class Cache:
