@@ -117,7 +117,7 @@ def test_json_is_the_whole_result(invoke: Invoke, tiny: Path) -> None:
     assert found["finish_reason"] == "length"
     assert len(found["ids"]) == found["usage"]["completion_tokens"] == 6
     assert found["usage"]["total_tokens"] == found["usage"]["prompt_tokens"] + 6
-    assert set(found["drafters"]) == {"prediction", "prompt-lookup"}
+    assert set(found["drafters"]) == {"prediction", "prompt-lookup", "recycling"}
     assert result.stderr == ""
 
 
