@@ -81,16 +81,16 @@ class Gate:
         self.waiting = False
         self._permits = threading.Semaphore(0)
         self._open = False
-        forward = engine.target.forward
+        score = engine.target.score
 
-        def held(segments: Any) -> torch.Tensor:
+        def held(segments: Any) -> Any:
             if not self._open:
                 self.waiting = True
                 self._permits.acquire(timeout=SECONDS)
                 self.waiting = False
-            return forward(segments)
+            return score(segments)
 
-        engine.target.forward = held  # type: ignore[method-assign]
+        engine.target.score = held  # type: ignore[method-assign]
 
     def step(self) -> None:
         """One forward, and all that follows from it, up to the next."""
@@ -397,15 +397,15 @@ def test_a_twin_may_leave_when_some_samples_are_finished(engine: Engine) -> None
 
 
 def test_a_run_that_fails_fails_all_its_listeners_and_is_not_kept(engine: Engine) -> None:
-    forward, calls = engine.target.forward, []
+    score, calls = engine.target.score, []
 
-    def fails_once(segments: Any) -> torch.Tensor:
+    def fails_once(segments: Any) -> Any:
         calls.append(segments)
         if len(calls) == 3:
             raise MemoryError("no memory for this step")
-        return forward(segments)
+        return score(segments)
 
-    engine.target.forward = fails_once  # type: ignore[method-assign]
+    engine.target.score = fails_once  # type: ignore[method-assign]
     twins = engine._runner.submit(
         *(engine._builder.build(PROMPT, SamplingParams(**GREEDY), copies=False) for _ in range(2))
     )
