@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from specgen.context.stage import Context, ContextStage, ContextStageFactory
     from specgen.draft.drafter import Drafter, DrafterFactory, DrafterSetup, DraftHints, DraftSession
     from specgen.draft.features import Features, Wanted
-    from specgen.draft.growth import Growth
+    from specgen.draft.growth import Growth, best_first
     from specgen.dropin import custom_generate
     from specgen.errors import (
         ContextLengthExceeded,
@@ -80,6 +80,7 @@ __all__ = [
     "Usage",
     "Wanted",
     "__version__",
+    "best_first",
     "custom_generate",
     "generate",
     "hookimpl",
@@ -128,6 +129,7 @@ _HOMES = {
     "UnsupportedModel": "specgen.errors",
     "Usage": "specgen.types",
     "Wanted": "specgen.draft.features",
+    "best_first": "specgen.draft.growth",
     "custom_generate": "specgen.dropin",
     "generate": "specgen.api",
     "hookimpl": "specgen.hookspecs",

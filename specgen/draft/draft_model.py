@@ -188,6 +188,6 @@ class _Growth(Growth):
     def segment(self) -> Segment:
         """The picked nodes as rows that see the rows of their ancestors."""
         table = self.session.table
-        positions = [table.length - 1 + self.depth_of(node) for node in self.row]
+        positions = [table.length - 1 + self.depth[node] for node in self.row]
         tokens = [self.tokens[node] for node in self.picked]
         return Segment(table, tokens, positions, self.visible(), range(len(tokens)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from heapq import heappop, heappush
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,18 +15,21 @@ from specgen.types import TokenTree
 
 _LEAST_SURVIVAL = 0.1
 
+State = TypeVar("State")
+
 
 class Growth:
     """Nodes with their chances given their parents. `picked` are those to grow next, -1 is the root.
 
-    `row` numbers the nodes in the order in which they were picked: whoever computes them keeps what belongs to a node
-    under that number.
+    `depth` is 1 for children of the root. `row` numbers the nodes in the order in which they were picked: whoever
+    computes them keeps what belongs to a node under that number.
     """
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self.confidence: list[float] = []
+        self.depth: list[int] = []
         self.row: dict[int, int] = {}
         self.picked = [-1]
 
@@ -40,6 +45,7 @@ class Growth:
                 self.tokens.append(token)
                 self.parents.append(parent)
                 self.confidence.append(min(1.0, chance))
+                self.depth.append(self.depth[parent] + 1 if parent >= 0 else 1)
 
     def pick(self, width: int, least: float = _LEAST_SURVIVAL) -> list[int]:
         """Choose the likeliest `width` nodes of the deepest level to grow next, those that survive with a chance of
@@ -53,15 +59,12 @@ class Growth:
             self.row[node] = len(self.row)
         return self.picked
 
-    def depth_of(self, node: int) -> int:
-        """1 for a child of the root."""
-        return len(path(self.tree, node))
-
     def visible(self) -> Tensor:
         """bool[picked, rows]: which rows each picked node sees, its own and its ancestors'."""
         mask = torch.zeros(len(self.picked), len(self.row), dtype=torch.bool)
+        tree = self.tree
         for index, node in enumerate(self.picked):
-            mask[index, [self.row[ancestor] for ancestor in path(self.tree, node)]] = True
+            mask[index, [self.row[ancestor] for ancestor in path(tree, node)]] = True
         return mask
 
     def rows_along(self, committed: Sequence[int]) -> list[int]:
@@ -79,3 +82,33 @@ class Growth:
     def best(self, max_nodes: int) -> TokenTree:
         """The `max_nodes` likeliest nodes."""
         return select(self.tree, likeliest(self.tree, max_nodes))
+
+
+def best_first(
+    start: State, expand: Callable[[State], Sequence[tuple[int, float, State]]], max_nodes: int
+) -> TokenTree:
+    """The `max_nodes` nodes of highest product of confidences: whoever is taken brings its next sibling and its first
+    child.
+
+    expand: the children of a state as (token, confidence, state), most confident first; asked once per node.
+    """
+    tokens: list[int] = []
+    parents: list[int] = []
+    confidence: list[float] = []
+    waiting: list[tuple[float, int, int, float, Sequence[tuple[int, float, State]]]] = []
+
+    def wait(parent: int, survival: float, rank: int, siblings: Sequence[tuple[int, float, State]]) -> None:
+        if rank < len(siblings) and (chance := survival * siblings[rank][1]) > 0.0:
+            heappush(waiting, (-chance, parent, rank, survival, siblings))
+
+    if max_nodes:
+        wait(-1, 1.0, 0, expand(start))
+    while waiting and len(tokens) < max_nodes:
+        chance, parent, rank, survival, siblings = heappop(waiting)
+        token, sure, state = siblings[rank]
+        wait(parent, survival, rank + 1, siblings)
+        wait(len(tokens), -chance, 0, expand(state))
+        tokens.append(token)
+        parents.append(parent)
+        confidence.append(sure)
+    return TokenTree(tuple(tokens), tuple(parents), tuple(confidence))

@@ -5,7 +5,6 @@ lately, also behind nodes that were not accepted, it may say there again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from heapq import heappop, heappush
 from itertools import islice
 from typing import Annotated, Any, TypeAlias, TypeVar
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from specgen.draft.drafter import Drafter, DrafterSetup, DraftHints, DraftSession
 from specgen.draft.features import Features, Wanted
+from specgen.draft.growth import best_first
 from specgen.options import read_options
 from specgen.types import TokenTree
 
@@ -88,13 +88,8 @@ class _Recycling(DraftSession):
         _forget(self._learned, self._options.memory)
 
     def propose(self, max_nodes: int) -> TokenTree:
-        """The nodes of highest product of confidences: whoever is taken brings its next sibling and its first child."""
-        tree = _Growth()
-        tree.wait(-1, 1.0, 0, self._successors(self._last))
-        while len(tree.tokens) < max_nodes and (node := tree.take()):
-            place, survival = node
-            tree.wait(place, survival, 0, self._successors(tree.tokens[place]))
-        return tree.done()
+        """The nodes of highest product of confidences, along what the target named."""
+        return best_first(self._last, self._successors, max_nodes)
 
     def commit(self, tokens: Sequence[int]) -> None:
         if tokens:
@@ -104,38 +99,9 @@ class _Recycling(DraftSession):
         if self._learned:
             self._drafter.keep(self._tenant, self._learned)
 
-    def _successors(self, token: int) -> _Successors | None:
-        return self._learned.get(token) or self._known.get(token)
-
-
-class _Growth:
-    """A tree while it grows, and the nodes that may come next."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self._parents: list[int] = []
-        self._confidence: list[float] = []
-        self._waiting: list[tuple[float, int, int, float, _Successors]] = []
-
-    def wait(self, parent: int, survival: float, rank: int, successors: _Successors | None) -> None:
-        """Let the child of this rank wait for its turn, if there is one; `survival` is its parent's."""
-        if successors and rank < len(successors[0]) and (chance := survival * successors[1][rank]) > 0.0:
-            heappush(self._waiting, (-chance, parent, rank, survival, successors))
-
-    def take(self) -> tuple[int, float] | None:
-        """Add the likeliest waiting node, and let its next sibling wait: the node and its survival, None if none is."""
-        if not self._waiting:
-            return None
-        chance, parent, rank, survival, successors = heappop(self._waiting)
-        self.tokens.append(successors[0][rank])
-        self._parents.append(parent)
-        self._confidence.append(successors[1][rank])
-        self.wait(parent, survival, rank + 1, successors)
-        return len(self.tokens) - 1, -chance
-
-    def done(self) -> TokenTree:
-        """The tree."""
-        return TokenTree(tuple(self.tokens), tuple(self._parents), tuple(self._confidence))
+    def _successors(self, token: int) -> list[tuple[int, float, int]]:
+        tokens, confidence = self._learned.get(token) or self._known.get(token) or ([], [])
+        return list(zip(tokens, confidence, tokens, strict=True))
 
 
 def _rows(successors: Tensor, scores: Tensor, count: int) -> tuple[list[list[int]], list[list[float]]]:

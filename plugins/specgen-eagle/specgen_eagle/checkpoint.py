@@ -38,13 +38,13 @@ def load_head(folder: Path, target: Any) -> EagleHead:
 
     Raises InvalidRequest for files that are no head, DrafterMismatch for a head that belongs to another target.
     """
-    raw = _config(folder)
-    config = _parse(raw, target.config.get_text_config(decoder=True))
+    text = target.config.get_text_config(decoder=True)
+    config = _parse(_config(folder), text)
     weights = _weights(folder)
     head = EagleHead(config)
-    _check_target(config, target, raw)
+    _check_target(config, text)
     wanted = dict(head.state_dict())
-    if "d2t" not in weights and config.vocabulary == target.config.get_text_config(decoder=True).vocab_size:
+    if "d2t" not in weights and config.vocabulary == text.vocab_size:
         weights["d2t"] = torch.zeros(config.vocabulary, dtype=torch.int64)
     weights["d2t"] = weights.get("d2t", torch.empty(0)).to(torch.int64)
     for name in sorted(wanted.keys() | weights.keys()):
@@ -57,8 +57,8 @@ def load_head(folder: Path, target: Any) -> EagleHead:
             raise InvalidRequest(f"{folder}: {name} is {shapes}", param="path")
     head.load_state_dict(weights)
     said = head.tokens
-    if len(said) and not 0 <= int(said.min()) <= int(said.max()) < _vocabulary(target):
-        raise DrafterMismatch(f"{folder}: d2t names tokens that the target, with {_vocabulary(target)}, has not")
+    if len(said) and not 0 <= int(said.min()) <= int(said.max()) < text.vocab_size:
+        raise DrafterMismatch(f"{folder}: d2t names tokens that the target, with {text.vocab_size}, has not")
     return head.to(target.device, target.dtype).eval().requires_grad_(False)
 
 
@@ -67,7 +67,7 @@ def save_head(head: EagleHead, folder: Path, target: Any, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = head.config
     weights = {_speculators_name(key): tensor.detach() for key, tensor in head.state_dict().items()}
-    said = torch.zeros(_vocabulary(target), dtype=torch.bool)
+    said = torch.zeros(target.config.get_text_config(decoder=True).vocab_size, dtype=torch.bool)
     said[head.tokens] = True
     tensors = {key: t.to(torch.bfloat16) if t.is_floating_point() else t for key, t in weights.items()} | {"t2d": said}
     save_file({key: t.contiguous().cpu() for key, t in tensors.items()}, folder / "model.safetensors")
@@ -131,8 +131,7 @@ def _parse(raw: Mapping[str, Any], target: Any) -> HeadConfig:
     )
 
 
-def _check_target(config: HeadConfig, target: Any, raw: Mapping[str, Any]) -> None:
-    text = target.config.get_text_config(decoder=True)
+def _check_target(config: HeadConfig, text: Any) -> None:
     if config.target_width != text.hidden_size:
         raise DrafterMismatch(
             f"the head reads states {config.target_width} wide, the target's are {text.hidden_size}; "
@@ -174,7 +173,3 @@ def _speculators_name(name: str) -> str:
     if first in ("mlp", "input_layernorm", "hidden_norm", "post_attention_layernorm"):
         return f"layers.0.{name}"
     return name
-
-
-def _vocabulary(target: Any) -> int:
-    return int(target.config.get_text_config(decoder=True).vocab_size)

@@ -258,7 +258,7 @@ class EagleSession(DraftSession):
         parents = [growth.parents[node] for node in growth.picked]
         states = computed[[0 if parent < 0 else 1 + growth.row[parent] for parent in parents]]
         last = len(self._ids) - 2
-        positions = [last + growth.depth_of(node) for node in growth.picked]
+        positions = [last + growth.depth[node] for node in growth.picked]
         visible = growth.visible().to(states.device)
         return Part(self.cache, [growth.tokens[node] for node in growth.picked], positions, states, visible)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from heapq import heappop, heappush
 from itertools import islice
 from typing import NamedTuple
 
-from specgen import TokenTree
+from specgen import TokenTree, best_first
 from specgen_suffix.automaton import ROOT, SuffixAutomaton
 
 _CONTEXTS = 4
@@ -38,7 +37,7 @@ class Guess(NamedTuple):
 
     token: int
     confidence: float
-    contexts: list[Context]
+    contexts: Sequence[Context]
 
 
 def longest(contexts: Iterable[Context], least: int) -> list[Context]:
@@ -72,25 +71,7 @@ def guesses(contexts: Sequence[Context], least: int) -> list[Guess]:
 
 def grow(contexts: Sequence[Context], least: int, max_nodes: int) -> TokenTree:
     """The `max_nodes` nodes of highest product of confidences behind `contexts`."""
-    tokens: list[int] = []
-    parents: list[int] = []
-    confidence: list[float] = []
-    waiting: list[tuple[float, int, int, float, list[Guess]]] = []
-
-    def wait(parent: int, survival: float, rank: int, siblings: list[Guess]) -> None:
-        if rank < len(siblings):
-            heappush(waiting, (-survival * siblings[rank].confidence, parent, rank, survival, siblings))
-
-    wait(-1, 1.0, 0, guesses(contexts, least))
-    while waiting and len(tokens) < max_nodes:
-        chance, parent, rank, survival, siblings = heappop(waiting)
-        guess = siblings[rank]
-        wait(parent, survival, rank + 1, siblings)
-        wait(len(tokens), -chance, 0, guesses(guess.contexts, least))
-        tokens.append(guess.token)
-        parents.append(parent)
-        confidence.append(guess.confidence)
-    return TokenTree(tuple(tokens), tuple(parents), tuple(confidence))
+    return best_first(contexts, lambda there: guesses(there, least), max_nodes)
 
 
 def _going_on(contexts: Sequence[Context], least: int) -> list[Context]:
