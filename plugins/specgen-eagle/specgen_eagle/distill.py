@@ -14,7 +14,7 @@ from specgen import Engine, InvalidRequest
 from specgen_eagle.checkpoint import save_head
 from specgen_eagle.corpus import read_corpus, write_corpus
 from specgen_eagle.recipe import Recipe
-from specgen_eagle.states import States, open_states
+from specgen_eagle.states import open_states
 from specgen_eagle.training import Point, Trainer, new_head
 
 Told = Callable[[str, int, int], None]
@@ -34,14 +34,9 @@ def distill(engine: Engine, output: Path, work: Path, recipe: Recipe, told: Told
     held_out = max(1, round(len(corpus) * recipe.corpus.held_out))
     head = new_head(engine.model, recipe, corpus[held_out:])
     rows = sum(len(conversation.ids) for conversation in corpus)
-    states = None
-    for found in open_states(engine.model, corpus, head.config.layers, work / "states.bin"):
-        if isinstance(found, States):
-            states = found
-        else:
-            told("rows of states", found, rows)
-    if states is None:
-        raise InvalidRequest("the corpus is empty", param="conversations")
+    states = open_states(
+        engine.model, corpus, head.config.layers, work / "states.bin", lambda done: told("rows of states", done, rows)
+    )
     trainer = Trainer(head, engine.model, states, held_out, recipe.training, work)
     for point in trainer.run():
         told("updates", point.step, recipe.training.steps)

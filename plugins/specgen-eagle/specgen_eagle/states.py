@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,9 +48,9 @@ class States:
 
 
 def open_states(
-    model: Any, corpus: Sequence[Conversation], layers: Sequence[int], path: Path
-) -> Iterator[int | States]:
-    """The states of `corpus`, computed unless `path` holds them; yields the rows done so far, and in the end all.
+    model: Any, corpus: Sequence[Conversation], layers: Sequence[int], path: Path, told: Callable[[int], None]
+) -> States:
+    """The states of `corpus`, computed unless `path` holds them; tells the rows done so far.
 
     layers: as transformers counts `hidden_states`; the last, which the target's head reads, comes by itself.
     """
@@ -67,9 +67,10 @@ def open_states(
     size = shape[0] * shape[1] * shape[2]
     states = torch.from_file(str(path), shared=True, size=size, dtype=model.dtype).view(shape)
     if not there:
-        yield from _fill(model, corpus, starts, kept, states)
+        for rows in _fill(model, corpus, starts, kept, states):
+            told(rows)
     done.write_bytes(key)
-    yield States(torch.tensor([i for c in corpus for i in c.ids]), states, tuple(starts))
+    return States(torch.tensor([i for c in corpus for i in c.ids]), states, tuple(starts))
 
 
 @torch.inference_mode()
