@@ -12,12 +12,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import (
-    LlamaMLP,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-)
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 
 class HeadConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,15 +42,15 @@ class EagleHead(nn.Module):
         self.kv_heads: int = layer.num_key_value_heads
         norm = layer.rms_norm_eps
         self.fc = nn.Linear(len(config.layers) * config.target_width, width, bias=False)
-        self.input_layernorm = LlamaRMSNorm(width, norm)
-        self.hidden_norm = LlamaRMSNorm(width, norm)
+        self.input_layernorm = nn.RMSNorm(width, norm)
+        self.hidden_norm = nn.RMSNorm(width, norm)
         self.q_proj = nn.Linear(2 * width, self.heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(2 * width, self.kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(2 * width, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
-        self.post_attention_layernorm = LlamaRMSNorm(width, norm)
+        self.post_attention_layernorm = nn.RMSNorm(width, norm)
         self.mlp = LlamaMLP(layer)
-        self.norm = LlamaRMSNorm(width, norm)
+        self.norm = nn.RMSNorm(width, norm)
         self.lm_head = nn.Linear(width, config.vocabulary, bias=False)
         self.rotary = LlamaRotaryEmbedding(layer)
         self.register_buffer("d2t", torch.zeros(config.vocabulary, dtype=torch.int64))

@@ -101,6 +101,17 @@ def frequent(corpus: Sequence[Conversation], count: int, vocab_size: int) -> Ten
     return torch.tensor(sorted(order[:count]))
 
 
+def _optimizers(head: EagleHead, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for matrices (Jordan et al. 2024), in steps of AdamW's size (Liu et al. 2025); AdamW for the norms."""
+    trained = [weight for weight in head.parameters() if weight.requires_grad]
+    matrices = [weight for weight in trained if weight.ndim == 2]
+    others = [weight for weight in trained if weight.ndim != 2]
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.01),
+    ]
+
+
 class Trainer:
     """Updates of one head. `run` yields an evaluation every so often, after which the run can be taken up again.
 
@@ -117,8 +128,7 @@ class Trainer:
         self._target_head = model.get_output_embeddings().weight.detach()[head.tokens]
         conversations = range(len(states))
         self._training, self._held_out = conversations[held_out:], conversations[:held_out]
-        trained = [p for p in head.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+        self._optimizers = _optimizers(head, recipe.learning_rate)
         self._file = folder / "training.pt"
         self.step = 0
         self.curve: list[Point] = []
@@ -128,13 +138,14 @@ class Trainer:
         """Train to the end; nothing if it is reached."""
         recent: list[float] = []
         for batch in islice(self._batches(self.step), self.recipe.steps - self.step):
-            self._optimizer.param_groups[0]["lr"] = self._learning_rate()
             with self._autocast():
                 lost = loss(self.head, batch, self.recipe.ahead, self.recipe.decay)
             lost.backward()
             nn.utils.clip_grad_norm_(self.head.parameters(), _CLIP)
-            self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
+            for optimizer in self._optimizers:
+                optimizer.param_groups[0]["lr"] = self._learning_rate()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             recent.append(lost.item())
             self.step += 1
             if self.step == self.recipe.steps or self.step % self.recipe.evaluate_every == 0:
@@ -201,7 +212,7 @@ class Trainer:
             "step": self.step,
             "curve": [(point.step, point.loss, point.survival) for point in self.curve],
             "head": self.head.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
         }
         beside = self._file.with_suffix(".new")
         torch.save(kept, beside)
@@ -212,6 +223,7 @@ class Trainer:
             return
         kept = torch.load(self._file, weights_only=True)
         self.head.load_state_dict(kept["head"])
-        self._optimizer.load_state_dict(kept["optimizer"])
+        for optimizer, state in zip(self._optimizers, kept["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         self.step = kept["step"]
         self.curve = [Point(*point) for point in kept["curve"]]

@@ -95,8 +95,8 @@ def _attend(query: Tensor, keys: list[Tensor], values: list[Tensor], visible: Te
     scores = [(query @ keys[0].transpose(-1, -2)).masked_fill(~visible, _NEVER)]
     paths = [(_later(keys[step], last - step), _later(values[step], last - step)) for step in range(1, last + 1)]
     scores += [(query * key).sum(dim=-1, keepdim=True) for key, _ in paths]
-    # The first entries of late steps see no target's entry; what they say does not count, but must not be NaN.
-    weights = torch.softmax(torch.cat(scores, dim=-1).float() * scale, dim=-1).nan_to_num(0.0).to(query.dtype)
+    # The first entries of late steps see no target's entry; those of their own path keep the softmax finite.
+    weights = torch.softmax(torch.cat(scores, dim=-1).float() * scale, dim=-1).to(query.dtype)
     count = visible.shape[-1]
     attended = weights[..., :count] @ values[0]
     for place, (_, value) in enumerate(paths):
