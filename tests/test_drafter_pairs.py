@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from specgen_eagle.checkpoint import save_head
 from specgen_eagle.corpus import Conversation
+from specgen_eagle.head_student import new_head
 from specgen_eagle.recipe import HeadRecipe, Recipe
-from specgen_eagle.training import new_head
 from transformers import PreTrainedModel
 
 from benchmarks.decode import first_layers

@@ -10,7 +10,7 @@ import typer
 
 def distill(
     model: Annotated[str, typer.Argument(help="Folder or name of the target.")],
-    output: Annotated[Path, typer.Argument(help="Where the head goes.")],
+    output: Annotated[Path, typer.Argument(help="Where the drafter goes.")],
     recipe: Annotated[Path | None, typer.Option(help="TOML file; see the plugin's README.")] = None,
     work: Annotated[
         Path | None, typer.Option(help="Where corpus, states and the run are kept; default: OUTPUT/work.")
@@ -18,7 +18,7 @@ def distill(
     dtype: Annotated[str, typer.Option(help='The target\'s data type, such as "bfloat16".')] = "auto",
     smoke: Annotated[bool, typer.Option("--smoke", help="A run of a minute, to see that it works.")] = False,
 ) -> None:
-    """Train an EAGLE-3 head for a model, with nothing but the model.
+    """Train a drafter for a model, an EAGLE-3 head or a draft model of some of its layers, with nothing but the model.
 
     It writes its own training text, its states are cached on disk, and a run that was cut off goes on where it
     stopped.

@@ -1,4 +1,4 @@
-"""A head from nothing but its target: write a corpus, cache its states, train, leave a folder that says how."""
+"""A drafter from nothing but its target: write a corpus, cache its states, train, leave a folder that says how."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from typing import Any
 import msgspec
 
 from specgen import Engine, InvalidRequest
-from specgen_eagle.checkpoint import save_head
-from specgen_eagle.corpus import read_corpus, write_corpus
+from specgen_eagle.corpus import Conversation, read_corpus, write_corpus
+from specgen_eagle.head_student import HeadStudent
+from specgen_eagle.pruned_student import PrunedStudent
 from specgen_eagle.recipe import Recipe
 from specgen_eagle.states import open_states
-from specgen_eagle.training import Point, Trainer, new_head
+from specgen_eagle.training import Point, Student, Trainer
 
 Told = Callable[[str, int, int], None]
 """What is going on, how much is done, of how much."""
 
 
 def distill(engine: Engine, output: Path, work: Path, recipe: Recipe, told: Told) -> list[Point]:
-    """Train a head for the engine's model and write it to `output`. What `work` holds is taken up where it stopped.
+    """Train a drafter for the engine's model and write it to `output`. What `work` holds is taken up where it stopped.
 
     Raises InvalidRequest if `work` belongs to another recipe.
     """
@@ -32,17 +33,23 @@ def distill(engine: Engine, output: Path, work: Path, recipe: Recipe, told: Told
         told("conversations", done, recipe.corpus.conversations)
     corpus = read_corpus(work / "corpus.jsonl")
     held_out = max(1, round(len(corpus) * recipe.corpus.held_out))
-    head = new_head(engine.model, recipe, corpus[held_out:])
+    student = _student(engine, recipe, corpus[held_out:])
     rows = sum(len(conversation.ids) for conversation in corpus)
     states = open_states(
-        engine.model, corpus, head.config.layers, work / "states.bin", lambda done: told("rows of states", done, rows)
+        engine.model, corpus, student.layers, work / "states.bin", lambda done: told("rows of states", done, rows)
     )
-    trainer = Trainer(head, engine.model, states, held_out, recipe.training, work)
+    trainer = Trainer(student, engine.model, states, held_out, recipe.training, work)
     for point in trainer.run():
         told("updates", point.step, recipe.training.steps)
-    save_head(head, output, engine.model, str(engine.model.config.name_or_path or type(engine.model).__name__))
-    _write_manifest(output, engine.model, recipe, trainer.curve)
+    student.save(output)
+    _write_manifest(output, student.kind, engine.model, recipe, trainer.curve)
     return trainer.curve
+
+
+def _student(engine: Engine, recipe: Recipe, corpus: list[Conversation]) -> Student:
+    if recipe.pruned is not None:
+        return PrunedStudent(engine.model, recipe, recipe.pruned.layers, engine.tokenizer)
+    return HeadStudent(engine.model, recipe, corpus)
 
 
 def plot(curve: list[Point], path: Path) -> None:
@@ -68,12 +75,12 @@ def _same_recipe(path: Path, recipe: Recipe) -> None:
     path.write_bytes(written)
 
 
-def _write_manifest(output: Path, model: Any, recipe: Recipe, curve: list[Point]) -> None:
+def _write_manifest(output: Path, kind: str, model: Any, recipe: Recipe, curve: list[Point]) -> None:
     """What the folder holds, for which target, and how well it did on text held out."""
     digest = hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()
     config = model.config.get_text_config(decoder=True)
     manifest = {
-        "kind": "eagle3",
+        "kind": kind,
         "sha256": {"model.safetensors": digest},
         "target": {
             "model_type": model.config.model_type,

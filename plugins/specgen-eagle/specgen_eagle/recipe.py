@@ -46,6 +46,12 @@ class HeadRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     intermediate: Positive | None = None
 
 
+class PrunedRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A draft model. layers: those of the target that it keeps, ascending, from 0."""
+
+    layers: tuple[int, ...]
+
+
 class TrainingRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """steps: updates. tokens: rows per update. ahead: how many steps a head is unrolled on its own output (EAGLE-3's
     training-time test). learning_rate: its peak, after `warmup` updates and before a cosine decay to a tenth.
@@ -62,10 +68,11 @@ class TrainingRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A head and how it is made."""
+    """A drafter and how it is made: a head, or with `pruned` a draft model."""
 
     corpus: CorpusRecipe = CorpusRecipe()
     head: HeadRecipe = HeadRecipe()
+    pruned: PrunedRecipe | None = None
     training: TrainingRecipe = TrainingRecipe()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor
 from specgen_eagle.corpus import Conversation
 
 _ROWS = 4096
+
+Padded: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""ids int64[batch, longest], states [batch, longest, layers, width], and lengths int64[batch]."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class States:
         """Rows of a conversation."""
         return self.starts[conversation + 1] - self.starts[conversation]
 
-    def padded(self, conversations: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """ids int64[batch, longest], states [batch, longest, layers, width], and lengths int64[batch]."""
+    def padded(self, conversations: Sequence[int]) -> Padded:
+        """Rows of some conversations; zeros behind the shorter ones."""
         lengths = torch.tensor([self.length(c) for c in conversations])
         ids = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.int64)
         states = torch.zeros(*ids.shape, *self.states.shape[1:], dtype=self.states.dtype)

@@ -1,28 +1,22 @@
-"""Train a head on cached states, so that a run that was cut off goes on where it stopped and ends the same."""
+"""Train a student on cached states, so that a run that was cut off goes on where it stopped and ends the same."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from specgen_eagle.checkpoint import default_layers
-from specgen_eagle.corpus import Conversation
-from specgen_eagle.head import EagleHead, HeadConfig
-from specgen_eagle.recipe import Recipe, TrainingRecipe
-from specgen_eagle.states import States, batches
-from specgen_eagle.unrolled import Batch, hits, loss, make_batch
+from specgen_eagle.recipe import TrainingRecipe
+from specgen_eagle.states import Padded, States, batches
 
 _CLIP = 1.0
 _LAST_SHARE = 0.1
-_QUIET = 0.1
 _BUCKETS = 16  # batches of similar lengths are made within pieces of so many
 
 
@@ -40,70 +34,34 @@ class Point:
         return 1.0 + sum(self.survival)
 
 
-def new_head(model: Any, recipe: Recipe, corpus: Sequence[Conversation]) -> EagleHead:
-    """A head for `model` before training: the target's shapes, and its own rows of the language-model head, which stay
-    as they are. What it can say are the most frequent tokens of `corpus`."""
-    torch.manual_seed(recipe.training.seed)
-    config = model.config.get_text_config(decoder=True)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    layer = {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": recipe.head.intermediate or config.intermediate_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        "head_dim": head_dim,
-        "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-6),
-        "rope_parameters": dict(
-            getattr(config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 1e4}
-        ),
-        "max_position_embeddings": config.max_position_embeddings,
-    }
-    vocabulary = min(recipe.head.vocabulary, config.vocab_size)
-    layers = recipe.head.layers or default_layers(config.num_hidden_layers)
-    head = EagleHead(HeadConfig(layers=layers, target_width=config.hidden_size, vocabulary=vocabulary, layer=layer))
-    said = frequent(corpus, vocabulary, config.vocab_size)
-    head.d2t.copy_(said - torch.arange(vocabulary))
-    head.lm_head.weight.data.copy_(model.get_output_embeddings().weight[said].float())
-    head.lm_head.weight.requires_grad_(False)
-    _begin_as(head, model)
-    return head
+class Student(Protocol):
+    """What is trained."""
+
+    @property
+    def kind(self) -> str:
+        """What a manifest calls it."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The target's hidden states that it reads, besides those that the target's head reads."""
+
+    @property
+    def module(self) -> nn.Module:
+        """Its weights; those that require a gradient are trained."""
+
+    def loss(self, padded: Padded) -> Tensor:
+        """Mean over the rows, with a gradient."""
+
+    def hits(self, padded: Padded) -> tuple[list[int], list[int]]:
+        """For each position of a draft: chains of first choices that are right up to there, and chains in all."""
+
+    def save(self, folder: Path) -> None:
+        """Write what a drafter loads."""
 
 
-@torch.no_grad()
-def _begin_as(head: EagleHead, model: Any) -> None:
-    """Begin as the target's last layer, which reads its own input: the uppermost states, and of the token nothing.
-
-    Weights are taken where names and shapes are the same; where they are not, training begins at random.
-    """
-    width = head.config.target_width
-    head.fc.weight.zero_()
-    head.fc.weight[:, -width:].copy_(torch.eye(*head.fc.weight[:, -width:].shape))
-    decoder = model.get_decoder()
-    found = {f"norm.{name}": weight for name, weight in getattr(decoder, "norm", nn.Module()).named_parameters()}
-    layers = getattr(decoder, "layers", None)
-    if layers is not None:
-        found |= {name.removeprefix("self_attn."): weight for name, weight in layers[-1].named_parameters()}
-    if "input_layernorm.weight" in found:
-        found["hidden_norm.weight"] = found["input_layernorm.weight"]
-    for name, weight in head.named_parameters():
-        taken = found.get(name)
-        if taken is not None and taken.shape == weight.shape:
-            weight.copy_(taken)
-        elif taken is not None and taken.ndim == 2 and weight.shape == (taken.shape[0], 2 * taken.shape[1]):
-            weight[:, : taken.shape[1]].mul_(_QUIET)
-            weight[:, taken.shape[1] :].copy_(taken)
-
-
-def frequent(corpus: Sequence[Conversation], count: int, vocab_size: int) -> Tensor:
-    """int64[count], ascending: the tokens that the corpus holds most often; of equals the lower ones."""
-    counts = Counter(token for conversation in corpus for token in conversation.ids)
-    order = sorted(range(vocab_size), key=lambda token: (-counts[token], token))
-    return torch.tensor(sorted(order[:count]))
-
-
-def _optimizers(head: EagleHead, rate: float) -> list[torch.optim.Optimizer]:
+def _optimizers(student: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for matrices (Jordan et al. 2024), in steps of AdamW's size (Liu et al. 2025); AdamW for the norms."""
-    trained = [weight for weight in head.parameters() if weight.requires_grad]
+    trained = [weight for weight in student.parameters() if weight.requires_grad]
     matrices = [weight for weight in trained if weight.ndim == 2]
     others = [weight for weight in trained if weight.ndim != 2]
     return [
@@ -113,22 +71,21 @@ def _optimizers(head: EagleHead, rate: float) -> list[torch.optim.Optimizer]:
 
 
 class Trainer:
-    """Updates of one head. `run` yields an evaluation every so often, after which the run can be taken up again.
+    """Updates of one student. `run` yields an evaluation every so often, after which the run can be taken up again.
 
     folder: where the state of the run is kept. curve: the evaluations so far.
     """
 
     def __init__(
-        self, head: EagleHead, model: Any, states: States, held_out: int, recipe: TrainingRecipe, folder: Path
+        self, student: Student, model: Any, states: States, held_out: int, recipe: TrainingRecipe, folder: Path
     ) -> None:
-        self.head = head
+        self.student = student
         self.recipe = recipe
         self._states = states
-        self._embeddings = model.get_input_embeddings().weight.detach()
-        self._target_head = model.get_output_embeddings().weight.detach()[head.tokens]
+        self._device, self._dtype = model.device, model.dtype
         conversations = range(len(states))
         self._training, self._held_out = conversations[held_out:], conversations[:held_out]
-        self._optimizers = _optimizers(head, recipe.learning_rate)
+        self._optimizers = _optimizers(student.module, recipe.learning_rate)
         self._file = folder / "training.pt"
         self.step = 0
         self.curve: list[Point] = []
@@ -137,11 +94,12 @@ class Trainer:
     def run(self) -> Iterator[Point]:
         """Train to the end; nothing if it is reached."""
         recent: list[float] = []
-        for batch in islice(self._batches(self.step), self.recipe.steps - self.step):
+        module = self.student.module
+        for chosen in islice(self._batches(self.step), self.recipe.steps - self.step):
             with self._autocast():
-                lost = loss(self.head, batch, self.recipe.ahead, self.recipe.decay)
+                lost = self.student.loss(self._states.padded(chosen))
             lost.backward()
-            nn.utils.clip_grad_norm_(self.head.parameters(), _CLIP)
+            nn.utils.clip_grad_norm_(module.parameters(), _CLIP)
             for optimizer in self._optimizers:
                 optimizer.param_groups[0]["lr"] = self._learning_rate()
                 optimizer.step()
@@ -156,30 +114,24 @@ class Trainer:
 
     def survival(self) -> tuple[float, ...]:
         """Of the text held out; see `Point`."""
-        right, asked = [0] * self.recipe.ahead, [0] * self.recipe.ahead
-        self.head.eval()
+        self.student.module.eval()
+        found = []
         for chosen in self._cut(list(self._held_out)):
-            with self._autocast():
-                found = hits(self.head, self._batch(chosen), self.recipe.ahead)
-            for step, (hit, of) in enumerate(zip(*found, strict=True)):
-                right[step] += hit
-                asked[step] += of
-        self.head.train()
+            with torch.no_grad(), self._autocast():
+                found.append(self.student.hits(self._states.padded(chosen)))
+        self.student.module.train()
+        right, asked = ([sum(counts) for counts in zip(*part, strict=True)] for part in zip(*found, strict=True))
         return tuple(hit / max(1, of) for hit, of in zip(right, asked, strict=True))
 
-    def _batch(self, conversations: Sequence[int]) -> Batch:
-        return make_batch(self._embeddings, self._target_head, self._states.padded(conversations))
-
-    def _batches(self, step: int) -> Iterator[Batch]:
-        """From update `step` on, epoch after epoch, each in an order of its own."""
+    def _batches(self, step: int) -> Iterator[list[int]]:
+        """Conversations of each update from `step` on, epoch after epoch, each in an order of its own."""
         epoch = 0
         while True:
             generator = torch.Generator().manual_seed(self.recipe.seed + epoch)
             order = [self._training[i] for i in torch.randperm(len(self._training), generator=generator).tolist()]
             cut = self._cut(order)
             shuffled = [cut[i] for i in torch.randperm(len(cut), generator=generator).tolist()]
-            for chosen in shuffled[step:]:
-                yield self._batch(chosen)
+            yield from shuffled[step:]
             step = max(0, step - len(shuffled))
             epoch += 1
 
@@ -203,15 +155,14 @@ class Trainer:
 
     def _autocast(self) -> torch.autocast:
         """bfloat16 products where the target is in bfloat16; weights and their updates are float32."""
-        dtype = self._embeddings.dtype
-        half = dtype in (torch.bfloat16, torch.float16)
-        return torch.autocast(self._embeddings.device.type, dtype=dtype if half else torch.bfloat16, enabled=half)
+        half = self._dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(self._device.type, dtype=self._dtype if half else torch.bfloat16, enabled=half)
 
     def _keep(self) -> None:
         kept = {
             "step": self.step,
             "curve": [(point.step, point.loss, point.survival) for point in self.curve],
-            "head": self.head.state_dict(),
+            "student": self.student.module.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
         }
         beside = self._file.with_suffix(".new")
@@ -222,7 +173,7 @@ class Trainer:
         if not self._file.exists():
             return
         kept = torch.load(self._file, weights_only=True)
-        self.head.load_state_dict(kept["head"])
+        self.student.module.load_state_dict(kept["student"])
         for optimizer, state in zip(self._optimizers, kept["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.step = kept["step"]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specgen_eagle.head import EagleHead
+from specgen_eagle.states import Padded
 
 _NEVER = float("-inf")
 
@@ -30,8 +31,8 @@ class Batch:
     valid: Tensor
 
 
-def make_batch(embeddings: Tensor, target_head: Tensor, padded: tuple[Tensor, Tensor, Tensor]) -> Batch:
-    """`padded` as `States.padded` gives it. target_head: the target's head's rows of what the draft head can say."""
+def make_batch(embeddings: Tensor, target_head: Tensor, padded: Padded) -> Batch:
+    """target_head: the target's head's rows of what the draft head can say."""
     ids, states, lengths = padded
     entries = ids.shape[1] - 2
     with torch.no_grad():
@@ -75,7 +76,6 @@ def loss(head: EagleHead, batch: Batch, ahead: int, decay: float) -> Tensor:
     return total
 
 
-@torch.no_grad()
 def hits(head: EagleHead, batch: Batch, ahead: int) -> tuple[list[int], list[int]]:
     """Per step: chains of first choices that are right up to there, and chains in all."""
     right, asked = [], []

@@ -6,12 +6,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file
 from specgen_eagle.corpus import read_corpus
 from specgen_eagle.distill import distill
-from specgen_eagle.recipe import SMOKE, Recipe, read_recipe
+from specgen_eagle.pruned_student import prune
+from specgen_eagle.recipe import SMOKE, PrunedRecipe, Recipe, read_recipe
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -115,3 +117,34 @@ def test_a_recipe_with_a_field_that_there_is_not_is_refused(tmp_path: Path) -> N
     (tmp_path / "recipe.toml").write_text("[head]\nlayers = [1]\ndepth = 3\n")
     with pytest.raises(InvalidRequest, match="depth"):
         read_recipe(tmp_path / "recipe.toml")
+
+
+def test_a_draft_model_of_some_layers_learns_to_say_what_the_target_says(
+    trained: tuple[Engine, Path], tmp_path: Path
+) -> None:
+    engine, folder = trained
+    (tmp_path / "work").mkdir()
+    recipe = msgspec.structs.replace(SMOKE, pruned=PrunedRecipe(layers=(0, 3)))
+    (tmp_path / "work" / "corpus.jsonl").write_bytes((folder / "work" / "corpus.jsonl").read_bytes())
+    curve = distill(engine, tmp_path / "student", tmp_path / "work", recipe, lambda *_: None)
+    assert json.loads((tmp_path / "student" / "manifest.json").read_text())["kind"] == "draft-model"
+    assert curve[-1].loss < curve[0].loss
+    prompts = [c.ids[: c.answer] for c in read_corpus(folder / "work" / "corpus.jsonl")[:6]]
+    pruned = prune(engine.model, (0, 3)).eval()
+    trained_one = accepted(engine, {"draft-model": {"model": str(tmp_path / "student")}}, prompts)
+    assert trained_one > accepted(engine, {"draft-model": {"model": pruned}}, prompts)
+
+
+def test_a_pruned_model_that_keeps_all_layers_is_the_target(trained: tuple[Engine, Path]) -> None:
+    engine, _ = trained
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(prune(engine.model, range(4))(ids).logits, engine.model(ids).logits)
+
+
+@pytest.mark.parametrize("layers", [(), (0, 4), (1, 0), (2, 2), (-1,)])
+def test_layers_that_the_target_does_not_have_are_refused(
+    trained: tuple[Engine, Path], layers: tuple[int, ...]
+) -> None:
+    with pytest.raises(InvalidRequest, match="choose some of 0 to 3"):
+        prune(trained[0].model, layers)

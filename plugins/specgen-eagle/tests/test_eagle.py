@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from specgen_eagle.checkpoint import load_head, save_head
 from specgen_eagle.corpus import Conversation
 from specgen_eagle.drafter import Eagle, EagleSession, eagle
+from specgen_eagle.head_student import new_head
 from specgen_eagle.recipe import HeadRecipe, Recipe
-from specgen_eagle.training import new_head
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from specgen import DrafterMismatch, DrafterSetup, Engine, Features, InvalidRequest, Speculation

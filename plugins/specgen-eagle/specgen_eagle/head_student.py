@@ -1,0 +1,110 @@
+"""An EAGLE-3 head as a student: what it begins as, its loss, its chains."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from specgen_eagle.checkpoint import default_layers, save_head
+from specgen_eagle.corpus import Conversation
+from specgen_eagle.head import EagleHead, HeadConfig
+from specgen_eagle.recipe import Recipe
+from specgen_eagle.states import Padded
+from specgen_eagle.unrolled import Batch, hits, loss, make_batch
+
+_QUIET = 0.1
+
+
+class HeadStudent:
+    """`module` is the head; see `Student`."""
+
+    kind = "eagle3"
+
+    def __init__(self, model: Any, recipe: Recipe, corpus: Sequence[Conversation]) -> None:
+        self.module = new_head(model, recipe, corpus)
+        self.layers = self.module.config.layers
+        self._model = model
+        self._recipe = recipe.training
+        self._embeddings = model.get_input_embeddings().weight.detach()
+        self._target_head = model.get_output_embeddings().weight.detach()[self.module.tokens]
+
+    def loss(self, padded: Padded) -> Tensor:
+        """Cross-entropy with the target's distribution over what the head can say, unrolled."""
+        return loss(self.module, self._batch(padded), self._recipe.ahead, self._recipe.decay)
+
+    def hits(self, padded: Padded) -> tuple[list[int], list[int]]:
+        """Each drafted position from the states that the head has in its place."""
+        return hits(self.module, self._batch(padded), self._recipe.ahead)
+
+    def save(self, folder: Path) -> None:
+        """As `load_head` reads it."""
+        save_head(self.module, folder, self._model, str(self._model.config.name_or_path or type(self._model).__name__))
+
+    def _batch(self, padded: Padded) -> Batch:
+        return make_batch(self._embeddings, self._target_head, padded)
+
+
+def new_head(model: Any, recipe: Recipe, corpus: Sequence[Conversation]) -> EagleHead:
+    """A head for `model` before training: the target's shapes, and its own rows of the language-model head, which stay
+    as they are. What it can say are the most frequent tokens of `corpus`."""
+    torch.manual_seed(recipe.training.seed)
+    config = model.config.get_text_config(decoder=True)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layer = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": recipe.head.intermediate or config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-6),
+        "rope_parameters": dict(
+            getattr(config, "rope_parameters", None) or {"rope_type": "default", "rope_theta": 1e4}
+        ),
+        "max_position_embeddings": config.max_position_embeddings,
+    }
+    vocabulary = min(recipe.head.vocabulary, config.vocab_size)
+    layers = recipe.head.layers or default_layers(config.num_hidden_layers)
+    head = EagleHead(HeadConfig(layers=layers, target_width=config.hidden_size, vocabulary=vocabulary, layer=layer))
+    said = frequent(corpus, vocabulary, config.vocab_size)
+    head.d2t.copy_(said - torch.arange(vocabulary))
+    head.lm_head.weight.data.copy_(model.get_output_embeddings().weight[said].float())
+    head.lm_head.weight.requires_grad_(False)
+    _begin_as(head, model)
+    return head
+
+
+@torch.no_grad()
+def _begin_as(head: EagleHead, model: Any) -> None:
+    """Begin as the target's last layer, which reads its own input: the uppermost states, and of the token nothing.
+
+    Weights are taken where names and shapes are the same; where they are not, training begins at random.
+    """
+    width = head.config.target_width
+    head.fc.weight.zero_()
+    head.fc.weight[:, -width:].copy_(torch.eye(*head.fc.weight[:, -width:].shape))
+    decoder = model.get_decoder()
+    found = {f"norm.{name}": weight for name, weight in getattr(decoder, "norm", nn.Module()).named_parameters()}
+    layers = getattr(decoder, "layers", None)
+    if layers is not None:
+        found |= {name.removeprefix("self_attn."): weight for name, weight in layers[-1].named_parameters()}
+    if "input_layernorm.weight" in found:
+        found["hidden_norm.weight"] = found["input_layernorm.weight"]
+    for name, weight in head.named_parameters():
+        taken = found.get(name)
+        if taken is not None and taken.shape == weight.shape:
+            weight.copy_(taken)
+        elif taken is not None and taken.ndim == 2 and weight.shape == (taken.shape[0], 2 * taken.shape[1]):
+            weight[:, : taken.shape[1]].mul_(_QUIET)
+            weight[:, taken.shape[1] :].copy_(taken)
+
+
+def frequent(corpus: Sequence[Conversation], count: int, vocab_size: int) -> Tensor:
+    """int64[count], ascending: the tokens that the corpus holds most often; of equals the lower ones."""
+    counts = Counter(token for conversation in corpus for token in conversation.ids)
+    order = sorted(range(vocab_size), key=lambda token: (-counts[token], token))
+    return torch.tensor(sorted(order[:count]))
