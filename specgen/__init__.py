@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from specgen.context.stage import Context, ContextStage, ContextStageFactory
     from specgen.draft.drafter import Drafter, DrafterFactory, DrafterSetup, DraftHints, DraftSession
     from specgen.draft.features import Features, Wanted
-    from specgen.draft.growth import Growth, best_first
+    from specgen.draft.growth import Growth, Levels, best_first
     from specgen.dropin import custom_generate
     from specgen.errors import (
         ContextLengthExceeded,
@@ -61,6 +61,7 @@ __all__ = [
     "InvalidRequest",
     "KVFormat",
     "KVFormatFactory",
+    "Levels",
     "LogitsProcessorFactory",
     "Logprob",
     "Plane",
@@ -111,6 +112,7 @@ _HOMES = {
     "EngineConfig": "specgen.config",
     "Features": "specgen.draft.features",
     "Growth": "specgen.draft.growth",
+    "Levels": "specgen.draft.growth",
     "InvalidRequest": "specgen.errors",
     "LogitsProcessorFactory": "specgen.hookspecs",
     "Logprob": "specgen.types",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from specgen.draft.drafter import Drafter, DraftHints, DraftSession
-from specgen.draft.growth import Growth
+from specgen.draft.growth import Growth, Levels
 from specgen.errors import OutOfPages
 from specgen.kv.pool import BlockTable, KVPool
 from specgen.kv.prefix import PrefixCache
@@ -44,6 +44,7 @@ class DraftModel(Drafter):
         self.vocab_size = vocab_size
         self.depth, self.width = depth, width
         self.prefix = PrefixCache(model.pool)
+        self._levels = Levels()
         self._open = 0
 
     def open(self, prompt: Sequence[int], hints: DraftHints) -> DraftModelSession:
@@ -62,11 +63,12 @@ class DraftModel(Drafter):
         self._read(alive)
         for _ in range(1, self.depth):
             alive = [growth for growth in alive if growth.pick(self.width)]
-            if not alive:
+            if not alive or not self._levels.pay(alive, self.token_seconds):
                 break
-            logits = self.model.forward([growth.segment() for growth in alive])
-            for growth, rows in zip(alive, logits.split([len(g.picked) for g in alive]), strict=True):
-                growth.read(rows[:, : self.vocab_size], self.width)
+            with self._levels.timed():
+                logits = self.model.forward([growth.segment() for growth in alive])
+                for growth, rows in zip(alive, logits.split([len(g.picked) for g in alive]), strict=True):
+                    growth.read(rows[:, : self.vocab_size], self.width)
         return [growth.best(most) for growth, most in zip(growths, max_nodes, strict=True)]
 
     def check(self) -> None:

@@ -28,7 +28,8 @@ class DraftSession(ABC):
         """Guess what follows the ids committed so far: a tree of at most `max_nodes` nodes, possibly empty.
 
         Must depend on nothing but what the session was given: never on the clock or on the target's random draws.
-        May be called again without a commit in between, and must then answer the same.
+        May be called again without a commit in between, and must then answer the same. How deep the tree is may follow
+        from `Drafter.token_seconds`.
         """
 
     @abstractmethod
@@ -51,9 +52,12 @@ class Drafter(ABC):
 
     What is raised by a session or a drafter switches that drafter off for the requests concerned; the requests go on.
     wanted: what its sessions are shown of each forward of the target; fixed once the drafter is built.
+    token_seconds: what one token more in a step is worth, told before each proposal; 0 where time does not count. A
+        drafter that works in levels may stop where the next costs more than it can bring (`Levels`).
     """
 
     wanted: Wanted = Wanted()
+    token_seconds: float = 0.0
 
     @abstractmethod
     def open(self, prompt: Sequence[int], hints: DraftHints) -> DraftSession:

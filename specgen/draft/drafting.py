@@ -174,6 +174,7 @@ class Drafting:
             return 0.0
         sessions = [drafts.active[name].session for drafts in asked]
         limits = [drafts.speculation.max_nodes for drafts in asked]
+        drafter.token_seconds = self._token_seconds if all(d.speculation.adaptive for d in asked) else 0.0
         started = time.perf_counter()
         try:
             trees = [_plain(tree) for tree in drafter.propose(sessions, limits)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from heapq import heappop, heappush
 from typing import TypeVar
 
@@ -14,6 +16,8 @@ from specgen.tree import path, select
 from specgen.types import TokenTree
 
 _LEAST_SURVIVAL = 0.1
+_SMOOTHING = 0.1
+_DOUBT = 0.02
 
 State = TypeVar("State")
 
@@ -22,7 +26,8 @@ class Growth:
     """Nodes with their chances given their parents. `picked` are those to grow next, -1 is the root.
 
     `depth` is 1 for children of the root. `row` numbers the nodes in the order in which they were picked: whoever
-    computes them keeps what belongs to a node under that number.
+    computes them keeps what belongs to a node under that number. `hope` is the chance that a picked node is accepted:
+    no level below brings more tokens than that.
     """
 
     def __init__(self) -> None:
@@ -32,6 +37,7 @@ class Growth:
         self.depth: list[int] = []
         self.row: dict[int, int] = {}
         self.picked = [-1]
+        self.hope = 1.0
 
     @property
     def tree(self) -> TokenTree:
@@ -55,6 +61,7 @@ class Growth:
         level = [node for node, parent in enumerate(self.parents) if parent in previous and node not in self.row]
         level.sort(key=lambda node: (-survival[node], node))
         self.picked = sorted(node for node in level[:width] if survival[node] >= least)
+        self.hope = sum(survival[node] for node in self.picked)
         for node in self.picked:
             self.row[node] = len(self.row)
         return self.picked
@@ -82,6 +89,29 @@ class Growth:
     def best(self, max_nodes: int) -> TokenTree:
         """The `max_nodes` likeliest nodes."""
         return select(self.tree, likeliest(self.tree, max_nodes))
+
+
+class Levels:
+    """What a level costs a drafter, measured, against what it may bring: trees grow no deeper than pays."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    def pay(self, growths: Sequence[Growth], token_seconds: float) -> bool:
+        """Whether a level below what is picked is worth its time, when a token is worth `token_seconds`; always if that
+        is 0. A cost that keeps levels from growing is believed less and less, so that it is measured again."""
+        if not token_seconds or token_seconds * sum(growth.hope for growth in growths) >= self._seconds:
+            return True
+        self._seconds *= 1.0 - _DOUBT
+        return False
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Around the growing of a level."""
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self._seconds += _SMOOTHING * (seconds - self._seconds) if self._seconds else seconds
 
 
 def best_first(

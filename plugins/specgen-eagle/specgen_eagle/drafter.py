@@ -20,6 +20,7 @@ from specgen import (
     Features,
     Growth,
     InvalidRequest,
+    Levels,
     TokenTree,
     Wanted,
     pack_linears,
@@ -64,6 +65,7 @@ class Eagle(Drafter):
         self.wanted = Wanted(layers=self.layers)
         self._embeddings = embeddings.detach()
         self._tokens = head.tokens
+        self._levels = Levels()
         self.open_sessions = 0
 
     def open(self, prompt: Sequence[int], hints: DraftHints) -> DraftSession:
@@ -81,13 +83,13 @@ class Eagle(Drafter):
         self._extend(growths, [session.root for session in ready])
         for _ in range(1, self.depth):
             growths = [(session, growth) for session, growth in growths if growth.pick(self.width, _LEAST_SURVIVAL)]
-            if not growths:
+            if not growths or not self._levels.pay([growth for _, growth in growths], self.token_seconds):
                 break
-            parts = [session.level(growth) for session, growth in growths]
-            answers = self._forward(parts)
-            for (session, _), answer in zip(growths, answers, strict=True):
-                session.keep(answer)
-            self._extend(growths, answers)
+            with self._levels.timed():
+                answers = self._forward([session.level(growth) for session, growth in growths])
+                for (session, _), answer in zip(growths, answers, strict=True):
+                    session.keep(answer)
+                self._extend(growths, answers)
         return [session.tree(most) for session, most in zip(asked, max_nodes, strict=True)]
 
     def check(self) -> None:
