@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     )
     from specgen.hookspecs import LogitsProcessorFactory, hookimpl
     from specgen.kv.formats import Coder, KVFormat, KVFormatFactory, Plane
-    from specgen.model.packed_linear import pack_linears
+    from specgen.model.packed_linear import linears_together, pack_linears
     from specgen.options import read_options
     from specgen.params import SamplingParams
     from specgen.stream import Stream
@@ -85,6 +85,7 @@ __all__ = [
     "custom_generate",
     "generate",
     "hookimpl",
+    "linears_together",
     "pack_linears",
     "read_options",
     "wrap",
@@ -135,6 +136,7 @@ _HOMES = {
     "custom_generate": "specgen.dropin",
     "generate": "specgen.api",
     "hookimpl": "specgen.hookspecs",
+    "linears_together": "specgen.model.packed_linear",
     "pack_linears": "specgen.model.packed_linear",
     "read_options": "specgen.options",
     "wrap": "specgen.api",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +39,16 @@ def pack_linears(model: nn.Module) -> int:
         module.__dict__["packed"] = packed[id(weight)]  # no buffer: it is no part of the model's state
         count += 1
     return count
+
+
+def linears_together(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
+    """What each of `layers`, linear ones that read the same rows, makes of x: in one call if all of them are packed."""
+    if not all(type(layer) is PackedLinear for layer in layers):
+        return [layer(x) for layer in layers]
+    packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
+    outputs = [layer.out_features for layer in packed]
+    rows: Tensor = torch.ops.specgen.linear(x, [p.packed for p in packed], [p.bias for p in packed], outputs)
+    return list(rows.split(outputs, dim=-1))
 
 
 def _is_plain(module: nn.Linear) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from specgen.kernels.cpu_kernels import why_not
-from specgen.model.packed_linear import PackedLinear, pack_linears
+from specgen.model.packed_linear import PackedLinear, linears_together, pack_linears
 from specgen.model.target import Target
 from tests.models.tiny import build
 
@@ -46,6 +46,17 @@ def test_each_number_is_the_sum_of_its_products(size: tuple[int, int], dtype: to
         # One rounding of the result, and in float32 one of each step on the way.
         bound = terms * 2.0**-23 * inputs + exact(x.double()).abs() * EPSILON[dtype]
         assert ((ours(x).double() - exact(x.double())).abs() <= bound).all(), rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pack", [True, False])
+def test_layers_together_say_what_each_says(dtype: torch.dtype, pack: bool) -> None:
+    layers = [layer(outputs, 96, dtype, bias=outputs != 33, seed=outputs) for outputs in (64, 33, 100)]
+    if pack:
+        packed(*layers)
+    x = torch.randn(2, 9, 96).to(dtype)
+    together = linears_together(x, layers)
+    assert all(torch.equal(rows, one(x)) for rows, one in zip(together, layers, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from specgen import linears_together
+
 
 class HeadConfig(msgspec.Struct, frozen=True, kw_only=True):
     """layers: the hidden states it reads, as transformers counts them. target_width: their width. vocabulary: how many
@@ -73,8 +75,8 @@ class EagleHead(nn.Module):
         normed = self.hidden_norm(states)
         x = torch.cat([self.input_layernorm(embedded), normed], dim=-1)
         query, key, value = (
-            layer(x).unflatten(-1, (-1, self.head_dim)).transpose(-2, -3)
-            for layer in (self.q_proj, self.k_proj, self.v_proj)
+            rows.unflatten(-1, (-1, self.head_dim)).transpose(-2, -3)
+            for rows in linears_together(x, (self.q_proj, self.k_proj, self.v_proj))
         )
         lead = positions if positions.ndim > 1 else positions[None]
         cos, sin = self.rotary(x, lead)
@@ -86,7 +88,9 @@ class EagleHead(nn.Module):
     def finish(self, attended: Tensor, residual: Tensor) -> Tensor:
         """[..., heads, rows, head_dim] attended: [..., rows, width], which stands in for the target's states."""
         states = residual + self.o_proj(attended.transpose(-2, -3).flatten(-2))
-        fed: Tensor = states + self.mlp(self.post_attention_layernorm(states))
+        mlp = self.mlp
+        gate, up = linears_together(self.post_attention_layernorm(states), (mlp.gate_proj, mlp.up_proj))
+        fed: Tensor = states + mlp.down_proj(mlp.act_fn(gate) * up)
         return fed
 
     def logits(self, states: Tensor) -> Tensor:
