@@ -62,8 +62,10 @@ types: install ## mypy --strict
 	@$(BIN)/mypy $(SOURCES)
 
 PYTEST_ARGS = -m "not slow"
+# A worker per core, up to four, a file of tests at a time. Threads that wait leave the core to the other worker.
+WORKERS = --numprocesses auto --maxprocesses 4 --dist loadfile
 unit: install ## pytest without the slow tests
-	@$(BIN)/python -m pytest --durations=10 $(PYTEST_ARGS)
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(WORKERS) --durations=10 $(PYTEST_ARGS)
 
 bench: install ## tokens per second with and without drafting
 	@$(BIN)/python -m benchmarks.decode
