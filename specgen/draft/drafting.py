@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import index
 
@@ -141,17 +141,21 @@ class Drafting:
 
     def wants(self, drafts: Drafts) -> bool:
         """Whether anyone in this sequence would look at features."""
-        return any(name in drafts.active and not drafts.active[name].stats.disabled for name in self._curious)
+        return any(self._watching(drafts))
 
     def observe(self, drafts: Drafts, features: Features) -> None:
         """Show the sessions what the target's forward said; what it shows is not to be changed."""
-        for name in self._curious:
-            if (active := drafts.active.get(name)) is None or active.stats.disabled:
-                continue
+        for name in self._watching(drafts):
             try:
-                active.session.observe(features)
+                drafts.active[name].session.observe(features)
             except Exception as error:  # a drafter is someone else's code: the request goes on without it
                 self._disable(name, [drafts], repr(error))
+
+    def _watching(self, drafts: Drafts) -> Iterator[str]:
+        """The sequence's drafters that look at features."""
+        for name in self._curious:
+            if name in drafts.active and not drafts.active[name].stats.disabled:
+                yield name
 
     def close(self, drafts: Drafts) -> None:
         """Close all sessions; what was learned stays."""

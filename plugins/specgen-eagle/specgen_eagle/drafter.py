@@ -191,12 +191,9 @@ class EagleSession(DraftSession):
         self._drafter = drafter
         self._ids = list(prompt)
         self._prompt = len(prompt)
-        self._start = self._next = 0
-        self._states: list[Tensor] = []
         self._level: list[Tensor] = []
         self._growth: Growth | None = None
-        self.cache = Cache()
-        self.root = torch.empty(0)
+        self._forget(0)
 
     def propose(self, max_nodes: int) -> TokenTree:
         """The likeliest nodes of a tree under the last id; none before the first commit."""
@@ -275,6 +272,6 @@ class EagleSession(DraftSession):
     def _forget(self, position: int) -> None:
         """Begin at `position`, as if the text began there."""
         self._start = self._next = position
-        self._states = []
+        self._states: list[Tensor] = []
         self.cache = Cache()
         self.root = torch.empty(0)
