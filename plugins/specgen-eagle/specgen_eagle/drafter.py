@@ -80,7 +80,7 @@ class Eagle(Drafter):
         ready = [session for session, most in zip(asked, max_nodes, strict=True) if most and session.is_ready]
         self._read(ready)
         growths = [(session, session.grow()) for session in ready]
-        self._extend(growths, [session.root for session in ready])
+        self._extend(growths, [session.reading.root for session in ready])
         for _ in range(1, self.depth):
             growths = [(session, growth) for session, growth in growths if growth.pick(self.width, _LEAST_SURVIVAL)]
             if not growths or not self._levels.pay([growth for _, growth in growths], self.token_seconds):
@@ -99,13 +99,13 @@ class Eagle(Drafter):
 
     def _read(self, sessions: Sequence[EagleSession]) -> None:
         """Take in what the target has computed since the last time; the last entry is the tree's root."""
-        behind = [session for session in sessions if session.unread]
+        behind = [session for session in sessions if session.reading.unread]
         while behind:
             room = max(1, _ROWS_PER_FORWARD // len(behind))
             answers = self._forward([session.entries(room) for session in behind])
             for session, answer in zip(behind, answers, strict=True):
                 session.advance(answer)
-            behind = [session for session in behind if session.unread]
+            behind = [session for session in behind if session.reading.unread]
 
     def _forward(self, parts: Sequence[Part]) -> list[Tensor]:
         """The head's states of the rows of all parts, whose keys and values are written to their caches."""
@@ -184,6 +184,37 @@ class Cache:
         self._keys, self._values = grown
 
 
+class Reading:
+    """What a session's head has taken in since `start`, and what it has not.
+
+    states: the target's, fused, of entries that are `unread`. cache: keys and values of the others. root: the head's
+    own states of the last of them, [1, width]; empty if there is none.
+    """
+
+    def __init__(self, start: int) -> None:
+        self.start = self.stop = start
+        self.states: list[Tensor] = []
+        self.cache = Cache()
+        self.root = torch.empty(0)
+
+    @property
+    def unread(self) -> int:
+        """Entries that the head has not taken in."""
+        return self.stop - self.start - self.cache.length
+
+    def add(self, states: Tensor) -> None:
+        """Entries that follow."""
+        self.states.append(states)
+        self.stop += len(states)
+
+    def take(self, most: int) -> tuple[int, Tensor]:
+        """The position of the first unread entry, and the states of at most `most`."""
+        states = torch.cat(self.states)
+        states, rest = states[:most], states[most:]
+        self.states = [rest] if len(rest) else []
+        return self.start + self.cache.length, states
+
+
 class EagleSession(DraftSession):
     """Entry t pairs the target's states at position t with the token at t + 1."""
 
@@ -193,7 +224,7 @@ class EagleSession(DraftSession):
         self._prompt = len(prompt)
         self._level: list[Tensor] = []
         self._growth: Growth | None = None
-        self._forget(0)
+        self.reading = Reading(0)
 
     def propose(self, max_nodes: int) -> TokenTree:
         """The likeliest nodes of a tree under the last id; none before the first commit."""
@@ -203,13 +234,12 @@ class EagleSession(DraftSession):
     def observe(self, features: Features) -> None:
         """Keep the states of positions that were not seen yet."""
         rows = torch.cat([features.hidden[layer] for layer in self._drafter.layers], dim=-1)
-        if not self._next or features.position > self._next:
-            # A cached prefix has no states: the head sees the text from here on.
-            self._forget(features.position)
-        new = rows[self._next - features.position :]
+        if not self.reading.stop or features.position > self.reading.stop:
+            # A cached prefix has no states: the head sees the text from here on, as if it began there.
+            self.reading = Reading(features.position)
+        new = rows[self.reading.stop - features.position :]
         if len(new):
-            self._states.append(self._drafter.head.fuse(new))
-            self._next += len(new)
+            self.reading.add(self._drafter.head.fuse(new))
 
     def commit(self, tokens: Sequence[int]) -> None:
         """Take in ids; the tree under the last one is gone."""
@@ -223,27 +253,19 @@ class EagleSession(DraftSession):
     @property
     def is_ready(self) -> bool:
         """Whether there is a root. Not before the first commit: the first token does not wait for the head."""
-        return len(self._ids) > self._prompt and (self.unread > 0 or len(self.root) > 0)
-
-    @property
-    def unread(self) -> int:
-        """Entries that the head has not taken in."""
-        return self._next - self._start - self.cache.length
+        return len(self._ids) > self._prompt and (self.reading.unread > 0 or len(self.reading.root) > 0)
 
     def entries(self, most: int) -> Part:
         """The next `most` of them as rows, each of which sees those before it."""
-        states = torch.cat(self._states)
-        first = self._start + self.cache.length
-        states, rest = states[:most], states[most:]
-        self._states = [rest] if len(rest) else []
+        first, states = self.reading.take(most)
         positions = range(first, first + len(states))
         visible = torch.ones(len(states), len(states), dtype=torch.bool, device=states.device).tril()
-        return Part(self.cache, self._ids[first + 1 : first + 1 + len(states)], positions, states, visible)
+        return Part(self.reading.cache, self._ids[first + 1 : first + 1 + len(states)], positions, states, visible)
 
     def advance(self, answer: Tensor) -> None:
         """The rows of `entries` are done."""
-        self.cache.length += len(answer)
-        self.root = answer[-1:]
+        self.reading.cache.length += len(answer)
+        self.reading.root = answer[-1:]
 
     def grow(self) -> Growth:
         """A new tree under the last id."""
@@ -253,13 +275,13 @@ class EagleSession(DraftSession):
 
     def level(self, growth: Growth) -> Part:
         """The picked nodes as rows, each with its parent's states."""
-        computed = torch.cat([self.root, *self._level])
+        computed = torch.cat([self.reading.root, *self._level])
         parents = [growth.parents[node] for node in growth.picked]
         states = computed[[0 if parent < 0 else 1 + growth.row[parent] for parent in parents]]
         last = len(self._ids) - 2
         positions = [last + growth.depth[node] for node in growth.picked]
         visible = growth.visible().to(states.device)
-        return Part(self.cache, [growth.tokens[node] for node in growth.picked], positions, states, visible)
+        return Part(self.reading.cache, [growth.tokens[node] for node in growth.picked], positions, states, visible)
 
     def keep(self, answer: Tensor) -> None:
         """The states of the rows of `level`."""
@@ -268,10 +290,3 @@ class EagleSession(DraftSession):
     def tree(self, max_nodes: int) -> TokenTree:
         """The likeliest nodes of the tree that was grown; the empty tree if none was."""
         return self._growth.best(max_nodes) if self._growth and max_nodes else _EMPTY
-
-    def _forget(self, position: int) -> None:
-        """Begin at `position`, as if the text began there."""
-        self._start = self._next = position
-        self._states: list[Tensor] = []
-        self.cache = Cache()
-        self.root = torch.empty(0)
