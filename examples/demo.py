@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ import specgen
 from specgen.model.demo import demo_model
 
 MAX_TOKENS = 72
+HEAD = Path(__file__).parents[1] / "adapters" / "smollm2-135m-instruct-eagle"
+DRAFTERS: dict[str, Any] = {"prompt-lookup": {}, "recycling": {}, "eagle": {"path": HEAD}}
 CODE = """def area(width, height):
     if width < 0 or height < 0:
         raise ValueError("sizes must not be negative")
@@ -108,7 +111,7 @@ def main() -> int:
     """Run all prompts; 1 if a text differs."""
     path = demo_model()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    with specgen.wrap(model, AutoTokenizer.from_pretrained(path)) as engine:
+    with specgen.wrap(model, AutoTokenizer.from_pretrained(path), drafters=DRAFTERS) as engine:
         timed(engine, [{"role": "user", "content": "Hello"}])  # the first run of anything is slower
         runs = [run(engine, *prompt) for prompt in PROMPTS]
     console.print(summary(runs))
