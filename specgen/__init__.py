@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from specgen.api import Engine, generate, wrap
     from specgen.config import EngineConfig
+    from specgen.constraint import ConstraintFactory, ConstraintSetup, Matcher
     from specgen.context.stage import Context, ContextStage, ContextStageFactory
     from specgen.draft.drafter import Drafter, DrafterFactory, DrafterSetup, DraftHints, DraftSession
     from specgen.draft.features import Features, Wanted
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Matcher",
+    "ConstraintSetup",
+    "ConstraintFactory",
     "Coder",
     "Context",
     "ContextLengthExceeded",
@@ -93,6 +97,9 @@ __all__ = [
 
 # What a name needs is imported when it is first asked for: torch and transformers take seconds, a command's help none.
 _HOMES = {
+    "Matcher": "specgen.constraint",
+    "ConstraintSetup": "specgen.constraint",
+    "ConstraintFactory": "specgen.constraint",
     "Plane": "specgen.kv.formats",
     "KVFormatFactory": "specgen.kv.formats",
     "KVFormat": "specgen.kv.formats",

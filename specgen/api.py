@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specgen.config import EngineConfig
+from specgen.constraint import Constraints, ConstraintSetup
 from specgen.context.pipeline import ContextPipeline
 from specgen.draft.drafter import Drafter, DrafterSetup
 from specgen.engine import Counters, EngineCore
@@ -23,7 +24,7 @@ from specgen.model.target import Target
 from specgen.params import SamplingParams
 from specgen.plugins import Plugins, load_plugins
 from specgen.prefixes import EnginePrefix
-from specgen.requests import RequestBuilder, with_options
+from specgen.requests import RequestBuilder, model_ends, with_options
 from specgen.responses import ResponseCache
 from specgen.runner import Runner
 from specgen.stream import Stream
@@ -74,6 +75,10 @@ class Engine:
             ContextPipeline.build(self.config.context, self.plugins.collect("context_stages"), tokenizer),
             self._core.drafting,
             self.plugins.collect("logits_processors"),
+            Constraints(
+                self.plugins.collect("constraints"),
+                ConstraintSetup(tokenizer, self.target.vocab_size, model_ends(model.generation_config, tokenizer)),
+            ),
         )
         self._base = SamplingParams(speculation=self.config.speculation)
         self._core.drafting.check_names(self.config.speculation)

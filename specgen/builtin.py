@@ -8,6 +8,7 @@ from specgen.context.chat_template import chat_template
 from specgen.context.stage import ContextStageFactory
 from specgen.context.truncation import truncate
 from specgen.draft.drafter import DrafterFactory
+from specgen.draft.grammar import Grammar
 from specgen.draft.prediction import Prediction
 from specgen.draft.prompt_lookup import PromptLookup
 from specgen.draft.recycling import Recycling
@@ -32,6 +33,7 @@ def kv_formats() -> Mapping[str, KVFormatFactory]:
 def drafters() -> Mapping[str, DrafterFactory]:
     """The drafters that need no training."""
     return {
+        "grammar": Grammar,
         "prediction": Prediction,
         "prompt-lookup": PromptLookup,
         "recycling": Recycling,

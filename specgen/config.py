@@ -59,7 +59,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """
 
     drafters: Mapping[str, Mapping[str, Any]] = msgspec.field(
-        default_factory=lambda: {"prediction": {}, "prompt-lookup": {}, "recycling": {}}
+        default_factory=lambda: {"grammar": {}, "prediction": {}, "prompt-lookup": {}, "recycling": {}}
     )
     context: tuple[Any, ...] = ("chat-template",)
     speculation: Speculation = Speculation()

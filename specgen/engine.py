@@ -10,6 +10,7 @@ from functools import cached_property
 
 import torch
 
+from specgen.constraint import Constrained
 from specgen.draft.budget import RowCost
 from specgen.draft.drafter import Drafter, DraftHints
 from specgen.draft.drafting import Drafting
@@ -34,11 +35,15 @@ _DEFAULT_CACHE = CacheOptions()
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """How one sequence of a request draws, ends and speaks; made by whoever builds the request."""
+    """How one sequence of a request draws, ends and speaks; made by whoever builds the request.
+
+    constraint: what holds the sequence to a grammar; its mask is among the sampler's processors.
+    """
 
     sampler: Sampler
     stops: StopRules
     cursor: TextCursor
+    constraint: Constrained | None = None
 
 
 @dataclass(slots=True)
@@ -98,7 +103,7 @@ class EngineCore:
         """Queue one sequence per sample."""
         hints = DraftHints(request.prediction, request.params.cache_salt)
         for index, sample in enumerate(samples):
-            drafts = self.drafting.open(request.ids, hints, request.params.speculation)
+            drafts = self.drafting.open(request.ids, hints, request.params.speculation, sample.constraint)
             self.scheduler.add(
                 Sequence(
                     request,
@@ -106,6 +111,7 @@ class EngineCore:
                     sampler=sample.sampler,
                     stops=sample.stops,
                     cursor=sample.cursor,
+                    constraint=sample.constraint,
                     drafts=drafts,
                     table=self.target.pool.open(),
                     key=self.key(request.params),

@@ -1,6 +1,6 @@
 """Every hook a plugin can implement. Mark an implementation with `hookimpl`; plugins/README.md shows each one in use.
 
-The first four offer something: they are called when an engine or the command line is built, on the thread that builds
+The first five offer something: they are called when an engine or the command line is built, on the thread that builds
 it, and maybe again when plugins are listed, so they answer at once and always alike. The last three observe: they are
 called on the engine's thread, between two steps, so what is slow in them slows every request. An observer that raises
 is caught, counted and logged once per plugin; the requests go on.
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import pluggy
 
+from specgen.constraint import ConstraintFactory
 from specgen.context.stage import ContextStageFactory
 from specgen.draft.drafter import DrafterFactory
 from specgen.kv.formats import KVFormatFactory
@@ -69,6 +70,16 @@ def logits_processors() -> Mapping[str, LogitsProcessorFactory]:
 
     Called when an engine is built; a factory is called for each sequence that asks for its processor. Processors see
     exactly the calls that decoding without drafts would make.
+    """
+    return {}
+
+
+@hookspec
+def constraints() -> Mapping[str, ConstraintFactory]:
+    """Offer kinds of constraints by the name a request uses for them: grammars that its text must keep to.
+
+    Called when an engine is built; a factory is called for each request that asks for its kind, on the thread that
+    submits it.
     """
     return {}
 

@@ -11,7 +11,7 @@ import msgspec
 from transformers import GenerationConfig
 
 from specgen.errors import InvalidRequest, UnknownName
-from specgen.types import LogitsProcessor, Speculation, StoppingCriterion
+from specgen.types import Constraint, LogitsProcessor, Speculation, StoppingCriterion
 
 _SAMPLING_ONLY = ("top_k", "top_p", "min_p", "typical_p")
 _FROM_GENERATION_CONFIG = ("temperature", *_SAMPLING_ONLY)
@@ -49,6 +49,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     With several sequences (n, or a list of prompts) each gets its own copy.
     plugin_processors: name -> options of processors that plugins offer.
     logprobs: log-probabilities of committed tokens under the unprocessed model, with that many alternatives, 0 to 20.
+    constraint: what the text must look like: one kind that a plugin offers and its value, `{"json_schema": {...}}`.
     prediction: text that the caller expects to see, drafted where it fits.
     cache_salt: requests share cached prefixes only with requests of the same salt.
 
@@ -81,6 +82,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logprobs: int | None = None
     processors: tuple[LogitsProcessor, ...] = ()
     plugin_processors: Mapping[str, Mapping[str, Any]] | None = None
+    constraint: Constraint | None = None
     speculation: Speculation = Speculation()
     prediction: str | tuple[int, ...] = ()
     cache_salt: str = ""
@@ -104,6 +106,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             if isinstance(text := getattr(self, name), str):
                 msgspec.structs.force_setattr(self, name, (text,))
         msgspec.structs.force_setattr(self, "speculation", Speculation.of(self.speculation))
+        if self.constraint is not None:
+            msgspec.structs.force_setattr(self, "constraint", Constraint.of(self.constraint))
         for name in _SEVERAL:
             _several(self, name)
         for name in _FLAGS:

@@ -16,6 +16,7 @@ from typing import Any, Final, Literal, overload
 import pluggy
 
 from specgen import hookspecs
+from specgen.constraint import ConstraintFactory
 from specgen.context.stage import ContextStageFactory
 from specgen.draft.drafter import DrafterFactory
 from specgen.errors import DuplicateName, PluginError, UnknownName
@@ -28,6 +29,7 @@ ALLOW_LIST: Final = "SPECGEN_PLUGINS"
 
 _DISTRIBUTION = "specgen-llm"
 _KINDS: Final[Mapping[str, str]] = {
+    "constraints": "constraint",
     "context_stages": "context stage",
     "drafters": "drafter",
     "kv_formats": "KV format",
@@ -100,6 +102,8 @@ class Plugins:
         self.register(plugin, name, version=release)
         return None
 
+    @overload
+    def collect(self, hook: Literal["constraints"]) -> dict[str, ConstraintFactory]: ...
     @overload
     def collect(self, hook: Literal["context_stages"]) -> dict[str, ContextStageFactory]: ...
     @overload

@@ -12,6 +12,7 @@ import msgspec
 import torch
 from transformers import GenerationConfig
 
+from specgen.constraint import Constrained, Constraints, Matcher
 from specgen.context.pipeline import ContextPipeline
 from specgen.context.stage import Context
 from specgen.draft.drafting import Drafting
@@ -39,6 +40,7 @@ class RequestBuilder:
     pipeline: ContextPipeline
     drafting: Drafting
     plugin_processors: Mapping[str, LogitsProcessorFactory]
+    constraints: Constraints
 
     def build(self, prompt: Prompt, params: SamplingParams, *, copies: bool) -> tuple[Request, list[Sample]]:
         """The request and how each of its `params.n` samples draws.
@@ -55,13 +57,15 @@ class RequestBuilder:
         seed = secrets.randbits(63) if params.seed is None else params.seed
         request = Request(f"req-{secrets.token_hex(8)}", ids, params, seed, self._prediction(params))
         copies = copies or params.n > 1
-        return request, [self._sample(request, index, copies=copies) for index in range(params.n)]
+        matcher = self.constraints.compile(params.constraint) if params.constraint else None
+        return request, [self._sample(request, index, matcher, copies=copies) for index in range(params.n)]
 
-    def _sample(self, request: Request, index: int, *, copies: bool) -> Sample:
+    def _sample(self, request: Request, index: int, matcher: Matcher | None, *, copies: bool) -> Sample:
         params = request.params
         ends = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
-            ends |= set(self._model_ends())
+            ends |= set(model_ends(self.defaults, self.tokenizer))
+        constraint = Constrained(matcher.copy(), ends) if matcher else None
         room = self.context_length - len(request.ids)
         sampler = Sampler(
             processors(
@@ -72,6 +76,8 @@ class RequestBuilder:
                 custom=[
                     *(_own(p, "processors", copies=copies) for p in params.processors),
                     *self._offered(params),
+                    # The last of them: what others make of a forbidden token does not matter then.
+                    *([constraint.mask] if constraint else ()),
                 ],
                 device=self.device,
             ),
@@ -87,15 +93,7 @@ class RequestBuilder:
         )
         length = len(request.ids) + min(room, params.max_tokens or room)
         criteria = tuple(_own(c, "stopping_criteria", copies=copies) for c in params.stopping_criteria)
-        return Sample(sampler, StopRules(ends, length, criteria), cursor)
-
-    def _model_ends(self) -> list[int]:
-        eos = self.defaults.eos_token_id
-        if eos is None:
-            eos = getattr(self.tokenizer, "eos_token_id", None)
-        if eos is None:
-            return []
-        return list(eos) if isinstance(eos, Sequence) else [int(eos)]
+        return Sample(sampler, StopRules(ends, length, criteria), cursor, constraint)
 
     def _check_text_needs(self, params: SamplingParams) -> None:
         for name in ("stop", "bad_words"):
@@ -128,6 +126,16 @@ class RequestBuilder:
                 message = f"logits processor {name!r} refuses {dict(options)!r}: {error}"
                 raise InvalidRequest(message, param="plugin_processors") from error
         return found
+
+
+def model_ends(defaults: GenerationConfig, tokenizer: Any) -> tuple[int, ...]:
+    """The model's own end tokens: what its generation config says, else the tokenizer's."""
+    eos = defaults.eos_token_id
+    if eos is None:
+        eos = getattr(tokenizer, "eos_token_id", None)
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, Sequence) else (int(eos),)
 
 
 def _own(function: FunctionT, param: str, *, copies: bool) -> FunctionT:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from specgen.constraint import Constrained
 from specgen.draft.drafting import Drafts
 from specgen.kv.lease import Lease
 from specgen.kv.pool import BlockTable
@@ -32,8 +33,8 @@ from specgen.verify import acceptance
 
 @dataclass(frozen=True, slots=True)
 class StopRules:
-    """What ends a sequence after a token; looked at in this order: end ids, stop strings (the cursor's), criteria,
-    length. `max_length` bounds prompt and output together."""
+    """What ends a sequence after a token; looked at in this order: end ids, stop strings (the cursor's), criteria, a
+    constraint that lets nothing follow, length. `max_length` bounds prompt and output together."""
 
     end_ids: frozenset[int]
     max_length: int
@@ -51,6 +52,7 @@ class Sequence:
         sampler: Sampler,
         stops: StopRules,
         cursor: TextCursor,
+        constraint: Constrained | None,
         drafts: Drafts,
         table: BlockTable,
         key: CacheKey,
@@ -60,6 +62,7 @@ class Sequence:
         self.sampler = sampler
         self.stops = stops
         self.cursor = cursor
+        self.constraint = constraint
         self.drafts = drafts
         self.table = table
         self.key = key
@@ -202,6 +205,8 @@ class _Scan:
             ids = sequence.ids_with(self.path)
             if any(bool(torch.as_tensor(stop(ids, self._row(node))).any()) for stop in stops.criteria):
                 return Finish("stop")
+        if sequence.constraint and sequence.constraint.advance(token):
+            return Finish("stop")
         if len(sequence.ids) + len(self.path) >= stops.max_length:
             return Finish("length")
         return None

@@ -1,4 +1,4 @@
-"""What every drafter and every context stage must keep to, as classes of tests. Subclass them in a plugin's tests:
+"""What every drafter, context stage and matcher must keep to, as classes of tests. Subclass them in a plugin's tests:
 
 class TestMine(DrafterContract):
     def drafter(self) -> Drafter:
@@ -13,8 +13,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from copy import deepcopy
+from random import Random
 from typing import ClassVar
 
+from specgen.constraint import Matcher
 from specgen.context.stage import Context, ContextStage
 from specgen.draft.drafter import Drafter, DraftHints, DraftSession
 from specgen.tree import check, path
@@ -175,3 +177,82 @@ class ContextStageContract(ABC):
         stage = self.stage()
         for context in self.contexts:
             assert stage(context).max_prompt_tokens == context.max_prompt_tokens, "max_prompt_tokens must stay"
+
+
+class MatcherContract(ABC):
+    """Tests of one kind of constraint. Override `matcher`, and `walks` or `longest` for a grammar of few or long
+    texts."""
+
+    walks: ClassVar[int] = 8
+    longest: ClassVar[int] = 40
+
+    @abstractmethod
+    def matcher(self) -> Matcher:
+        """A new matcher at the start of a grammar."""
+
+    def walk(self, seed: int, matcher: Matcher) -> Iterator[int]:
+        """Consume allowed tokens by chance until the text is complete; each is answered before it is consumed."""
+        random = Random(seed)
+        for _ in range(self.longest):
+            tokens = matcher.allowed().nonzero().flatten().tolist()
+            if not tokens or matcher.is_complete():
+                return
+            token = random.choice(tokens)
+            yield token
+            matcher.consume(token)
+
+    def test_what_is_allowed_is_permitted(self) -> None:
+        """A draft that the mask allows is never pruned."""
+        for seed in range(self.walks):
+            matcher, random = self.matcher(), Random(seed)
+            for _ in self.walk(seed, matcher):
+                tokens = matcher.allowed().nonzero().flatten().tolist()
+                for token in random.sample(tokens, min(len(tokens), 8)):
+                    assert matcher.permitted([token]) == 1, f"token {token} is allowed and not permitted"
+
+    def test_a_whole_walk_is_permitted_from_its_start(self) -> None:
+        """A path of a tree is judged as the walk would go it."""
+        for seed in range(self.walks):
+            walked = list(self.walk(seed, self.matcher()))
+            assert self.matcher().permitted(walked) == len(walked), "a walk must be permitted as a whole"
+
+    def test_asking_changes_nothing(self) -> None:
+        """Whatever is asked in between, and even if the mask is written into."""
+        for seed in range(self.walks):
+            plain, asked = self.matcher(), self.matcher()
+            for token in self.walk(seed, plain):
+                asked.permitted([token, token, token])
+                asked.permitted(list(asked.forced()))
+                asked.may_end()
+                asked.is_complete()
+                mask = asked.allowed()
+                assert mask.equal(plain.allowed()), "only consume moves a matcher on"
+                mask.logical_not_()
+                asked.consume(token)
+
+    def test_copies_go_their_own_way(self) -> None:
+        """What one consumes the other does not see."""
+        for seed in range(self.walks):
+            matcher = self.matcher()
+            for token in self.walk(seed, matcher):
+                before, twin = matcher.allowed(), matcher.copy()
+                assert twin.allowed().equal(before), "a copy stands where the original stands"
+                twin.consume(token)
+                assert matcher.allowed().equal(before), "a copy must not move the original"
+
+    def test_what_is_forced_is_permitted(self) -> None:
+        """A drafter will offer it."""
+        for seed in range(self.walks):
+            matcher = self.matcher()
+            for _ in self.walk(seed, matcher):
+                forced = list(matcher.forced())
+                assert matcher.permitted(forced) == len(forced), "forced tokens must be permitted"
+
+    def test_what_is_complete_is_whole(self) -> None:
+        """And the start is not complete: a sequence draws at least one token."""
+        assert not self.matcher().is_complete(), "a grammar must allow more than the empty text"
+        for seed in range(self.walks):
+            matcher = self.matcher()
+            for _ in self.walk(seed, matcher):
+                assert not matcher.is_complete(), "nothing may follow what is complete"
+            assert matcher.may_end() or not matcher.is_complete(), "what is complete may end"

@@ -17,6 +17,7 @@ Everything here is frozen and complete when built.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -80,6 +81,39 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             f"speculation is {value!r}; choices: 'auto', 'off', or a mapping of drafters, max_nodes, adaptive",
             param="speculation",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What a request's text must look like: the name of a kind that a plugin offers, and its value as JSON, so that
+    nobody can change it any more and the order of a schema's properties stays."""
+
+    kind: str
+    json: str
+
+    @classmethod
+    def of(cls, value: str | Mapping[str, Any] | Constraint) -> Constraint:
+        """Read what a user may write: `{"json_schema": {...}}`, or `"json_object"` for a kind without a value.
+
+        Raises InvalidRequest for anything else.
+        """
+        if isinstance(value, Constraint):
+            return value
+        (name, given), *more = value.items() if isinstance(value, Mapping) and value else [(value, None)]
+        if more or not isinstance(name, str) or not name:
+            raise InvalidRequest(
+                f"constraint is {value!r}; it must be one kind and its value, as {{'json_schema': {{...}}}}",
+                param="constraint",
+            )
+        try:
+            return cls(name, json.dumps(given, allow_nan=False))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidRequest(f"constraint {name!r} must hold JSON: {error}", param="constraint") from None
+
+    @property
+    def value(self) -> Any:
+        """The value, made anew."""
+        return json.loads(self.json)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from specgen import (
     StepOutput,
     TokenTree,
 )
+from specgen.constraint import Constraints, ConstraintSetup
 from specgen.context.pipeline import ContextPipeline
 from specgen.draft import drafting
 from specgen.draft.budget import Calibration, Pace, RowCost, likeliest, survivals, worthwhile
@@ -141,6 +142,7 @@ class Bench:
             ContextPipeline.build(("chat-template",), stages, tokenizer),
             self.core.drafting,
             {},
+            Constraints({}, ConstraintSetup(tokenizer, self.target.vocab_size)),
         )
         self.outputs: dict[tuple[str, int], list[StepOutput]] = {}
         self.results: dict[tuple[str, int], Result] = {}

@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("types", "folders", "log", "workers"),
     ("config", "tree", "kernels", "params", "text", "stream", "options"),
-    ("sampling", "kv"),
+    ("sampling", "kv", "constraint"),
     ("context", "draft", "verify", "model"),
     ("sequence", "hookspecs", "view"),
     ("scheduler", "builtin"),

@@ -14,10 +14,12 @@ from specgen.types import TokenTree
 @dataclass(frozen=True, slots=True)
 class DraftHints:
     """What a session may know besides the ids. `prediction` is the text the caller expects, as token ids; what is kept
-    beyond the session may be shown only to sessions of the same `cache_salt`."""
+    beyond the session may be shown only to sessions of the same `cache_salt`. `forced()` answers, while a session
+    proposes, the tokens that the request's constraint leaves no choice but; none where there is no constraint."""
 
     prediction: tuple[int, ...] = ()
     cache_salt: str = ""
+    forced: Callable[[], Sequence[int]] = tuple
 
 
 class DraftSession(ABC):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import index
 
+from specgen.constraint import Constrained
 from specgen.draft.budget import Calibration, Pace, RowCost, likeliest, worthwhile
 from specgen.draft.drafter import Drafter, DraftHints, DraftSession
 from specgen.draft.features import Features, Wanted
@@ -40,6 +41,7 @@ class Drafts:
     """The drafting side of one sequence. Owned by the sequence, changed by `Drafting` alone."""
 
     speculation: Speculation
+    constraint: Constrained | None = None
     active: dict[str, _Active] = field(default_factory=dict)
     unopened: dict[str, DrafterStats] = field(default_factory=dict)
 
@@ -67,9 +69,17 @@ class Drafting:
             if name not in self.drafters:
                 raise UnknownName("drafter", name, self.drafters, param="speculation")
 
-    def open(self, prompt: Sequence[int], hints: DraftHints, speculation: Speculation) -> Drafts:
-        """Sessions of all drafters that the request allows."""
-        drafts = Drafts(speculation)
+    def open(
+        self,
+        prompt: Sequence[int],
+        hints: DraftHints,
+        speculation: Speculation,
+        constraint: Constrained | None = None,
+    ) -> Drafts:
+        """Sessions of all drafters that the request allows. What `constraint` forbids counts as never offered."""
+        if constraint is not None:
+            hints = replace(hints, forced=constraint.forced)
+        drafts = Drafts(speculation, constraint)
         if not speculation.max_nodes:
             return drafts
         for name in dict.fromkeys(self.drafters if speculation.drafters is None else speculation.drafters):
@@ -187,6 +197,10 @@ class Drafting:
         except Exception as error:  # a drafter is someone else's code: the requests go on without it
             self._disable(name, asked, repr(error))
             return time.perf_counter() - started
+        trees = [
+            drafts.constraint.prune(tree) if drafts.constraint and tree else tree
+            for drafts, tree in zip(asked, trees, strict=True)
+        ]
         seconds = time.perf_counter() - started
         if seconds > _STALL_SECONDS * len(asked):
             self._disable(name, asked, f"took {seconds:.1f} s for {len(asked)} trees")

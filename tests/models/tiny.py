@@ -272,9 +272,9 @@ _COMPOSITE: dict[str, dict[str, Any]] = {
 MODELS = tuple(sorted((*_CONFIGS, *_COMPOSITE)))
 
 
-def build(name: str, *, seed: int = 0) -> PreTrainedModel:
-    """A model of float32 noise, in eval mode; the same for the same name and seed."""
-    config = AutoConfig.for_model(name.split(" ", maxsplit=1)[0], **_settings(name))
+def build(name: str, *, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """A model of float32 noise, in eval mode; the same for the same name, seed and `settings` of its config."""
+    config = AutoConfig.for_model(name.split(" ", maxsplit=1)[0], **{**_settings(name), **settings})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     _scatter(model)

@@ -1,0 +1,125 @@
+"""llguidance's matcher behind specgen's protocol, and compilation within limits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import llguidance.hf
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from torch import Tensor
+
+from specgen import ConstraintSetup, InvalidRequest, Matcher, RequestFailed
+
+MAX_CHARACTERS = 65_536
+"""Of a grammar: what is longer may take seconds to compile."""
+
+# What a grammar may cost while it is compiled, per step, and in memory. Beyond it the request fails, nothing else.
+_LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+
+_LONGEST_REASON = 500
+"""llguidance quotes the whole grammar."""
+
+_tokenizers: WeakKeyDictionary[ConstraintSetup, LLTokenizer] = WeakKeyDictionary()
+_building = threading.Lock()
+
+
+def compile_grammar(kind: str, grammar: str, setup: ConstraintSetup) -> Matcher:
+    """A matcher at the start of `grammar`, its first mask computed.
+
+    Raises InvalidRequest for a grammar that is too long, that llguidance refuses, or that no text but the empty one
+    satisfies.
+    """
+    if len(grammar) > MAX_CHARACTERS:
+        message = f"{kind} makes a grammar of {len(grammar)} characters; at most {MAX_CHARACTERS} are compiled"
+        raise InvalidRequest(message, param="constraint")
+    compiled = LLMatcher(_tokenizer(setup), grammar, log_level=0, limits=_LIMITS)
+    if compiled.is_error():
+        raise InvalidRequest(f"{kind} cannot be compiled: {_reason(compiled)}", param="constraint")
+    matcher = GrammarMatcher(compiled, setup)
+    try:
+        possible = bool(matcher.allowed().any())
+    except RequestFailed as error:
+        raise InvalidRequest(f"{kind} cannot be compiled: {error}", param="constraint") from None
+    if not possible:
+        raise InvalidRequest(f"{kind} allows no text but the empty one", param="constraint")
+    return matcher
+
+
+class GrammarMatcher(Matcher):
+    """Where one sequence stands in a compiled grammar."""
+
+    def __init__(self, matcher: LLMatcher, setup: ConstraintSetup) -> None:
+        self._matcher = matcher
+        self._setup = setup
+
+    def allowed(self) -> Tensor:
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        words = np.unpackbits(bits, count=self._setup.vocab_size, bitorder="little")
+        words[_end_ids(self._setup)] = 0
+        return torch.from_numpy(words).to(torch.bool)
+
+    def may_end(self) -> bool:
+        return self._matcher.is_accepting()
+
+    def is_complete(self) -> bool:
+        if not self._matcher.is_stopped():
+            return False
+        if not self.may_end():
+            raise RequestFailed(f"the grammar cannot be followed: {self._matcher.stop_reason()}")
+        return True
+
+    def consume(self, token: int) -> None:
+        self._matcher.consume_token(token)
+        self._check()
+
+    def permitted(self, tokens: Sequence[int]) -> int:
+        ends = _end_ids(self._setup)
+        text = list(takewhile(lambda token: token not in ends, tokens))
+        count = self._matcher.validate_tokens(text)
+        self._check()
+        return count
+
+    def copy(self) -> Matcher:
+        return GrammarMatcher(self._matcher.deep_copy(), self._setup)
+
+    def forced(self) -> Sequence[int]:
+        return self._matcher.compute_ff_tokens()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise RequestFailed(f"the grammar cannot be followed: {_reason(self._matcher)}")
+
+
+def _reason(matcher: LLMatcher) -> str:
+    reason = matcher.get_error().removesuffix("<non-verbose/>").strip()
+    return reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]}..."
+
+
+def _tokenizer(setup: ConstraintSetup) -> LLTokenizer:
+    """The engine's tokenizer as llguidance knows it; built once, which takes about a second."""
+    with _building:
+        if setup not in _tokenizers:
+            _tokenizers[setup] = _built(setup.tokenizer, setup)
+        return _tokenizers[setup]
+
+
+def _built(tokenizer: Any, setup: ConstraintSetup) -> LLTokenizer:
+    try:
+        return llguidance.hf.from_tokenizer(tokenizer, n_vocab=setup.vocab_size, eos_token=_end_ids(setup))
+    except ValueError as error:
+        name = type(tokenizer).__name__
+        message = f"this engine's tokenizer ({name}) takes no constraints: {error}"
+        raise InvalidRequest(message, param="constraint") from None
+
+
+def _end_ids(setup: ConstraintSetup) -> list[int]:
+    """Tokens that are no text. llguidance needs one: where the model has none, it is some special token."""
+    special = getattr(setup.tokenizer, "all_special_ids", ())
+    return list(setup.end_ids or special[:1] or (0,))
