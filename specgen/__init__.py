@@ -42,10 +42,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "Matcher",
-    "ConstraintSetup",
-    "ConstraintFactory",
     "Coder",
+    "ConstraintFactory",
+    "ConstraintSetup",
     "Context",
     "ContextLengthExceeded",
     "ContextStage",
@@ -68,6 +67,7 @@ __all__ = [
     "Levels",
     "LogitsProcessorFactory",
     "Logprob",
+    "Matcher",
     "Plane",
     "PluginError",
     "RequestCancelled",

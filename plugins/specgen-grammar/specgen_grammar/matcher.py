@@ -41,7 +41,7 @@ def compile_grammar(kind: str, grammar: str, setup: ConstraintSetup) -> Matcher:
     compiled = LLMatcher(_tokenizer(setup), grammar, log_level=0, limits=_LIMITS)
     if compiled.is_error():
         raise InvalidRequest(f"{kind} cannot be compiled: {_reason(compiled)}", param="constraint")
-    matcher = GrammarMatcher(compiled, setup)
+    matcher = _Following(compiled, setup)
     try:
         possible = bool(matcher.allowed().any())
     except RequestFailed as error:
@@ -51,7 +51,7 @@ def compile_grammar(kind: str, grammar: str, setup: ConstraintSetup) -> Matcher:
     return matcher
 
 
-class GrammarMatcher(Matcher):
+class _Following(Matcher):
     """Where one sequence stands in a compiled grammar."""
 
     def __init__(self, matcher: LLMatcher, setup: ConstraintSetup) -> None:
@@ -87,7 +87,7 @@ class GrammarMatcher(Matcher):
         return count
 
     def copy(self) -> Matcher:
-        return GrammarMatcher(self._matcher.deep_copy(), self._setup)
+        return _Following(self._matcher.deep_copy(), self._setup)
 
     def forced(self) -> Sequence[int]:
         return self._matcher.compute_ff_tokens()

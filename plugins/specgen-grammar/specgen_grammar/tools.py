@@ -1,4 +1,7 @@
 """Tool calls."""
+
 from typing import Any
+
+
 def tool_calls(value: Any, tokenizer: Any) -> str:
     return ""
