@@ -8,6 +8,8 @@ from typing import Protocol
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT_TOKENS = 6
+_MOST_BYTES = 4
+"""Of one character in UTF-8."""
 
 
 class Decoder(Protocol):
@@ -37,9 +39,9 @@ class TextCursor:
     @classmethod
     def after(cls, prompt: Sequence[int], decoder: Decoder | None, **options: object) -> TextCursor:
         """The cursor behind a prompt, whose last ids decide how the first new one is spelt."""
-        tail = tuple(prompt[-_CONTEXT_TOKENS:])
-        cursor = cls(decoder, window=tail, **options)  # type: ignore[arg-type]
-        return replace(cursor, shown=cursor._decode(tail))
+        cursor = cls(decoder, **options)  # type: ignore[arg-type]
+        tail, shown = cursor._context(tuple(prompt[-_CONTEXT_TOKENS - _MOST_BYTES :]))
+        return replace(cursor, window=tail, shown=shown)
 
     def advance(self, tokens: Sequence[int]) -> tuple[TextCursor, str, str | None]:
         """Take `tokens` in: the new cursor, the text that may be shown now, and the stop string that is complete.
@@ -55,8 +57,8 @@ class TextCursor:
         if len(whole) < len(self.shown):
             return replace(self, window=window), "", None
         held = self.held + whole[len(self.shown) :]
-        recent = window[-_CONTEXT_TOKENS:] if whole == text else window
-        moved = replace(self, window=recent, shown=self._decode(recent) if whole == text else whole)
+        recent, shown = self._context(window) if whole == text else (window, whole)
+        moved = replace(self, window=recent, shown=shown)
         if found := _first(held, self.stop):
             at, string = found
             return replace(moved, held=""), held[: at + len(string) * self.include_stop], string
@@ -66,6 +68,19 @@ class TextCursor:
     def flush(self) -> str:
         """What is still held when the sequence ends otherwise, half characters included."""
         return self.held + self._decode(self.window)[len(self.shown) :]
+
+    def _context(self, ids: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
+        """The last of `ids`, which decide how the next one is spelt, and their text.
+
+        Not from inside a character on, if there is another place: where a run of bytes begins with half a character,
+        some decoders take all of the run for broken.
+        """
+        for size in range(_CONTEXT_TOKENS, _CONTEXT_TOKENS + _MOST_BYTES):
+            text = self._decode(ids[-size:])
+            if not text.startswith(_REPLACEMENT):
+                return ids[-size:], text
+        last = ids[-_CONTEXT_TOKENS:]
+        return last, self._decode(last)
 
     def _decode(self, ids: Sequence[int]) -> str:
         if self.decoder is None:

@@ -9,6 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from specgen.text import TextCursor
+from tests.models.tokenizers import sentence_piece
 
 EMOJI = "\N{GRINNING FACE}"
 HALF = "\N{REPLACEMENT CHARACTER}"
@@ -302,3 +303,18 @@ def test_the_text_continues_the_prompt(smollm_tokenizer: PreTrainedTokenizerBase
                 continue
             shown, _, _ = read(TextCursor.after(ids[:border], smollm_tokenizer), [[t] for t in ids[border:]])
             assert before + shown == speech
+
+
+@pytest.mark.parametrize("text", SPEECHES)
+def test_pieces_in_single_bytes_come_out_as_they_decode(text: str) -> None:
+    """A decoder that falls back on bytes takes a whole run of them for broken if it begins inside a character."""
+    tokenizer = sentence_piece(60, "the quick brown fox jumps over the lazy dog")
+    first = tokenizer.convert_tokens_to_ids("<0x00>")
+    ids = [first + byte for byte in text.encode()]
+    start = len(text[:9].encode())
+    for width in (1, 2, 3, 5, 11, len(ids)):
+        cursor, shown = TextCursor.after(ids[:start], tokenizer), ""
+        for at in range(start, len(ids), width):
+            cursor, more, _ = cursor.advance(ids[at : at + width])
+            shown += more
+        assert shown + cursor.flush() == text[9:]
