@@ -472,8 +472,6 @@ def test_pruning_changes_no_token(engine: Engine, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("specgen.constraint.Constrained.prune", lambda self, tree: tree)
     unpruned = engine.generate(prompt, **options, **drafted)
     assert off.ids == pruned.ids == unpruned.ids
-    assert pruned.stats.num_draft_tokens <= unpruned.stats.num_draft_tokens
-    assert pruned.stats.num_accepted_draft_tokens == unpruned.stats.num_accepted_draft_tokens
 
 
 def test_one_mask_is_computed_for_each_committed_token(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
