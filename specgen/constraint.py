@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from specgen.errors import InvalidRequest, SpecgenError, UnknownName
+from specgen.errors import InvalidRequest, UnknownName
 from specgen.log import Log
 from specgen.tree import path, select
 from specgen.types import EMPTY_TREE, Constraint, TokenTree
@@ -77,7 +77,7 @@ ConstraintFactory: TypeAlias = Callable[[ConstraintSetup, Any], Matcher]
 """`factory(setup, value) -> Matcher`: `value` is what the request says, in JSON's types.
 
 Called for each constrained request on the thread that submits it, possibly on several at once. Raise InvalidRequest
-with param="constraint" for a value that cannot be compiled, and bound the time and memory that one may take.
+for a value that cannot be compiled, and bound the time and memory that one may take.
 """
 
 
@@ -89,17 +89,21 @@ class Constraints:
         self._setup = setup
 
     def compile(self, constraint: Constraint) -> Matcher:
-        """A matcher at the start. Raises UnknownName for a kind that nothing offers, else InvalidRequest."""
+        """A matcher at the start.
+
+        Raises UnknownName for a kind that nothing offers, else InvalidRequest, naming the field that asked for it.
+        """
         factory = self._offered.get(constraint.kind)
         if factory is None:
-            raise UnknownName("constraint", constraint.kind, self._offered, param="constraint")
+            raise UnknownName("constraint", constraint.kind, self._offered, param=constraint.param)
         try:
             return factory(self._setup, constraint.value)
-        except SpecgenError:
+        except InvalidRequest as error:
+            error.param = constraint.param
             raise
         except Exception as error:  # a plugin's code, given what a user wrote
             message = f"constraint {constraint.kind!r} refuses its value: {error}"
-            raise InvalidRequest(message, param="constraint") from error
+            raise InvalidRequest(message, param=constraint.param) from error
 
 
 class Constrained:

@@ -86,13 +86,15 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 @dataclass(frozen=True, slots=True)
 class Constraint:
     """What a request's text must look like: the name of a kind that a plugin offers, and its value as JSON, so that
-    nobody can change it any more and the order of a schema's properties stays."""
+    nobody can change it any more and the order of a schema's properties stays. `param` is the field that asked for
+    it, which errors name."""
 
     kind: str
     json: str
+    param: str = field(default="constraint", compare=False)
 
     @classmethod
-    def of(cls, value: str | Mapping[str, Any] | Constraint) -> Constraint:
+    def of(cls, value: str | Mapping[str, Any] | Constraint, *, param: str = "constraint") -> Constraint:
         """Read what a user may write: `{"json_schema": {...}}`, or `"json_object"` for a kind without a value.
 
         Raises InvalidRequest for anything else.
@@ -102,13 +104,12 @@ class Constraint:
         (name, given), *more = value.items() if isinstance(value, Mapping) and value else [(value, None)]
         if more or not isinstance(name, str) or not name:
             raise InvalidRequest(
-                f"constraint is {value!r}; it must be one kind and its value, as {{'json_schema': {{...}}}}",
-                param="constraint",
+                f"{param} is {value!r}; it must be one kind and its value, as {{'json_schema': {{...}}}}", param=param
             )
         try:
-            return cls(name, json.dumps(given, allow_nan=False))
+            return cls(name, json.dumps(given, allow_nan=False), param)
         except (TypeError, ValueError, RecursionError) as error:
-            raise InvalidRequest(f"constraint {name!r} must hold JSON: {error}", param="constraint") from None
+            raise InvalidRequest(f"{param} {name!r} must hold JSON: {error}", param=param) from None
 
     @property
     def value(self) -> Any:
