@@ -259,8 +259,12 @@ OPTIONS: list[tuple[str, Any, str]] = [
     ("speculation", {"max_nodes": "many"}, "max_nodes.*fields: drafters, max_nodes, adaptive"),
     ("speculation", {"depth": 4}, "depth.*fields: drafters, max_nodes, adaptive"),
     ("speculation", {"drafters": "prompt-lookup"}, "drafters.*fields: drafters, max_nodes, adaptive"),
-    ("speculation", {"drafters": ["magic"]}, "unknown drafter 'magic'; choices: prediction, prompt-lookup"),
-    ("speculation", Speculation(drafters=("echo",)), "unknown drafter 'echo'; choices: prediction, prompt-lookup"),
+    ("speculation", {"drafters": ["magic"]}, "unknown drafter 'magic'; choices: grammar, prediction, prompt-lookup"),
+    (
+        "speculation",
+        Speculation(drafters=("echo",)),
+        "unknown drafter 'echo'; choices: grammar, prediction, prompt-lookup",
+    ),
 ]
 
 
@@ -407,7 +411,7 @@ ENGINES: dict[str, tuple[dict[str, Any], type[Exception], str | None, str]] = {
         {"speculation": {"drafters": ["echo"]}},
         UnknownName,
         "speculation",
-        "unknown drafter 'echo'; choices: prediction, prompt-lookup",
+        "unknown drafter 'echo'; choices: grammar, prediction, prompt-lookup",
     ),
     "an unknown stage": ({"context": ["template"]}, UnknownName, "context", "unknown context stage 'template'"),
     "a draft model that is not there": (

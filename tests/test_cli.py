@@ -117,7 +117,7 @@ def test_json_is_the_whole_result(invoke: Invoke, tiny: Path) -> None:
     assert found["finish_reason"] == "length"
     assert len(found["ids"]) == found["usage"]["completion_tokens"] == 6
     assert found["usage"]["total_tokens"] == found["usage"]["prompt_tokens"] + 6
-    assert set(found["drafters"]) == {"prediction", "prompt-lookup", "recycling"}
+    assert set(found["drafters"]) == {"grammar", "prediction", "prompt-lookup", "recycling"}
     assert result.stderr == ""
 
 
@@ -160,7 +160,7 @@ def test_stop_ends_the_text(invoke: Invoke, tiny: Path) -> None:
         (("--speculation", '{"max_nodes": 99}'), "max_nodes is 99"),
         (("--speculation", '{"depth": 9}'), "drafters, max_nodes, adaptive"),
         (("--speculation", "{"), "which is not JSON"),
-        (("--drafters", "prompt-lookup,oracle"), "unknown drafter 'oracle'; choices: draft-model, prediction"),
+        (("--drafters", "prompt-lookup,oracle"), "unknown drafter 'oracle'; choices: draft-model, grammar"),
         (("--dtype", "int3"), "dtype is 'int3'; choices: auto"),
         (("--model", "no/such/model"), "'no/such/model' cannot be loaded"),
         (("--draft-model", "no/such/model"), "'no/such/model' cannot be loaded"),

@@ -221,7 +221,9 @@ def test_a_matcher_that_forces_and_raises_goes_on_without(engine: Engine) -> Non
 
 
 def test_what_cannot_be_compiled_is_refused_by_name(engine: Engine) -> None:
-    with pytest.raises(UnknownName, match="unknown constraint 'xml'; choices: broken, picky, recital, stairs") as caught:
+    with pytest.raises(
+        UnknownName, match="unknown constraint 'xml'; choices: broken, picky, recital, stairs"
+    ) as caught:
         engine.generate(PROMPT, constraint={"xml": 1})
     assert caught.value.param == "constraint"
     with pytest.raises(InvalidRequest, match="constraint 'picky' refuses its value: 'deep'") as refused:

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from specgen import hookspecs
+from specgen.constraint import ConstraintSetup
 from specgen.context.stage import Context
 from specgen.draft.drafter import DrafterSetup, DraftHints
 from specgen.plugins import Plugins
+from specgen.testing import MatcherContract
 
 README = (Path(__file__).parents[1] / "plugins" / "README.md").read_text()
 SECTIONS = re.split(r"^### ", README, flags=re.MULTILINE)[1:]
@@ -90,6 +92,17 @@ def test_the_logits_processor_shown_runs() -> None:
     factory = registered(pasted("logits_processors")).collect("logits_processors")["only-even"]
     processed = factory(None, weight=5.0)(torch.tensor([[1]]), torch.zeros(1, 4))
     assert processed.tolist() == [[0.0, -5.0, 0.0, -5.0]]
+
+
+def test_the_constraint_shown_runs() -> None:
+    pytest.importorskip("torch")
+    letters = ModuleType("letters")
+    letters.decode = lambda ids: "abcde"[ids[0]]  # type: ignore[attr-defined]
+    factory = registered(pasted("constraints")).collect("constraints")["without"]
+    matcher = factory(ConstraintSetup(letters, 5), "e")
+    assert matcher.allowed().tolist() == [True, True, True, True, False]
+    assert matcher.permitted([0, 1, 4, 2]) == 2
+    run_tests(type("Lipogram", (MatcherContract,), {"matcher": lambda self: factory(ConstraintSetup(letters, 5), "e")}))
 
 
 def test_the_command_shown_runs() -> None:

@@ -237,7 +237,7 @@ def test_unknown_names_list_the_choices() -> None:
     plugins.register(offering({"mine": list}), "mine")
     with pytest.raises(UnknownName, match="unknown drafter 'echo'; choices: mine"):
         plugins.provenance("drafters", "echo")
-    with pytest.raises(UnknownName, match="unknown hook 'on_step'; choices: context_stages, drafters"):
+    with pytest.raises(UnknownName, match="unknown hook 'on_step'; choices: constraints, context_stages, drafters"):
         plugins.collect("on_step")  # type: ignore[call-overload]
 
 

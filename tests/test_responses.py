@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 import specgen
 from specgen import Engine, EngineConfig, InvalidRequest, RequestFailed, Result, SamplingParams, StepOutput
 from specgen.params import Request
-from specgen.plugins import load_plugins
+from specgen.plugins import Plugins, load_plugins
 from specgen.responses import ResponseCache, ResponseReport, response_key
 from specgen.types import SpeculativeStats, Usage
 from tests.models.tiny import build
 from tests.test_api import Letters, until
+from tests.test_constraint import Offers
 
 PROMPT = [9, 31, 40, 9, 31, 77]
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 8}
@@ -52,6 +53,7 @@ OTHERWISE: dict[str, Any] = {
     "seed": 4,
     "n": 2,
     "logprobs": 1,
+    "constraint": {"stairs": 8},
     "cache_salt": "other",
 }
 ALIKE: dict[str, Any] = {"speculation": "off", "prediction": (5, 6)}
@@ -67,11 +69,18 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture
 def engine(model: PreTrainedModel) -> Iterator[Engine]:
-    with Engine(model, Letters(), kv_tokens=1024, response_cache_bytes=1 << 20) as engine:
+    with Engine(model, Letters(), kv_tokens=1024, response_cache_bytes=1 << 20, plugins=offering()) as engine:
         yield engine
         engine.check()
         assert not any((engine._runner._runs._by_key, engine._runner._runs._by_request))
         assert not engine._runner._runs._by_listener
+
+
+def offering() -> Plugins:
+    """With constraints that need no tokenizer."""
+    plugins = load_plugins()
+    plugins.register(Offers, "offers")
+    return plugins
 
 
 class Gate:
@@ -183,7 +192,7 @@ def test_whatever_changes_the_answer_is_a_miss(engine: Engine, model: PreTrained
     engine.generate(PROMPT, **SEEDED)
     found = several(engine.generate(PROMPT, **changed))
     assert engine.responses.stats.misses == 2
-    with Engine(model, Letters(), kv_tokens=1024) as plain:
+    with Engine(model, Letters(), kv_tokens=1024, plugins=offering()) as plain:
         plainly = several(plain.generate(PROMPT, **changed))
         assert [(r.text, r.ids, r.seed) for r in found] == [(r.text, r.ids, r.seed) for r in plainly]
     engine.generate(PROMPT, **SEEDED)

@@ -20,18 +20,15 @@ def _kind(name: str, grammar_of: Callable[[Any], str]) -> ConstraintFactory:
     return factory
 
 
-def _tool_calls(setup: ConstraintSetup, value: Any) -> Matcher:
-    return compile_grammar("tool_calls", tool_calls(value, setup.tokenizer), setup)
-
-
 @hookimpl
 def constraints() -> Mapping[str, ConstraintFactory]:
     """The kinds by name; README.md says what each takes."""
-    plain = {
+    kinds = {
         "json_object": json_object,
         "json_schema": json_schema,
         "regex": regex,
         "choice": choice,
         "grammar": grammar,
+        "tool_calls": tool_calls,
     }
-    return {name: _kind(name, of) for name, of in plain.items()} | {"tool_calls": _tool_calls}
+    return {name: _kind(name, grammar_of) for name, grammar_of in kinds.items()}

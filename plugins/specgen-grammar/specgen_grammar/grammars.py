@@ -27,7 +27,7 @@ def json_schema(value: Any) -> str:
         try:
             schema = json.loads(value)
         except ValueError as error:
-            raise InvalidRequest(f"json_schema is no JSON: {error}", param="constraint") from None
+            raise InvalidRequest(f"json_schema is no JSON: {error}") from None
     if not isinstance(schema, dict | bool):
         raise refused("json_schema", value, "a JSON Schema")
     return LLMatcher.grammar_from_json_schema(json.dumps(with_whitespace(schema)))
@@ -64,12 +64,10 @@ def grammar(value: Any) -> str:
     try:
         return grammar_from("grammar", value)
     except ValueError as error:
-        raise InvalidRequest(f"grammar: {error}", param="constraint") from None
+        raise InvalidRequest(f"grammar: {error}") from None
 
 
 def refused(kind: str, value: Any, expected: str) -> InvalidRequest:
     """The error for a value of the wrong form."""
     shown = repr(value)
-    return InvalidRequest(
-        f"{kind} is {shown if len(shown) <= 200 else shown[:200] + '...'}; it must be {expected}", param="constraint"
-    )
+    return InvalidRequest(f"{kind} is {shown if len(shown) <= 200 else shown[:200] + '...'}; it must be {expected}")

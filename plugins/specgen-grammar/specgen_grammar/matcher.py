@@ -37,17 +37,17 @@ def compile_grammar(kind: str, grammar: str, setup: ConstraintSetup) -> Matcher:
     """
     if len(grammar) > MAX_CHARACTERS:
         message = f"{kind} makes a grammar of {len(grammar)} characters; at most {MAX_CHARACTERS} are compiled"
-        raise InvalidRequest(message, param="constraint")
+        raise InvalidRequest(message)
     compiled = LLMatcher(_tokenizer(setup), grammar, log_level=0, limits=_LIMITS)
     if compiled.is_error():
-        raise InvalidRequest(f"{kind} cannot be compiled: {_reason(compiled)}", param="constraint")
+        raise InvalidRequest(f"{kind} cannot be compiled: {_reason(compiled)}")
     matcher = _Following(compiled, setup)
     try:
         possible = bool(matcher.allowed().any())
     except RequestFailed as error:
-        raise InvalidRequest(f"{kind} cannot be compiled: {error}", param="constraint") from None
+        raise InvalidRequest(f"{kind} cannot be compiled: {error}") from None
     if not possible:
-        raise InvalidRequest(f"{kind} allows no text but the empty one", param="constraint")
+        raise InvalidRequest(f"{kind} allows no text but the empty one")
     return matcher
 
 
@@ -116,7 +116,7 @@ def _built(tokenizer: Any, setup: ConstraintSetup) -> LLTokenizer:
     except ValueError as error:
         name = type(tokenizer).__name__
         message = f"this engine's tokenizer ({name}) takes no constraints: {error}"
-        raise InvalidRequest(message, param="constraint") from None
+        raise InvalidRequest(message) from None
 
 
 def _end_ids(setup: ConstraintSetup) -> list[int]:

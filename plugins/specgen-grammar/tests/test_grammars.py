@@ -207,7 +207,6 @@ def test_what_does_not_compile_is_refused_by_name(kind: str, value: Any, message
     with pytest.raises(InvalidRequest) as caught:
         compiled(kind, value)
     assert message in str(caught.value)
-    assert caught.value.param == "constraint"
     assert len(str(caught.value)) < 1000
 
 
