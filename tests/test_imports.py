@@ -17,7 +17,7 @@ PACKAGE = ROOT / "specgen"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("types", "folders", "log", "workers"),
-    ("config", "tree", "kernels", "params", "text", "stream", "options"),
+    ("config", "tree", "kernels", "params", "text", "stream", "options", "openai_constraints"),
     ("sampling", "kv", "constraint"),
     ("context", "draft", "verify", "model"),
     ("sequence", "hookspecs", "view"),
