@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import llguidance.hf
@@ -17,6 +19,7 @@ from specgen_echo import EchoDrafter, EchoOptions
 from transformers import PreTrainedModel
 
 from specgen import DrafterFactory, Engine, InvalidRequest, RequestFailed, Result, hookimpl
+from specgen.openai_constraints import constraint_of
 from specgen.plugins import load_plugins
 from specgen.sampling import PositionKeys, gumbel_argmax
 from tests.engines import watched
@@ -410,6 +413,48 @@ def holds(schema: Mapping[str, Any], value: Any) -> bool:
     if kind == "integer":
         return type(value) is int and schema["minimum"] <= value <= schema["maximum"]
     return isinstance(value, bool) if kind == "boolean" else value is None
+
+
+@pytest.mark.parametrize("fields", ["required", "auto"])
+def test_tool_calls_come_out_as_they_were_asked_for(engine: Engine, fields: str) -> None:
+    """By the fields of an OpenAI request, drafted and not, of a model that begins a call where it may choose."""
+    parameters = {"type": "object", "properties": {"on": {"type": "boolean"}}, "additionalProperties": False}
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": parameters, "strict": True}}
+        for name in ("lamp", "heating")
+    ]
+    constraint = constraint_of({"tools": tools, "tool_choice": fields, "parallel_tool_calls": False})
+    opening = TOKENIZERS["byte-level"].encode("<tool_call>", add_special_tokens=False)
+
+    def wish(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        for token in opening[ids.shape[1] - len(PROMPTS[0]) :][:1]:
+            logits[:, token] += 1000.0
+        return logits
+
+    options: dict[str, Any] = {"constraint": constraint, "max_tokens": 200, "temperature": 1.2, "processors": [wish]}
+    off, on = (
+        [engine.generate(PROMPTS[0], **options, seed=seed, speculation=speculation) for seed in range(4)]
+        for speculation in ("off", MODES["together"])
+    )
+    assert [result.ids for result in on] == [result.ids for result in off]
+    for result in on:
+        assert result.finish_reason == "stop"
+        begin, end = "<tool_call>\n", "\n</tool_call>"
+        assert result.text.startswith(begin)
+        assert result.text.endswith(end)
+        said = json.loads(result.text[len(begin) : -len(end)])
+        assert said["name"] in ("lamp", "heating")
+        assert set(said["arguments"]) <= {"on"}
+    assert sum(result.stats.by_drafter["grammar"].accepted for result in on) > 20
+
+
+def test_the_readme_of_the_plugin_runs(engine: Engine) -> None:
+    readme = (Path(__file__).parents[1] / "plugins" / "specgen-grammar" / "README.md").read_text()
+    sources = re.findall(r"^```python\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
+    namespace: dict[str, Any] = {"engine": engine}
+    for source in sources:
+        exec(source, namespace)
+    assert len(sources) == 2
 
 
 # What is scored.
