@@ -65,7 +65,7 @@ class RequestBuilder:
         ends = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             ends |= set(model_ends(self.defaults, self.tokenizer))
-        constraint = Constrained(matcher.copy(), ends) if matcher else None
+        constraint = Constrained(matcher.copy(), ends) if matcher is not None else None
         room = self.context_length - len(request.ids)
         sampler = Sampler(
             processors(
