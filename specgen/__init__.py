@@ -97,13 +97,12 @@ __all__ = [
 
 # What a name needs is imported when it is first asked for: torch and transformers take seconds, a command's help none.
 _HOMES = {
-    "Matcher": "specgen.constraint",
-    "ConstraintSetup": "specgen.constraint",
-    "ConstraintFactory": "specgen.constraint",
     "Plane": "specgen.kv.formats",
     "KVFormatFactory": "specgen.kv.formats",
     "KVFormat": "specgen.kv.formats",
     "Coder": "specgen.kv.formats",
+    "ConstraintFactory": "specgen.constraint",
+    "ConstraintSetup": "specgen.constraint",
     "Context": "specgen.context.stage",
     "ContextLengthExceeded": "specgen.errors",
     "ContextStage": "specgen.context.stage",
@@ -124,6 +123,7 @@ _HOMES = {
     "InvalidRequest": "specgen.errors",
     "LogitsProcessorFactory": "specgen.hookspecs",
     "Logprob": "specgen.types",
+    "Matcher": "specgen.constraint",
     "PluginError": "specgen.errors",
     "RequestCancelled": "specgen.errors",
     "RequestFailed": "specgen.errors",
