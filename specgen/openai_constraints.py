@@ -62,7 +62,7 @@ def _response_format(asked: Any) -> Iterator[Constraint]:
     if kind == "json_object":
         yield Constraint.of("json_object", param="response_format")
     if kind == "json_schema":
-        described = asked.get("json_schema", asked)
+        described = asked.get("json_schema") or asked
         schema = described.get("schema") if isinstance(described, Mapping) else None
         if schema is None:
             raise InvalidRequest("response_format 'json_schema' has no schema", param="response_format")

@@ -30,7 +30,7 @@ ASKED: list[tuple[dict[str, Any], dict[str, Any] | None, str]] = [
         "response_format",
     ),
     (
-        {"response_format": {"type": "json_schema", "name": "x", "schema": SCHEMA}},
+        {"response_format": {"type": "json_schema", "name": "x", "schema": SCHEMA, "json_schema": None}},
         {"json_schema": SCHEMA},
         "response_format",
     ),
