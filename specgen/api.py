@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from specgen.adapters import EngineAdapters
 from specgen.config import EngineConfig
 from specgen.constraint import Constraints, ConstraintSetup
 from specgen.context.pipeline import ContextPipeline
@@ -40,7 +41,8 @@ class Engine:
         result = engine.generate([{"role": "user", "content": "Hello"}], max_tokens=64)
 
     `options` are the fields of `EngineConfig`, and `draft_model` for a smaller model.
-    `prefix` pins, saves and loads the prefix cache. `responses` has the response cache's `stats` and `clear()`.
+    `adapters` loads, reloads and unloads LoRA adapters. `prefix` pins, saves and loads the prefix cache. `responses`
+    has the response cache's `stats` and `clear()`.
     Raises UnsupportedModel, DrafterMismatch, PluginError or InvalidRequest when something does not fit.
     """
 
@@ -57,6 +59,7 @@ class Engine:
         self.plugins = plugins or load_plugins()
         self.tokenizer = tokenizer
         self.model = model
+        self._draft_target: Target | None = None
         self.target = self._target(model, tokenizer, self.config.kv_tokens, self._invariant())
         self._core = EngineCore(
             self.target,
@@ -65,7 +68,11 @@ class Engine:
             max_prompt_rows=self.config.max_prompt_rows,
             prefix_cache=_cache_options(self.config),
             compile=self.config.compile,
+            adapters=self.config.adapters,
         )
+        self.responses = ResponseCache(self.config.response_cache_bytes, self.config.response_cache_seconds)
+        self._runner = Runner(self._core, self.plugins, self.responses)
+        self.adapters = EngineAdapters(self._core, self.config.adapters, self._draft_target, self._runner)
         self._builder = RequestBuilder(
             tokenizer,
             model.generation_config,
@@ -79,11 +86,10 @@ class Engine:
                 self.plugins.collect("constraints"),
                 ConstraintSetup(tokenizer, self.target.vocab_size, model_ends(model.generation_config, tokenizer)),
             ),
+            self.adapters.named,
         )
         self._base = SamplingParams(speculation=self.config.speculation)
         self._core.drafting.check_names(self.config.speculation)
-        self.responses = ResponseCache(self.config.response_cache_bytes, self.config.response_cache_seconds)
-        self._runner = Runner(self._core, self.plugins, self.responses)
         self.prefix = EnginePrefix(self._core, self._runner, self._builder, self._base)
         self._finalizer = weakref.finalize(self, self._runner.close)
 
@@ -150,17 +156,7 @@ class Engine:
 
     def check(self) -> None:
         """Wait for the running step and raise RuntimeError if pages, leases or sessions are held by nobody."""
-        errors: list[RuntimeError] = []
-
-        def check() -> None:
-            try:
-                self._core.check()
-            except RuntimeError as error:
-                errors.append(error)
-
-        self._runner.call(check)
-        for error in errors:
-            raise error
+        self._runner.call(self._core.check)
 
     def close(self) -> None:
         """Cancel what runs and end the engine's thread. The model is left as it was."""
@@ -191,6 +187,7 @@ class Engine:
         # What a drafter rounds changes no text.
         drafter = self._target(source, tokenizer, self.target.pool.capacity, invariant=False)
         drafter.compile(self.config.compile)
+        self._draft_target = drafter
         return drafter, tokenizer
 
     def _target(self, model: PreTrainedModel, tokenizer: Any, kv_tokens: int | None, invariant: bool | None) -> Target:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from specgen.adapter import AdapterOptions
 from specgen.errors import InvalidRequest, UnknownName
 from specgen.types import Speculation
 
@@ -54,6 +55,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cache folder. A forward that cannot be compiled runs as it is, with a line in the log.
     cpu_kernels: False computes in plain torch what specgen's kernels for CPUs do.
     max_running: sequences in one forward. max_prompt_rows: prompt tokens in one forward.
+    adapters: where LoRA adapters may lie and how many bytes they may take; see `AdapterOptions`.
 
     Raises InvalidRequest naming the field.
     """
@@ -78,6 +80,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cpu_kernels: bool = True
     max_running: int = 16
     max_prompt_rows: int = 512
+    adapters: AdapterOptions = AdapterOptions()
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> EngineConfig:
@@ -98,6 +101,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             values["drafters"] = {**chosen, "draft-model": {**chosen.get("draft-model", {}), "model": draft_model}}
         if "speculation" in values:
             values["speculation"] = Speculation.of(values["speculation"])
+        if "adapters" in values:
+            values["adapters"] = AdapterOptions.of(values["adapters"])
         if "context" in values:
             context = values["context"]
             values["context"] = (context,) if isinstance(context, str) else tuple(context)

@@ -10,6 +10,8 @@ from functools import cached_property
 
 import torch
 
+from specgen.adapter import AdapterOptions
+from specgen.adapter_cache import AdapterCache
 from specgen.constraint import Constrained
 from specgen.draft.budget import RowCost
 from specgen.draft.drafter import Drafter, DraftHints
@@ -21,7 +23,7 @@ from specgen.kv.segment import Segment
 from specgen.kv.stored import CacheOptions, StoredPrefixes, open_cache
 from specgen.model.identity import kv_identity, model_name
 from specgen.model.target import Compile, Target
-from specgen.params import Request, SamplingParams
+from specgen.params import Request
 from specgen.sampling import Sampler
 from specgen.scheduler import Scheduler, Turn
 from specgen.sequence import Sequence, StopRules
@@ -31,6 +33,8 @@ from specgen.view import View, views
 
 _MEASURED_ROWS = (1, 2, 4, 8, 16, 32)
 _DEFAULT_CACHE = CacheOptions()
+_DEFAULT_ADAPTERS = AdapterOptions()
+_ARRIVAL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,7 @@ class EngineCore:
         max_prompt_rows: int = 512,
         prefix_cache: CacheOptions | None = _DEFAULT_CACHE,
         compile: Compile = False,
+        adapters: AdapterOptions = _DEFAULT_ADAPTERS,
     ) -> None:
         self.target = target
         self._key = CacheKey(model_name(target.model), target.pool.kind.name)
@@ -81,7 +86,10 @@ class EngineCore:
                 target.pool, prefix_cache, identity=lambda: self._identity, token_seconds=self._token_seconds
             )
         self._max_prompt_rows = max_prompt_rows
-        self.scheduler = Scheduler(target.pool, self.prefix, max_running=max_running, max_prompt_rows=max_prompt_rows)
+        self.adapters = AdapterCache(adapters, target.device)
+        self.scheduler = Scheduler(
+            target.pool, self.prefix, self.adapters, max_running=max_running, max_prompt_rows=max_prompt_rows
+        )
         self.counters = Counters()
         if drafters:
             self._measure()
@@ -91,9 +99,10 @@ class EngineCore:
         """Whether a step would do anything."""
         return bool(self.scheduler.running or self.scheduler.waiting)
 
-    def key(self, params: SamplingParams) -> CacheKey:
+    def key(self, request: Request) -> CacheKey:
         """Whose KV a request may read and leaves behind."""
-        return replace(self._key, tenant=params.cache_salt)
+        key = replace(self._key, tenant=request.params.cache_salt)
+        return replace(key, adapter=a.name, revision=a.revision) if (a := request.adapter) else key
 
     def stored(self) -> StoredPrefixes | None:
         """The prefix cache's way to files; the first call reads all weights once, to tell models apart."""
@@ -101,7 +110,7 @@ class EngineCore:
 
     def add(self, request: Request, samples: Many[Sample]) -> None:
         """Queue one sequence per sample."""
-        hints = DraftHints(request.prediction, request.params.cache_salt)
+        hints = _hints(request)
         for index, sample in enumerate(samples):
             drafts = self.drafting.open(request.ids, hints, request.params.speculation, sample.constraint)
             self.scheduler.add(
@@ -114,9 +123,11 @@ class EngineCore:
                     constraint=sample.constraint,
                     drafts=drafts,
                     table=self.target.pool.open(),
-                    key=self.key(request.params),
+                    key=self.key(request),
                 )
             )
+            if request.adapter:
+                self.adapters.use(request.adapter)
 
     def cancel(self, request_id: str, finish: Finish | None = None) -> list[StepOutput]:
         """End all sequences of a request where they stand; none if it is finished or unknown."""
@@ -132,9 +143,13 @@ class EngineCore:
         """One forward over everything that runs; what it added to each sequence that drew."""
         if self.target.take_compiled():
             self._measure()
+        if lost := self._end_lost():
+            return lost
         turns = self.scheduler.plan()
         if not turns:
-            return self._refuse()
+            return [] if self.adapters.wait(_ARRIVAL_SECONDS) else self._refuse()
+        # Side by side the rows of an adapter are one product.
+        turns.sort(key=lambda turn: (turn.sequence.key.adapter, turn.sequence.key.revision))
         trees = self._propose(turns)
         segments = [turn.sequence.rows(turn.chain, tree) for turn, tree in zip(turns, trees, strict=True)]
         views = self._score(segments)
@@ -152,6 +167,7 @@ class EngineCore:
             drafter.check()
         if self.prefix:
             self.prefix.check()
+        self.adapters.check(busy=self.busy)
         if not self.busy and self.target.pool.open_tables:
             raise RuntimeError("KV pool: tables are open though no sequence is left")
 
@@ -212,6 +228,11 @@ class EngineCore:
         self.counters.accepted += len(output.tokens) - 1
         return self._close(sequence, output) if output.result else output
 
+    def _end_lost(self) -> list[StepOutput]:
+        """End those whose adapter cannot be brought back."""
+        lost = [(s, s.adapter.failure) for s in self.scheduler.waiting if s.adapter and s.adapter.failure]
+        return [self._close(sequence, sequence.end(Finish("error", error=error))) for sequence, error in lost]
+
     def _refuse(self) -> list[StepOutput]:
         """The first in line fails when nobody can run: all pages are free for it by then, so it can never fit."""
         if not self.scheduler.waiting:
@@ -231,6 +252,8 @@ class EngineCore:
     def _close(self, sequence: Sequence, output: StepOutput) -> StepOutput:
         self.scheduler.remove(sequence)
         self.drafting.close(sequence.drafts)
+        if sequence.adapter:
+            self.adapters.leave(sequence.adapter)
         if output.result:
             reason = output.result.finish_reason
             self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
@@ -240,6 +263,14 @@ class EngineCore:
 def cancelled(request_id: str) -> Finish:
     """Why a request ends that its caller cancelled."""
     return Finish("cancelled", error=RequestCancelled(f"request {request_id} was cancelled"))
+
+
+def _hints(request: Request) -> DraftHints:
+    """What drafters may know. Under another adapter other words come, so what they keep is kept apart."""
+    salt = request.params.cache_salt
+    if request.adapter:
+        salt = f"{salt}\0{request.adapter.name}"
+    return DraftHints(request.prediction, salt, request.adapter)
 
 
 def _housed(turn: Turn, tree: TokenTree) -> TokenTree:

@@ -32,6 +32,13 @@ class UnknownName(InvalidRequest):
         super().__init__(f"unknown {kind} {name!r}; choices: {choices}", param=param)
 
 
+class AdapterRefused(InvalidRequest):
+    """An adapter that cannot be loaded; nothing has changed. The message names what does not fit."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, param="adapter")
+
+
 class UnsupportedModel(SpecgenError):
     """The model cannot be verified exactly; the message names the layer and what can be done instead."""
 

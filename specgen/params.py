@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from transformers import GenerationConfig
 
+from specgen.adapter import Adapter
 from specgen.errors import InvalidRequest, UnknownName
 from specgen.types import Constraint, LogitsProcessor, Speculation, StoppingCriterion
 
@@ -52,6 +53,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     constraint: what the text must look like: one kind that a plugin offers and its value, `{"json_schema": {...}}`.
     prediction: text that the caller expects to see, drafted where it fits.
     cache_salt: requests share cached prefixes only with requests of the same salt.
+    adapter: name of a loaded adapter to run under; `None` is the model as it is.
 
     Raises InvalidRequest naming the field, its value and the choices.
     """
@@ -86,6 +88,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     speculation: Speculation = Speculation()
     prediction: str | tuple[int, ...] = ()
     cache_salt: str = ""
+    adapter: str | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> SamplingParams:
@@ -132,6 +135,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             _callables(self, name)
         if not isinstance(self.prediction, str):
             _several(self, "prediction")
+        if not isinstance(self.adapter, str | None):
+            raise InvalidRequest(f"adapter is {self.adapter!r}; it must be the name of one", param="adapter")
         for name in ("logit_bias", "plugin_processors"):
             _mapping(name, getattr(self, name) or {})
         for name, options in (self.plugin_processors or {}).items():
@@ -179,6 +184,7 @@ class Request:
 
     ids: the prompt, at least one token. prediction: what the caller expects to follow, as ids.
     seed: 0 to 2**64 - 1; sample i of the request draws from the stream (seed, i).
+    adapter: the revision that `params.adapter` meant when the request was built.
     """
 
     id: str
@@ -186,6 +192,7 @@ class Request:
     params: SamplingParams
     seed: int
     prediction: tuple[int, ...] = ()
+    adapter: Adapter | None = None
 
 
 def check_ids(ids: Iterable[Any], vocab_size: int, param: str) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
@@ -19,7 +17,6 @@ from specgen.requests import RequestBuilder
 from specgen.runner import Runner
 from specgen.types import Prompt, Speculation
 
-T = TypeVar("T")
 _ATTEMPTS = 3
 
 
@@ -56,8 +53,8 @@ class PinnedPrefix:
     the prompt is pinned now.
     """
 
-    def __init__(self, owner: EnginePrefix, pin: Pin) -> None:
-        self._owner = owner
+    def __init__(self, runner: Runner, pin: Pin) -> None:
+        self._runner = runner
         self._pin = pin
 
     @property
@@ -67,7 +64,7 @@ class PinnedPrefix:
 
     def release(self) -> None:
         """Let the prompt be evicted like any other. Doing so twice is harmless."""
-        self._owner.on_engine(self._pin.release)
+        self._runner.call(self._pin.release)
 
     def __enter__(self) -> PinnedPrefix:
         return self
@@ -88,44 +85,49 @@ class EnginePrefix:
         self._builder = builder
         self._base = base
 
-    def pin(self, prompt: Prompt, *, cache_salt: str = "") -> PinnedPrefix:
+    def pin(self, prompt: Prompt, *, cache_salt: str = "", adapter: str | None = None) -> PinnedPrefix:
         """Keep the KV of a prompt, computing it first where it is not cached.
 
         prompt: as for `Engine.generate`. What is pinned are its ids, so a system prompt is pinned best as the text or
-        the ids that requests begin with. cache_salt: whose requests may use it.
+        the ids that requests begin with. cache_salt: whose requests may use it. adapter: under which they run.
         """
         cache = self._cache
         draft_nothing = msgspec.structs.replace(
-            self._base, max_tokens=1, temperature=0.0, cache_salt=cache_salt, speculation=Speculation.of("off")
+            self._base,
+            max_tokens=1,
+            temperature=0.0,
+            cache_salt=cache_salt,
+            adapter=adapter,
+            speculation=Speculation.of("off"),
         )
-        key = self._core.key(draft_nothing)
         for attempt in range(_ATTEMPTS):
             request, samples = self._builder.build(prompt, draft_nothing, copies=False)
-            pin = self.on_engine(lambda ids=request.ids: cache.pin(key, ids))  # type: ignore[misc]
+            key, ids = self._core.key(request), request.ids
+            pin = self._runner.call(lambda key=key, ids=ids: cache.pin(key, ids))  # type: ignore[misc]
             wanted = len(request.ids) // self._core.target.pool.page_size * self._core.target.pool.page_size
             if pin.tokens == wanted or attempt == _ATTEMPTS - 1:
                 break
             # Others may evict it between its end and the next look; what is pinned already stays meanwhile.
             for stream in self._runner.submit((request, samples), computed=True):
                 stream.results()
-            self.on_engine(pin.release)
-        return PinnedPrefix(self, pin)
+            self._runner.call(pin.release)
+        return PinnedPrefix(self._runner, pin)
 
     @property
     def stats(self) -> PrefixReport:
         """Counts since the engine was built, and pages now."""
-        return self.on_engine(self._report)
+        return self._runner.call(self._report)
 
     def clear(self) -> None:
         """Forget all that is neither in use nor pinned, in host memory and on disk too."""
-        self.on_engine(self._cache.clear)
+        self._runner.call(self._cache.clear)
 
     def save(self, folder: str | Path) -> int:
         """Write the cached pages to a folder, one checksummed file each; returns how many are in it now.
 
         Interrupted, it leaves a folder that holds a part. The files tell what was said to those who can read them.
         """
-        return self.on_engine(lambda: self._stored.save(Path(folder)))
+        return self._runner.call(lambda: self._stored.save(Path(folder)))
 
     def load(self, folder: str | Path) -> int:
         """Bring back saved pages, as far as there is room; returns how many.
@@ -133,23 +135,7 @@ class EnginePrefix:
         Only pages of the same model, weights, KV format and versions; others, and damaged ones, are passed over with
         a line in the log. Evicts nothing.
         """
-        return self.on_engine(lambda: self._stored.load(Path(folder)))
-
-    def on_engine(self, function: Callable[[], T]) -> T:
-        """What `function` returns or raises, on the engine's thread between two steps."""
-        results: list[T] = []
-        errors: list[Exception] = []
-
-        def call() -> None:
-            try:
-                results.append(function())
-            except Exception as error:
-                errors.append(error)
-
-        self._runner.call(call)
-        for error in errors:
-            raise error
-        return results[0]
+        return self._runner.call(lambda: self._stored.load(Path(folder)))
 
     @property
     def _cache(self) -> PrefixCache:

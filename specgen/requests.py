@@ -12,6 +12,7 @@ import msgspec
 import torch
 from transformers import GenerationConfig
 
+from specgen.adapter import Adapter
 from specgen.constraint import Constrained, Constraints, Matcher
 from specgen.context.pipeline import ContextPipeline
 from specgen.context.stage import Context
@@ -41,6 +42,7 @@ class RequestBuilder:
     drafting: Drafting
     plugin_processors: Mapping[str, LogitsProcessorFactory]
     constraints: Constraints
+    adapter_named: Callable[[str], Adapter]
 
     def build(self, prompt: Prompt, params: SamplingParams, *, copies: bool) -> tuple[Request, list[Sample]]:
         """The request and how each of its `params.n` samples draws.
@@ -55,7 +57,8 @@ class RequestBuilder:
         ids = self.pipeline.run(Context.of(prompt, max_prompt_tokens=self.context_length - 1))
         check_ids(ids, self.vocab_size, "prompt")
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        request = Request(f"req-{secrets.token_hex(8)}", ids, params, seed, self._prediction(params))
+        adapter = None if params.adapter is None else self.adapter_named(params.adapter)
+        request = Request(f"req-{secrets.token_hex(8)}", ids, params, seed, self._prediction(params), adapter)
         copies = copies or params.n > 1
         matcher = self.constraints.compile(params.constraint) if params.constraint else None
         return request, [self._sample(request, index, matcher, copies=copies) for index in range(params.n)]

@@ -6,6 +6,8 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
 
 from specgen.engine import EngineCore, Sample, cancelled
 from specgen.errors import EngineClosed, RequestFailed
@@ -21,6 +23,7 @@ from specgen.workers import release_workers
 log = Log("specgen.engine")
 
 _IDLE_SECONDS = 5.0
+T = TypeVar("T")
 
 
 class Runner:
@@ -67,22 +70,22 @@ class Runner:
             self._commands.append(lambda: self._cancel(request_id))
             self._wake.notify()
 
-    def call(self, function: Callable[[], None]) -> None:
-        """Run `function` on the engine's thread between two steps, and wait for it."""
-        done = threading.Event()
+    def call(self, function: Callable[[], T]) -> T:
+        """What `function` returns or raises, on the engine's thread between two steps."""
+        done: Future[T] = Future()
 
         def command() -> None:
             try:
-                function()
-            finally:
-                done.set()
+                done.set_result(function())
+            except Exception as error:
+                done.set_exception(error)
 
         with self._wake:
             self._commands.append(command)
             self._wake.notify()
             if self._thread is None:
                 self._drain()
-        done.wait()
+        return done.result()
 
     def close(self) -> None:
         """Cancel what runs, end the thread and wait for it. Doing so twice is harmless."""
@@ -145,7 +148,7 @@ class Runner:
         self._hand_out(outputs)
 
     def _key(self, request: Request, samples: Sequence[Sample]) -> ResponseKey | None:
-        return response_key(request, self._core.key(request.params), samples[0].stops) if self._shares else None
+        return response_key(request, self._core.key(request), samples[0].stops) if self._shares else None
 
     def _accept(self, built: Sequence[tuple[Request, Sequence[Sample]]], keys: Sequence[ResponseKey | None]) -> None:
         for (request, samples), key in zip(built, keys, strict=True):

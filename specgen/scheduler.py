@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from specgen.adapter_cache import AdapterCache, Presence
 from specgen.kv.pool import KVPool
 from specgen.kv.prefix import PrefixCache
 from specgen.sequence import Sequence
@@ -31,9 +32,18 @@ class Scheduler:
     a long prompt does not hold up running streams.
     """
 
-    def __init__(self, pool: KVPool, prefix: PrefixCache | None, *, max_running: int, max_prompt_rows: int) -> None:
+    def __init__(
+        self,
+        pool: KVPool,
+        prefix: PrefixCache | None,
+        adapters: AdapterCache,
+        *,
+        max_running: int,
+        max_prompt_rows: int,
+    ) -> None:
         self._pool = pool
         self._prefix = prefix
+        self._adapters = adapters
         self._max_running = max_running
         self._max_prompt_rows = max_prompt_rows
         self.waiting: deque[Sequence] = deque()
@@ -47,7 +57,7 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence and give its pages back."""
         if sequence in self.running:
-            self.running.remove(sequence)
+            self._stop(sequence)
         else:
             self.waiting.remove(sequence)
         self._retire(sequence)
@@ -81,14 +91,18 @@ class Scheduler:
     def _admissible(self) -> Iterator[Sequence]:
         """Those whose turn to be admitted it is, while there are places.
 
-        A place is kept for each that waits for another's prompt: it is next when that is read, and looking at all
-        that wait, in every step, would take long when there are many.
+        A place is kept for each that waits for another's prompt, or for its adapter: it is next when that is read, and
+        looking at all that wait, in every step, would take long when there are many. Nobody overtakes one whose adapter
+        has no room, or those under the adapters that are there could keep it out for ever.
         """
         held = 0
         for sequence in list(self.waiting):
             if len(self.running) + held >= self._max_running:
                 return
-            if self._is_being_read(sequence):
+            there = self._adapters.presence(sequence.adapter) if sequence.adapter else Presence.THERE
+            if there is Presence.FULL:
+                return
+            if there is Presence.COMING or self._is_being_read(sequence):
                 held += 1
             else:
                 yield sequence
@@ -120,7 +134,14 @@ class Scheduler:
         sequence.table.reserve(tokens)
         self.waiting.remove(sequence)
         self.running.append(sequence)
+        if sequence.adapter:
+            self._adapters.hold(sequence.adapter)
         return True
+
+    def _stop(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        if sequence.adapter:
+            self._adapters.release(sequence.adapter)
 
     def _unpin(self, sequence: Sequence, tokens: int) -> bool:
         """Nobody runs who might give pages back, so pinned ones go. Whether there is room then."""
@@ -164,7 +185,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's pages; it waits first in line and computes its KV again, which changes nothing it says."""
-        self.running.remove(sequence)
+        self._stop(sequence)
         self._retire(sequence)
         sequence.restart(self._pool.open())
         self.waiting.appendleft(sequence)

@@ -66,6 +66,7 @@ class Sequence:
         self.drafts = drafts
         self.table = table
         self.key = key
+        self.adapter = request.adapter
         self.cached_tokens: int | None = None
         self.ids = list(request.ids)
         self.finish: Finish | None = None
@@ -98,9 +99,10 @@ class Sequence:
     def rows(self, chain: int, tree: TokenTree) -> Segment:
         """The next `chain` pending tokens as rows, and below them, if they are all that is pending, the tree."""
         start = self.table.length
+        weights = self.adapter.weights if self.adapter else None
         if chain < self.pending:
-            return Segment(self.table, self.ids[start : start + chain], range(start, start + chain))
-        return hung_rows(self.table, self.ids[start:], tree.tokens, tree.parents)
+            return Segment(self.table, self.ids[start : start + chain], range(start, start + chain), adapter=weights)
+        return hung_rows(self.table, self.ids[start:], tree.tokens, tree.parents, weights)
 
     def walk(self, tree: TokenTree, logits: Tensor, argmax: Ids[int] | None) -> tuple[Acceptance, TextCursor, str]:
         """Verify `tree` given the logits [nodes + 1, vocab] of the root and each node; changes nothing.

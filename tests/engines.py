@@ -29,5 +29,5 @@ def evict(engine: Engine) -> None:
     """Push all that is cached out of the pool, into the tiers where there are some."""
     core = engine._core
     assert core.prefix
-    engine.prefix.on_engine(lambda: core.prefix.evict(core.target.pool.pages))  # type: ignore[union-attr]
+    engine._runner.call(lambda: core.prefix.evict(core.target.pool.pages))  # type: ignore[union-attr]
     assert engine.prefix.stats.pages == 0

@@ -143,6 +143,7 @@ class Bench:
             self.core.drafting,
             {},
             Constraints({}, ConstraintSetup(tokenizer, self.target.vocab_size)),
+            {}.__getitem__,
         )
         self.outputs: dict[tuple[str, int], list[StepOutput]] = {}
         self.results: dict[tuple[str, int], Result] = {}

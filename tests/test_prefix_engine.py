@@ -260,7 +260,8 @@ def test_a_request_that_can_never_fit_fails_and_the_next_one_runs(opened: Callab
 
 def test_keys_hold_what_changes_kv(opened: Callable[..., Engine]) -> None:
     llama, int8, mistral = opened(), opened(kv_format="int8"), opened("mistral")
-    keys = {engine._core.key(engine._base) for engine in (llama, int8, mistral)}
+    request, _ = llama._builder.build(PHRASE, llama._base, copies=False)
+    keys = {engine._core.key(request) for engine in (llama, int8, mistral)}
     assert len(keys) == 3
     assert CacheKey() not in keys
 

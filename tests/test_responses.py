@@ -202,7 +202,8 @@ def test_whatever_changes_the_answer_is_a_miss(engine: Engine, model: PreTrained
 
 def test_every_option_is_either_in_the_key_or_left_out_on_purpose() -> None:
     code = {"processors", "stopping_criteria", "plugin_processors"}
-    assert {*OTHERWISE, *ALIKE, *code} == set(SamplingParams.__struct_fields__)
+    in_the_cache_key = {"adapter"}
+    assert {*OTHERWISE, *ALIKE, *code, *in_the_cache_key} == set(SamplingParams.__struct_fields__)
 
 
 @pytest.mark.parametrize("name", ALIKE)
@@ -227,7 +228,7 @@ def test_other_prompts_and_ends_are_misses(engine: Engine, model: PreTrainedMode
 
 def test_models_formats_adapters_and_tenants_have_keys_of_their_own(engine: Engine) -> None:
     request, samples = engine._builder.build(PROMPT, SamplingParams(**GREEDY), copies=False)
-    own = engine._core.key(request.params)
+    own = engine._core.key(request)
     changes = [{name: "x"} for name in ("model", "kv_format", "adapter", "revision", "tenant")]
     keys = [response_key(request, key, samples[0].stops) for key in (own, *(replace(own, **c) for c in changes))]
     assert len(set(keys)) == 6

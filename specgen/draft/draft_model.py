@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specgen.adapter import LoraWeights
 from specgen.draft.drafter import Drafter, DraftHints, DraftSession
 from specgen.draft.growth import Growth, Levels
 from specgen.errors import OutOfPages
@@ -50,7 +51,7 @@ class DraftModel(Drafter):
     def open(self, prompt: Sequence[int], hints: DraftHints) -> DraftModelSession:
         """A session with a table of its own in the draft model's pool; the prompt is read after the first commit."""
         self._open += 1
-        return DraftModelSession(self, prompt, CacheKey(tenant=hints.cache_salt))
+        return DraftModelSession(self, prompt, hints)
 
     def closed(self) -> None:
         """A session was closed."""
@@ -95,9 +96,10 @@ class DraftModel(Drafter):
 class DraftModelSession(DraftSession):
     """`ids` are those committed so far; the rows of `table` that are written stand for their beginning."""
 
-    def __init__(self, drafter: DraftModel, prompt: Sequence[int], key: CacheKey) -> None:
+    def __init__(self, drafter: DraftModel, prompt: Sequence[int], hints: DraftHints) -> None:
         self._drafter = drafter
-        self._key = key
+        self._adapter = hints.adapter
+        self._key = CacheKey(revision=hints.adapter.revision if hints.adapter else "", tenant=hints.cache_salt)
         self.ids = list(prompt)
         self._prompt_length = len(prompt)
         self.table: BlockTable = drafter.model.pool.open()
@@ -138,6 +140,11 @@ class DraftModelSession(DraftSession):
         return self._growth
 
     @property
+    def adapter(self) -> LoraWeights | None:
+        """What the draft model runs under."""
+        return self._adapter.draft_weights if self._adapter else None
+
+    @property
     def is_behind(self) -> bool:
         """Whether there are ids that the model has not read."""
         return self.table.length < len(self.ids)
@@ -172,7 +179,7 @@ class DraftModelSession(DraftSession):
         wanted = (stop - start - 1,) if stop == len(self.ids) else ()
         # Models of one tokenizer may be padded to vocabularies of different sizes; what is there means nothing.
         tokens = [token if token < size else 0 for token in self.ids[start:stop]]
-        return Segment(self.table, tokens, range(start, stop), None, wanted)
+        return Segment(self.table, tokens, range(start, stop), None, wanted, self.adapter)
 
 
 class _Growth(Growth):
@@ -192,4 +199,4 @@ class _Growth(Growth):
         table = self.session.table
         positions = [table.length - 1 + self.depth[node] for node in self.row]
         tokens = [self.tokens[node] for node in self.picked]
-        return Segment(table, tokens, positions, self.visible(), range(len(tokens)))
+        return Segment(table, tokens, positions, self.visible(), range(len(tokens)), self.session.adapter)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from specgen.adapter import Adapter
 from specgen.draft.features import Features, Wanted
 from specgen.types import TokenTree
 
@@ -14,11 +15,13 @@ from specgen.types import TokenTree
 @dataclass(frozen=True, slots=True)
 class DraftHints:
     """What a session may know besides the ids. `prediction` is the text the caller expects, as token ids; what is kept
-    beyond the session may be shown only to sessions of the same `cache_salt`. `forced()` answers, while a session
-    proposes, the tokens that the request's constraint leaves no choice but; none where there is no constraint."""
+    beyond the session may be shown only to sessions of the same `cache_salt`, which names an adapter too. `adapter` is
+    what the sequence runs under, with `draft_weights` while it does. `forced()` answers, while a session proposes, the
+    tokens that the request's constraint leaves no choice but; none where there is no constraint."""
 
     prediction: tuple[int, ...] = ()
     cache_salt: str = ""
+    adapter: Adapter | None = None
     forced: Callable[[], Sequence[int]] = tuple
 
 

@@ -36,6 +36,14 @@ class _Active:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Learned:
+    """What is known of a drafter over all sequences under one adapter, or under none."""
+
+    calibration: Calibration = field(default_factory=Calibration)
+    pace: Pace = field(default_factory=Pace)
+
+
 @dataclass(slots=True)
 class Drafts:
     """The drafting side of one sequence. Owned by the sequence, changed by `Drafting` alone."""
@@ -57,8 +65,7 @@ class Drafting:
         self.drafters = dict(drafters)
         self.cost = RowCost()
         self._vocab_size = vocab_size
-        self._calibrations = {name: Calibration() for name in drafters}
-        self._paces = {name: Pace() for name in drafters}
+        self._learned: dict[str, dict[str, _Learned]] = {}
         self._token_seconds = 0.0
         self._curious = [name for name, drafter in drafters.items() if drafter.wanted != Wanted()]
         self.wanted = Wanted.union(drafter.wanted for drafter in drafters.values())
@@ -82,6 +89,7 @@ class Drafting:
         drafts = Drafts(speculation, constraint)
         if not speculation.max_nodes:
             return drafts
+        learned = self._learned_under(hints.adapter.name if hints.adapter else "")
         for name in dict.fromkeys(self.drafters if speculation.drafters is None else speculation.drafters):
             try:
                 session = self.drafters[name].open(prompt, hints)
@@ -89,8 +97,16 @@ class Drafting:
                 log.warning("drafter cannot open a session", drafter=name, error=repr(error))
                 drafts.unopened[name] = DrafterStats(disabled=repr(error))
                 continue
-            drafts.active[name] = _Active(session, Calibration(self._calibrations[name]), Pace(self._paces[name]))
+            known = learned[name]
+            drafts.active[name] = _Active(session, Calibration(known.calibration), Pace(known.pace))
         return drafts
+
+    def forget(self, adapter: str) -> None:
+        """Drop what was learned under an adapter that is gone."""
+        self._learned.pop(adapter, None)
+
+    def _learned_under(self, adapter: str) -> dict[str, _Learned]:
+        return self._learned.setdefault(adapter, {name: _Learned() for name in self.drafters})
 
     def propose(self, sequences: Sequence[Drafts], deepest: Sequence[int], base_rows: int) -> list[TokenTree]:
         """The tree to verify for each sequence, at most `deepest[i]` deep, when `base_rows` rows run anyway."""

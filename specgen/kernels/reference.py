@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,3 +51,20 @@ def top_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     else:
         values, ids = (t[:, :count] for t in logits.sort(dim=-1, descending=True, stable=True))
     return values.float(), ids
+
+
+def segmented_lora(
+    y: Tensor, x: Tensor, bounds: Sequence[int], downs: Sequence[Tensor], ups: Sequence[Tensor]
+) -> Tensor:
+    """A layer's output with each adapter's low-rank product added on its own rows.
+
+    y: [rows, outputs], what the layer says of x: [rows, inputs]. Adapter i has rows bounds[2 * i] to bounds[2 * i + 1],
+    downs[i]: [rank, inputs] and ups[i]: [rank, outputs], ranks may differ. Sums in float32 at least; rows of no adapter
+    come back as they are. Returns [rows, outputs] in y's dtype.
+    """
+    exact = torch.promote_types(y.dtype, torch.float32)
+    result = y.clone()
+    for first, stop, down, up in zip(bounds[::2], bounds[1::2], downs, ups, strict=True):
+        shrunk = x[first:stop].to(exact) @ down.to(exact).T
+        result[first:stop] = (y[first:stop].to(exact) + shrunk @ up.to(exact)).to(y.dtype)
+    return result

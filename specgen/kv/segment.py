@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specgen.adapter import LoraWeights
 from specgen.kv.pool import BlockTable
 
 
@@ -21,6 +22,7 @@ class Segment:
 
     visible: bool[rows, tail]; `None` means that each row sees all tail rows before it and itself.
     logits: rows whose logits are wanted.
+    adapter: what the rows run under; `None` is the model as it is.
     """
 
     table: BlockTable
@@ -28,6 +30,7 @@ class Segment:
     positions: Sequence[int]
     visible: Tensor | None = None
     logits: Sequence[int] = ()
+    adapter: LoraWeights | None = None
 
     @property
     def tail(self) -> int:
@@ -50,7 +53,13 @@ class Segment:
         return self.table.length + self.tail
 
 
-def hung_rows(table: BlockTable, chain: Sequence[int], tokens: Sequence[int], parents: Sequence[int]) -> Segment:
+def hung_rows(
+    table: BlockTable,
+    chain: Sequence[int],
+    tokens: Sequence[int],
+    parents: Sequence[int],
+    adapter: LoraWeights | None = None,
+) -> Segment:
     """`chain` below the committed prefix, and below its last token the tree `tokens`, `parents` (-1 = that token).
 
     Logits are asked for at the last chain token and at every tree node.
@@ -62,7 +71,7 @@ def hung_rows(table: BlockTable, chain: Sequence[int], tokens: Sequence[int], pa
     is_chain = all(parent == node - 1 for node, parent in enumerate(parents))
     visible = None if is_chain else _ancestors(base, parents)
     rows = range(base - 1, base + len(tokens))
-    return Segment(table, [*chain, *tokens], positions, visible, rows)
+    return Segment(table, [*chain, *tokens], positions, visible, rows, adapter)
 
 
 def _ancestors(base: int, parents: Sequence[int]) -> Tensor:

@@ -48,7 +48,7 @@ class InvariantLayers:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        blocks = [module for module in model.modules() if _mixes_experts(module)]
+        blocks = [module for module in model.modules() if mixes_experts(module)]
         inside = {id(module) for block in blocks for module in block.modules()}
         self._forwards: list[tuple[nn.Module, Forward]] = [
             (block, partial(_one_by_one, block.forward)) for block in blocks
@@ -126,7 +126,7 @@ def _one_by_one(forward: Forward, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     return tuple(torch.cat(parts, dim=-2) for parts in zip(*outputs, strict=True))
 
 
-def _mixes_experts(module: nn.Module) -> bool:
+def mixes_experts(module: nn.Module) -> bool:
     """Whether a module routes rows to experts that are its children, and does no more: no attention stands inside."""
     stacked = any(
         name == "experts" or any(weight.ndim > 2 for weight in child.parameters(recurse=False))

@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
+from functools import cached_property
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
@@ -21,6 +23,7 @@ from specgen.kv.formats import NATIVE, KVFormat
 from specgen.kv.pool import PAGE_SIZE, KVPool
 from specgen.kv.segment import Segment
 from specgen.log import Log
+from specgen.model.adapter_files import AdapterFiles, read_adapter
 from specgen.model.architecture import context_limit, inspect_layers
 from specgen.model.attention import PackedAttention, PackedCache, Seam
 from specgen.model.batch import Batch, dense_mask
@@ -28,6 +31,7 @@ from specgen.model.calibration import centre_keys
 from specgen.model.compiled import CompiledForward, compile_forward, in_background
 from specgen.model.invariance_check import CHECK_PAGES, check_invariance
 from specgen.model.invariant import InvariantLayers
+from specgen.model.lora import AdaptedLayers, routed_layers, rows_counted
 from specgen.model.packed_linear import pack_linears
 from specgen.model.plan import wanted_rows
 from specgen.model.quantised import check_quantised, quantised_layers
@@ -42,6 +46,7 @@ Compile: TypeAlias = bool | Literal["background"]
 _FULL_CONTEXTS = 16
 _SEAM_CHECK_PAGES = 2
 _LONGEST_CONTEXT = 1 << 20
+_PROBED_PREFIX, _PROBED_ROWS, _PROBED_WANTED = 6, 5, 2
 
 
 class Target:
@@ -137,12 +142,14 @@ class Target:
         """The model's own code, layer by layer."""
         kernel = self._kernel and self.seam is Seam.DIRECT and self.pool.kind.lossless
         batch = Batch(segments, self.pool, gathered=self.seam is not Seam.DIRECT, kernel=kernel)
+        adapted = any(segment.adapter for segment in segments)
         wanted = torch.tensor(wanted_rows(segments), dtype=torch.int64)
         ids, position_ids = torch.tensor([[tokens], [positions]], device=self.device)
         dense = self.seam is Seam.DENSE
         with (
             nullcontext() if dense else self._attention.over(batch),
             self._layers.active() if self._layers else nullcontext(),
+            self.adapted.over(segments) if adapted else nullcontext(),
         ):
             logits: Tensor = self.model(
                 input_ids=ids,
@@ -153,6 +160,45 @@ class Target:
                 **({"logits_to_keep": wanted} if self._keeps_logits else {}),
             ).logits[0]
         return logits if self._keeps_logits else logits[wanted]
+
+    @cached_property
+    def adapted(self) -> AdaptedLayers:
+        """The layers that adapters can adapt; a small forward finds them. On the thread that runs forwards.
+
+        Raises UnsupportedModel where a row under an adapter would not be exact.
+        """
+        kernel = self._packs and available(self.device, self.architecture.dtype)
+        if self._compiled or self._compiling:
+            raise UnsupportedModel("a compiled forward takes no adapters; build the engine with compile=False")
+        if self.invariant and not kernel:
+            reason = "without the CPU kernels an adapter's sums depend on the rows beside them"
+            raise UnsupportedModel(f"invariant=True cannot be kept under adapters: {reason}; take invariant=False")
+        with rows_counted(self.model) as seen:
+            self._read_some_rows()
+        routed = routed_layers(self.model)
+        wanted = {name: rows == {_PROBED_WANTED} for name, rows in seen.items() if name not in routed}
+        fits = {name: last for name, last in wanted.items() if last or seen[name] == {_PROBED_ROWS}}
+        return AdaptedLayers(self.model, fits, kernel=kernel)
+
+    def read_adapter(self, folder: Path, *, max_rank: int, max_bytes: int) -> AdapterFiles:
+        """Read an adapter for this model, on any thread, once `adapted` is known. See `adapter_files.read_adapter`."""
+        fits, dtype = self.adapted.sees_wanted, self.architecture.dtype
+        return read_adapter(folder, self._given, fits=fits, dtype=dtype, max_rank=max_rank, max_bytes=max_bytes)
+
+    def _read_some_rows(self) -> None:
+        """One forward over so many rows, wanted rows and keys that a layer's input tells which of them it sees."""
+        pool, self.pool = self.pool, self._make_pool(_SEAM_CHECK_PAGES, NATIVE)
+        table = self.pool.open()
+        try:
+            table.reserve(_PROBED_PREFIX + _PROBED_ROWS)
+            table.commit(_PROBED_PREFIX)
+            positions = range(_PROBED_PREFIX, _PROBED_PREFIX + _PROBED_ROWS)
+            self.forward([Segment(table, [0] * _PROBED_ROWS, positions, None, range(_PROBED_WANTED))])
+        finally:
+            table.release()
+            self.pool = pool
+        self.forwards -= 1
+        self.rows -= _PROBED_ROWS
 
     @property
     def compiled(self) -> bool:

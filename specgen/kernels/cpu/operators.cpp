@@ -14,6 +14,8 @@ Tensor tree_attention(const Tensor& query, const Tensor& key, const Tensor& valu
                       const Tensor& values, const Tensor& plan, double scale, double softcap,
                       const std::optional<Tensor>& sinks, int64_t window, int64_t chunk);
 std::tuple<Tensor, Tensor> top_tokens(const Tensor& logits, int64_t count);
+void segmented_lora(Tensor y, const Tensor& x, std::vector<int64_t> bounds, std::vector<Tensor> downs,
+                    std::vector<Tensor> ups);
 
 }  // namespace specgen
 
@@ -24,6 +26,7 @@ STABLE_TORCH_LIBRARY(specgen, library) {
       "tree_attention(Tensor query, Tensor key, Tensor value, Tensor keys, Tensor values, Tensor plan, float scale, "
       "float softcap, Tensor? sinks, int window, int chunk) -> Tensor");
   library.def("top_tokens(Tensor logits, int count) -> (Tensor, Tensor)");
+  library.def("segmented_lora(Tensor(a!) y, Tensor x, int[] bounds, Tensor[] downs, Tensor[] ups) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(specgen, CPU, library) {
@@ -31,4 +34,5 @@ STABLE_TORCH_LIBRARY_IMPL(specgen, CPU, library) {
   library.impl("linear", TORCH_BOX(&specgen::linear));
   library.impl("tree_attention", TORCH_BOX(&specgen::tree_attention));
   library.impl("top_tokens", TORCH_BOX(&specgen::top_tokens));
+  library.impl("segmented_lora", TORCH_BOX(&specgen::segmented_lora));
 }
