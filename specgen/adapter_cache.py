@@ -127,13 +127,10 @@ class AdapterCache:
         """That sequence runs no more, for now or for good."""
         adapter.running -= 1
 
-    def wait(self, seconds: float) -> bool:
-        """Wait for an adapter to arrive, if any is on its way; whether one was."""
+    def wait(self, seconds: float) -> None:
+        """Wait until none is on its way to the device, or so long."""
         with self._changed:
-            coming = any(adapter.coming for adapter in self._adapters)
-            if coming:
-                self._changed.wait(seconds)
-            return coming
+            self._changed.wait_for(lambda: not any(adapter.coming for adapter in self._adapters), seconds)
 
     @property
     def stats(self) -> AdapterReport:

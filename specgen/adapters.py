@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from specgen.adapter import Adapter, AdapterOptions
 from specgen.adapter_cache import DRAFT, TARGET, AdapterReport
@@ -55,12 +55,19 @@ class EngineAdapters:
         self._loading: set[str] = set()
 
     def load(
-        self, name: str, path: str | Path, *, pinned: bool = False, draft_adapter: str | Path | None = None
+        self,
+        name: str,
+        path: str | Path,
+        *,
+        pinned: bool = False,
+        draft_adapter: str | Path | None = None,
+        any_base: bool = False,
     ) -> AdapterInfo:
         """Load PEFT's files from the folder `path` under a new name; requests then say `adapter=name`.
 
         path: relative to the engine's adapter root, if it has one. pinned: it stays on the device.
         draft_adapter: the folder of an adapter for the draft model, which then drafts under it.
+        any_base: take files that were made for a base of another name than this model's.
         """
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             told = (
@@ -72,7 +79,7 @@ class EngineAdapters:
                 raise AdapterRefused(f"adapter name {name!r} is in use; unload it, or reload it with other files")
             self._loading.add(name)
         try:
-            adapter = self._read(name, path, draft_adapter, pinned=pinned)
+            adapter = self._read(name, path, draft_adapter, pinned=pinned, any_base=any_base)
             self._cache.add(adapter)
             with self._lock:
                 self._named[name] = adapter
@@ -82,7 +89,12 @@ class EngineAdapters:
         return _info(adapter)
 
     def reload(
-        self, name: str, path: str | Path | None = None, *, draft_adapter: str | Path | None = None
+        self,
+        name: str,
+        path: str | Path | None = None,
+        *,
+        draft_adapter: str | Path | None = None,
+        any_base: bool = False,
     ) -> AdapterInfo:
         """Read the files again, or others from `path`, as a new revision under the same name.
 
@@ -90,7 +102,7 @@ class EngineAdapters:
         """
         old = self.named(name)
         paths = old.path if path is None else path, old.draft_path if draft_adapter is None else draft_adapter
-        adapter = self._read(name, *paths, pinned=old.pinned)
+        adapter = self._read(name, *paths, pinned=old.pinned, any_base=any_base)
         self._cache.add(adapter, replacing=old)
         with self._lock:
             replaced = self._named.get(name)
@@ -131,13 +143,14 @@ class EngineAdapters:
         """Where the bytes are, unloaded revisions that are still in use included."""
         return self._cache.stats
 
-    def _read(self, name: str, path: str | Path, draft_adapter: str | Path | None, *, pinned: bool) -> Adapter:
-        folder = locate(path, self._options.root)
-        files = {TARGET: self._files(folder, self._target)}
+    def _read(
+        self, name: str, path: str | Path, draft_adapter: str | Path | None, *, pinned: bool, any_base: bool
+    ) -> Adapter:
+        files = {TARGET: self._files(path, self._target, any_base)}
         if draft_adapter is not None:
             if self._drafts is None:
                 raise AdapterRefused(f"draft_adapter is {str(draft_adapter)!r}, but this engine has no draft model")
-            files[DRAFT] = self._files(locate(draft_adapter, self._options.root), self._drafts)
+            files[DRAFT] = self._files(draft_adapter, self._drafts, any_base)
         parts = {whose: read.weights for whose, read in files.items()}
         return Adapter(
             name=name,
@@ -151,10 +164,16 @@ class EngineAdapters:
             pinned=pinned,
         )
 
-    def _files(self, folder: Path, target: Target) -> AdapterFiles:
+    def _files(self, path: str | Path, target: Target, any_base: bool) -> AdapterFiles:
+        folder = locate(path, self._options.root)
         # The first time a forward tells which layers can be adapted, and forwards are the engine's thread's.
         self._runner.call(lambda: target.adapted)
-        return target.read_adapter(folder, max_rank=self._options.max_rank, max_bytes=self._options.device_bytes)
+        read = target.read_adapter(folder, max_rank=self._options.max_rank, max_bytes=self._options.device_bytes)
+        base, here = read.base or "", target.model.name_or_path
+        if base and here and not any_base and PurePath(base).name.lower() != PurePath(here).name.lower():
+            told = f"it was made for {base!r}, and this is {here!r}"
+            raise AdapterRefused(f"adapter {folder.name!r}: {told}; any_base=True takes it all the same")
+        return read
 
 
 def _info(adapter: Adapter) -> AdapterInfo:

@@ -147,7 +147,7 @@ class EngineCore:
             return lost
         turns = self.scheduler.plan()
         if not turns:
-            return [] if self.adapters.wait(_ARRIVAL_SECONDS) else self._refuse()
+            return self._await_adapter() if self.scheduler.awaits_adapter else self._refuse()
         # Side by side the rows of an adapter are one product.
         turns.sort(key=lambda turn: (turn.sequence.key.adapter, turn.sequence.key.revision))
         trees = self._propose(turns)
@@ -232,6 +232,11 @@ class EngineCore:
         """End those whose adapter cannot be brought back."""
         lost = [(s, s.adapter.failure) for s in self.scheduler.waiting if s.adapter and s.adapter.failure]
         return [self._close(sequence, sequence.end(Finish("error", error=error))) for sequence, error in lost]
+
+    def _await_adapter(self) -> list[StepOutput]:
+        """Nobody can run before an adapter has arrived: look again when one has."""
+        self.adapters.wait(_ARRIVAL_SECONDS)
+        return []
 
     def _refuse(self) -> list[StepOutput]:
         """The first in line fails when nobody can run: all pages are free for it by then, so it can never fit."""

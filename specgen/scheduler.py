@@ -29,7 +29,8 @@ class Scheduler:
     """Sequences in order of arrival. Those that run are served first, the oldest before the youngest.
 
     max_running: sequences in one forward. max_prompt_rows: prompt tokens in one forward, over all sequences, so that
-    a long prompt does not hold up running streams.
+    a long prompt does not hold up running streams. awaits_adapter: whether the last plan left out a sequence whose
+    adapter is not there.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self.awaits_adapter = False
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn."""
@@ -96,10 +98,12 @@ class Scheduler:
         has no room, or those under the adapters that are there could keep it out for ever.
         """
         held = 0
+        self.awaits_adapter = False
         for sequence in list(self.waiting):
             if len(self.running) + held >= self._max_running:
                 return
             there = self._adapters.presence(sequence.adapter) if sequence.adapter else Presence.THERE
+            self.awaits_adapter |= there is not Presence.THERE
             if there is Presence.FULL:
                 return
             if there is Presence.COMING or self._is_being_read(sequence):

@@ -24,7 +24,7 @@ ATTENTION = {
 
 def save_adapter(model: PreTrainedModel, folder: Path, *, seed: int = 0, scale: float = 0.4, **config: Any) -> Path:
     """Save an adapter of noise that decides; `config` is LoraConfig's. The model stays as it is."""
-    chosen = {"target_modules": ATTENTION[model.config.model_type], "r": 4, "lora_alpha": 8, **config}
+    chosen = {"target_modules": ATTENTION.get(model.config.model_type), "r": 4, "lora_alpha": 8, **config}
     torch.manual_seed(seed)
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", **chosen))
     with torch.no_grad():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from benchmarks import decode, drafting, harness, invariance, kv, step
+from benchmarks import decode, drafting, harness, invariance, kv, lora, step
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import assembly, foreign, results
 
@@ -67,6 +67,15 @@ def _bars(file: Path) -> dict[str, float]:
     bars: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))["bars"]
     assert file.with_suffix(".png").stat().st_size > 1000
     return bars
+
+
+def test_lora_compares_mixed_batches_and_times_swaps(tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "lora.json"
+    lora.main(["--quick", "--model", str(tiny), "--tokens", "4", "--dtype", "float32", "--json", str(file)])
+    bars = _bars(file)
+    assert {"mixed_vs_base", "mixed_vs_peft", "swap_ms_resident", "swap_ms_cold"} <= set(bars)
+    assert bars["identical"] == 1
+    assert bars["mixed_vs_peft"] > 0
 
 
 def test_step_takes_a_step_apart(tiny: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import structlog
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import specgen
@@ -234,6 +234,39 @@ def test_control_c_cancels_the_answer_and_not_the_program(tiny: Path) -> None:
     found = re.search(r"(\d+) tokens in", errors)
     assert found
     assert 0 < int(found[1]) < 8000, errors
+
+
+@pytest.fixture
+def lora(tiny: Path, tmp_path: Path) -> Path:
+    """A folder of two adapters for the tiny model, the second of which holds a NaN."""
+    from tests.lora import save_adapter
+
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    save_adapter(model, tmp_path / "good", target_modules=["q_proj"])
+    save_adapter(model, tmp_path / "odd", target_modules=["q_proj"], scale=float("inf"))
+    return tmp_path
+
+
+def test_adapters_are_listed_and_checked(invoke: Invoke, tiny: Path, lora: Path) -> None:
+    result = invoke("adapters", lora, "-m", tiny)
+    assert result.exit_code == 1
+    good, rank, odd, refusal = result.stdout.splitlines()
+    assert (good.split()[0], odd) == ("good", "odd")
+    assert "rank 4" in rank
+    assert "NaN" in refusal
+    (alone,) = json.loads(invoke("adapters", lora / "good", "-m", tiny, "--json").stdout)
+    assert (alone["folder"], alone["rank"], alone["error"]) == ("good", 4, None)
+    assert alone["revision"] in good
+    nothing = invoke("adapters", tiny)
+    assert (nothing.exit_code, "holds no adapter_config.json" in nothing.stderr) == (2, True)
+
+
+def test_generate_runs_under_an_adapter(invoke: Invoke, tiny: Path, lora: Path) -> None:
+    asked = ("generate", "w1 w2 w3", "-m", tiny, "--max-tokens", 12)
+    base, adapted = (invoke(*asked, *more) for more in ((), ("--adapter", lora / "good")))
+    assert base.exit_code == adapted.exit_code == 0
+    assert base.stdout != adapted.stdout
+    assert "NaN" in invoke(*asked, "--adapter", lora / "odd").stderr
 
 
 def test_plugins_are_listed_with_what_they_offer(invoke: Invoke, install: Install) -> None:

@@ -29,6 +29,7 @@ EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 SLOW = {"demo.py"}
 # What an example prints when it has shown what it is for.
 SAYS = {
+    "adapters.py": "swapped: True",
     "batch.py": "'speculation': 'off'",
     "dropin.py": "identical: True",
     "generate.py": " forwards",

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from specgen.cli.adapters import adapters
 from specgen.cli.chat import chat
 from specgen.cli.demo_model import demo_model
 from specgen.cli.generate import generate
@@ -60,5 +61,5 @@ def specgen(
     """
 
 
-for command in (generate, chat, plugins, demo_model, version):
+for command in (generate, chat, adapters, plugins, demo_model, version):
     app.command()(command)

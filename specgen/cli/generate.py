@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from specgen.stream import Stream
     from specgen.types import Result
 
+_ADAPTER = "adapter"
+
 
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt, or - to read it from stdin.")],
@@ -36,6 +38,7 @@ def generate(
     drafters: options.Drafters = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
+    adapter: options.Adapter = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object, at the end.")] = False,
 ) -> None:
     """Continue a prompt. The text goes to stdout as it comes, the figures to stderr."""
@@ -48,10 +51,13 @@ def generate(
         seed=seed,
         stop=stop,
         speculation=speculation,
+        adapter=adapter and _ADAPTER,
     )
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     tally = Tally()
     with open_engine(model, dtype=dtype, device=device, draft_model=draft_model, drafters=drafters) as engine:
+        if adapter is not None:
+            engine.adapters.load(_ADAPTER, adapter)
         as_chat = has_chat_template(engine) if chat is None else chat
         asked: Any = [{"role": "user", "content": text}] if as_chat else text
         with tally.timing(), engine.stream(asked, params) as stream:

@@ -32,6 +32,8 @@ from specgen.model.lora import is_linear
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 _CONFIG_BYTES = 1 << 20
+# A file in float32 for a model of 16 bits, and its header.
+_FILE_FACTOR, _HEADER_BYTES = 2, 1 << 20
 _RUNS_CODE = ("auto_map", "trust_remote_code", "custom_pipelines")
 # What peft's config may say and is applied exactly, or says nothing about the adapted forward.
 _UNDERSTOOD = frozenset(
@@ -44,7 +46,7 @@ _UNDERSTOOD = frozenset(
 )
 _REASONS = {
     "modules_to_save": "modules that it replaces as a whole are no low-rank addition",
-    "target_parameters": "weights of experts see no row of the step's, and a parameter has no rows at all",
+    "target_parameters": "a parameter outside of linear layers, as experts have them, sees no row of the step's",
     "trainable_token_indices": "it replaces rows of the embeddings",
     "layer_replication": "it changes the number of layers, and with it the KV",
     "alora_invocation_tokens": "rows before its invocation tokens would be base rows",
@@ -92,7 +94,7 @@ def read_adapter(
     """Read and check the adapter in `folder` for `model`, which is only looked at.
 
     fits: names of the layers that see the rows of a step. dtype: the model's. max_rank: of any layer. max_bytes: of
-    the weights, in the file and in memory. Raises AdapterRefused naming what does not fit.
+    the weights in memory. Raises AdapterRefused naming what does not fit.
     """
     if find_spec("peft") is None:
         raise AdapterRefused("adapters need peft; pip install 'specgen-llm[lora]'")
@@ -124,7 +126,7 @@ def _bytes(folder: Path, max_bytes: int) -> tuple[bytes, bytes]:
         raise _refused(folder, f"there is no {WEIGHTS}")
     if not config.is_file():
         raise _refused(folder, f"there is no {CONFIG}")
-    for path, most in ((config, _CONFIG_BYTES), (weights, max_bytes)):
+    for path, most in ((config, _CONFIG_BYTES), (weights, _FILE_FACTOR * max_bytes + _HEADER_BYTES)):
         if (size := path.stat().st_size) > most:
             raise _refused(folder, f"{path.name} has {size} bytes; the limit is {most}")
     return config.read_bytes(), weights.read_bytes()
