@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from specgen.draft.growth import Growth, Levels, best_first
     from specgen.dropin import custom_generate
     from specgen.errors import (
+        AdapterRefused,
         ContextLengthExceeded,
         DrafterMismatch,
         DuplicateName,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterRefused",
     "Coder",
     "ConstraintFactory",
     "ConstraintSetup",
@@ -97,6 +99,7 @@ __all__ = [
 
 # What a name needs is imported when it is first asked for: torch and transformers take seconds, a command's help none.
 _HOMES = {
+    "AdapterRefused": "specgen.errors",
     "Plane": "specgen.kv.formats",
     "KVFormatFactory": "specgen.kv.formats",
     "KVFormat": "specgen.kv.formats",

@@ -38,7 +38,8 @@ class Presence(Enum):
 
 @dataclass(frozen=True, slots=True)
 class AdapterReport:
-    """Bytes of adapters on the device, in host memory and in files; how many there are; fetches and evictions so far.
+    """How many adapters there are; their bytes on the device, in host memory and in files; how many were fetched from
+    files and evicted from the device so far.
 
     On a CPU what is on the device lies in host memory and counts in both.
     """
@@ -73,9 +74,14 @@ class AdapterCache:
         with self._changed:
             self._check_room(adapter, replacing)
             self._adapters[adapter] = None
-            if self._device_bytes() + adapter.bytes <= self._options.device_bytes:
-                self._put(adapter)
-        self._spill()
+            adapter.coming = self._device_bytes() + adapter.bytes <= self._options.device_bytes
+        if adapter.coming:
+            self._fetch(adapter)
+        else:
+            self._spill()
+        if adapter.failure:
+            self.retire(adapter)
+            raise AdapterRefused(f"adapter {adapter.name!r} cannot be put on the device: {adapter.failure!r}")
 
     def retire(self, adapter: Adapter) -> None:
         """No request asks for it from now on; it goes when its last user has gone."""
@@ -202,13 +208,13 @@ class AdapterCache:
                     adapter.parts = _read(file)
                     adapter.file = None
                     file.unlink()
+                    self._fetched += 1
                 self._put(adapter)
         except Exception as error:  # a disk, a device: those who wait for it are told
             log.exception("an adapter cannot be fetched", adapter=adapter.name)
             adapter.failure = error
         with self._changed:
             adapter.coming = False
-            self._fetched += 1
             if adapter not in self._adapters:
                 adapter.weights = adapter.draft_weights = None
             self._changed.notify_all()

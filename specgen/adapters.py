@@ -14,6 +14,7 @@ from specgen.errors import AdapterRefused, UnknownName
 from specgen.model.adapter_files import AdapterFiles, locate
 from specgen.model.target import Target
 from specgen.runner import Runner
+from specgen.workers import release_workers
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _REVISION = 16
@@ -151,6 +152,8 @@ class EngineAdapters:
             if self._drafts is None:
                 raise AdapterRefused(f"draft_adapter is {str(draft_adapter)!r}, but this engine has no draft model")
             files[DRAFT] = self._files(draft_adapter, self._drafts, any_base)
+        # Whoever calls will wait for answers of the engine's thread.
+        release_workers()
         parts = {whose: read.weights for whose, read in files.items()}
         return Adapter(
             name=name,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specgen.cli.loading import open_engine
-from specgen.cli.options import Device, Dtype, Model
+from specgen.cli.options import AnyBase, Device, Dtype, Model
 from specgen.cli.terminal import write
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def adapters(
     model: Model = None,
     dtype: Dtype = "auto",
     device: Device = None,
+    any_base: AnyBase = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
 ) -> None:
     """List the LoRA adapters in a folder and load each one for the model.
@@ -31,7 +32,7 @@ def adapters(
     """
     folders = _folders(folder)
     with open_engine(model, dtype=dtype, device=device, draft_model=None, drafters="") as engine:
-        checked = [_checked(engine, path) for path in folders]
+        checked = [_checked(engine, path, any_base) for path in folders]
     if as_json:
         import msgspec
 
@@ -51,12 +52,12 @@ def _folders(folder: Path) -> list[Path]:
     return found
 
 
-def _checked(engine: Engine, path: Path) -> dict[str, Any]:
+def _checked(engine: Engine, path: Path, any_base: bool) -> dict[str, Any]:
     """What is said of one adapter."""
     from specgen.errors import InvalidRequest
 
     try:
-        info = engine.adapters.load("checked", path)
+        info = engine.adapters.load("checked", path, any_base=any_base)
         engine.adapters.unload("checked")
     except InvalidRequest as error:
         return {"folder": path.name, "error": str(error)}

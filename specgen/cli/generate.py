@@ -39,6 +39,7 @@ def generate(
     dtype: options.Dtype = "auto",
     device: options.Device = None,
     adapter: options.Adapter = None,
+    any_base: options.AnyBase = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object, at the end.")] = False,
 ) -> None:
     """Continue a prompt. The text goes to stdout as it comes, the figures to stderr."""
@@ -57,7 +58,7 @@ def generate(
     tally = Tally()
     with open_engine(model, dtype=dtype, device=device, draft_model=draft_model, drafters=drafters) as engine:
         if adapter is not None:
-            engine.adapters.load(_ADAPTER, adapter)
+            engine.adapters.load(_ADAPTER, adapter, any_base=any_base)
         as_chat = has_chat_template(engine) if chat is None else chat
         asked: Any = [{"role": "user", "content": text}] if as_chat else text
         with tally.timing(), engine.stream(asked, params) as stream:

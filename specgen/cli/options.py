@@ -22,6 +22,7 @@ Device = Annotated[
     str | None, typer.Option(metavar="NAME", help="Where to run. Default: the accelerator if there is one.")
 ]
 Adapter = Annotated[str | None, typer.Option(metavar="PATH", help="The folder of a LoRA adapter to run under.")]
+AnyBase = Annotated[bool, typer.Option("--any-base", help="Take an adapter that was made for a model of another name.")]
 MaxTokens = Annotated[int, typer.Option(metavar="N", help="Most new tokens.")]
 Temperature = Annotated[
     float | None, typer.Option(metavar="T", help="0 is greedy. Default: what the model's own config says.")

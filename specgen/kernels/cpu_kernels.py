@@ -4,6 +4,7 @@ They are torch operators, `torch.ops.specgen`:
 
 pack_weight(weight) -> packed   a linear layer's weight [outputs, inputs], in the order in which `linear` reads it
 linear(x, weights, biases, outputs)   x [..., inputs] through several packed weights, side by side: [..., sum(outputs)]
+segmented_lora(y, x, bounds, downs, ups)   in place, see `specgen.kernels.reference.segmented_lora`
 tree_attention(...)             see `specgen.kernels.tree_attention`
 
 bfloat16 or float32, sums in float32. A number of an output is one sum in one order: a row's bits do not depend on the
