@@ -38,12 +38,23 @@ if TYPE_CHECKING:
     from specgen.options import read_options
     from specgen.params import SamplingParams
     from specgen.stream import Stream
-    from specgen.types import Logprob, Result, Speculation, SpeculativeStats, StepOutput, TokenTree, Usage
+    from specgen.types import (
+        Chat,
+        DraftTrace,
+        Logprob,
+        Result,
+        Speculation,
+        SpeculativeStats,
+        StepOutput,
+        TokenTree,
+        Usage,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterRefused",
+    "Chat",
     "Coder",
     "ConstraintFactory",
     "ConstraintSetup",
@@ -53,6 +64,7 @@ __all__ = [
     "ContextStageFactory",
     "DraftHints",
     "DraftSession",
+    "DraftTrace",
     "Drafter",
     "DrafterFactory",
     "DrafterMismatch",
@@ -100,6 +112,7 @@ __all__ = [
 # What a name needs is imported when it is first asked for: torch and transformers take seconds, a command's help none.
 _HOMES = {
     "AdapterRefused": "specgen.errors",
+    "Chat": "specgen.types",
     "Plane": "specgen.kv.formats",
     "KVFormatFactory": "specgen.kv.formats",
     "KVFormat": "specgen.kv.formats",
@@ -112,6 +125,7 @@ _HOMES = {
     "ContextStageFactory": "specgen.context.stage",
     "DraftHints": "specgen.draft.drafter",
     "DraftSession": "specgen.draft.drafter",
+    "DraftTrace": "specgen.types",
     "Drafter": "specgen.draft.drafter",
     "DrafterFactory": "specgen.draft.drafter",
     "DrafterMismatch": "specgen.errors",

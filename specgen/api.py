@@ -16,7 +16,7 @@ from specgen.config import EngineConfig
 from specgen.constraint import Constraints, ConstraintSetup
 from specgen.context.pipeline import ContextPipeline
 from specgen.draft.drafter import Drafter, DrafterSetup
-from specgen.engine import Counters, EngineCore
+from specgen.engine import Counters, EngineCore, Load
 from specgen.errors import UnknownName
 from specgen.kv.stored import CacheOptions
 from specgen.model.calibration import calibration_ids
@@ -25,7 +25,7 @@ from specgen.model.target import Target
 from specgen.params import SamplingParams
 from specgen.plugins import Plugins, load_plugins
 from specgen.prefixes import EnginePrefix
-from specgen.requests import RequestBuilder, model_ends, with_options
+from specgen.requests import Prepared, RequestBuilder, model_ends, with_options
 from specgen.responses import ResponseCache
 from specgen.runner import Runner
 from specgen.stream import Stream
@@ -143,6 +143,25 @@ class Engine:
         # An engine that only its stream holds must not be closed by the collector before the stream ends.
         stream.owner = self
         return stream
+
+    def prepare(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Prepared:
+        """Check and tokenise one prompt without running it; `start` runs it. For servers, whose event loop must not
+        wait for a chat template, and who look at a prompt's length first."""
+        return self._builder.build(prompt, with_options(params, options, self._base), copies=False)
+
+    def start(self, *prepared: Prepared) -> list[Stream]:
+        """Run what was prepared, all in time for the same step, each once; a stream for each, as from `stream`."""
+        return self._runner.submit(*prepared)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the engine's thread, None while all is well; an engine that has one serves nobody any more."""
+        return self._runner.failure
+
+    @property
+    def load(self) -> Load:
+        """How busy the engine is."""
+        return self._core.load
 
     @property
     def counters(self) -> Counters:

@@ -28,7 +28,7 @@ from specgen.sampling import Sampler
 from specgen.scheduler import Scheduler, Turn
 from specgen.sequence import Sequence, StopRules
 from specgen.text import TextCursor
-from specgen.types import EMPTY_TREE, Finish, StepOutput, TokenTree
+from specgen.types import EMPTY_TREE, Acceptance, DraftTrace, Finish, StepOutput, TokenTree
 from specgen.view import View, views
 
 _MEASURED_ROWS = (1, 2, 4, 8, 16, 32)
@@ -48,6 +48,20 @@ class Sample:
     stops: StopRules
     cursor: TextCursor
     constraint: Constrained | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy an engine is: sequences that run and wait, pages of the KV pool in use by them and the prefix cache, and
+    how often a sequence had to give its pages back. prefix_: tokens of admitted prompts, and those found cached."""
+
+    running: int
+    waiting: int
+    used_pages: int
+    total_pages: int
+    preemptions: int
+    prefix_queried: int = 0
+    prefix_cached: int = 0
 
 
 @dataclass(slots=True)
@@ -98,6 +112,20 @@ class EngineCore:
     def busy(self) -> bool:
         """Whether a step would do anything."""
         return bool(self.scheduler.running or self.scheduler.waiting)
+
+    @property
+    def load(self) -> Load:
+        """How busy the engine is. Counts alone, so that any thread may look."""
+        pool, stats = self.target.pool, self.prefix and self.prefix.stats
+        return Load(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            used_pages=pool.pages - pool.free_pages,
+            total_pages=pool.pages,
+            preemptions=self.scheduler.preemptions,
+            prefix_queried=stats.queried_tokens if stats else 0,
+            prefix_cached=stats.cached_tokens if stats else 0,
+        )
 
     def key(self, request: Request) -> CacheKey:
         """Whose KV a request may read and leaves behind."""
@@ -216,11 +244,14 @@ class EngineCore:
             walked = sequence.walk(tree, view.logits, view.best if sequence.sampler.is_argmax else None)
         except Exception as error:  # processors and stopping criteria are the caller's code
             return self._close(sequence, sequence.end(Finish("error", error=error)))
+        trace = self._trace(sequence, tree, walked[0])
         # Before the sequence, whose result may hold the drafters' share in this step.
         if curious:
             self.drafting.observe(sequence.drafts, view.features(turn.chain, walked[0].nodes))
         self.drafting.commit(sequence.drafts, tree, walked[0].committed)
         output = sequence.commit(turn.chain, len(tree), *walked)
+        if trace:
+            output = replace(output, trace=trace)
         if turn.chain > 1:
             self.scheduler.publish(sequence, tail=True)
         self.counters.committed += len(output.tokens)
@@ -237,6 +268,11 @@ class EngineCore:
         """Nobody can run before an adapter has arrived: look again when one has."""
         self.adapters.wait(_ARRIVAL_SECONDS)
         return []
+
+    def _trace(self, sequence: Sequence, tree: TokenTree, walked: Acceptance) -> DraftTrace | None:
+        if not sequence.request.params.trace or not tree:
+            return None
+        return DraftTrace(tree, self.drafting.guessers(sequence.drafts, tree), walked.nodes)
 
     def _refuse(self) -> list[StepOutput]:
         """The first in line fails when nobody can run: all pages are free for it by then, so it can never fit."""

@@ -16,7 +16,7 @@ from specgen.types import Constraint, LogitsProcessor, Speculation, StoppingCrit
 
 _SAMPLING_ONLY = ("top_k", "top_p", "min_p", "typical_p")
 _FROM_GENERATION_CONFIG = ("temperature", *_SAMPLING_ONLY)
-_FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
+_FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "trace")
 _SEVERAL = (
     "allowed_token_ids",
     "banned_token_ids",
@@ -54,6 +54,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     prediction: text that the caller expects to see, drafted where it fits.
     cache_salt: requests share cached prefixes only with requests of the same salt.
     adapter: name of a loaded adapter to run under; `None` is the model as it is.
+    trace: each output of a stream tells which tree was verified, and who guessed what.
 
     Raises InvalidRequest naming the field, its value and the choices.
     """
@@ -89,6 +90,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     prediction: str | tuple[int, ...] = ()
     cache_salt: str = ""
     adapter: str | None = None
+    trace: bool = False
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> SamplingParams:

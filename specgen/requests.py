@@ -6,7 +6,7 @@ import copy
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 import torch
@@ -28,6 +28,9 @@ from specgen.types import LogitsProcessor, Prompt
 
 FunctionT = TypeVar("FunctionT")
 
+Prepared: TypeAlias = tuple[Request, list[Sample]]
+"""A request that was checked and tokenised, and how each of its samples draws. It can be run once."""
+
 
 @dataclass(frozen=True, slots=True)
 class RequestBuilder:
@@ -44,7 +47,7 @@ class RequestBuilder:
     constraints: Constraints
     adapter_named: Callable[[str], Adapter]
 
-    def build(self, prompt: Prompt, params: SamplingParams, *, copies: bool) -> tuple[Request, list[Sample]]:
+    def build(self, prompt: Prompt, params: SamplingParams, *, copies: bool) -> Prepared:
         """The request and how each of its `params.n` samples draws.
 
         copies: whether sequences of other requests share the processors in `params`, so that each needs its own.

@@ -43,6 +43,8 @@ class Runner:
         self._streams: weakref.WeakValueDictionary[str, Stream] = weakref.WeakValueDictionary()
         self._thread: threading.Thread | None = None
         self._closed = False
+        self.failure: BaseException | None = None
+        """What ended the engine's thread, if anything did: nothing can be asked of it any more."""
 
     def submit(self, *built: tuple[Request, Sequence[Sample]], computed: bool = False) -> list[Stream]:
         """Queue requests, all in time for the same step; a stream ends when all samples of its request are finished.
@@ -105,7 +107,7 @@ class Runner:
         except BaseException as error:  # not one of the failures that are expected: nobody may wait for ever
             log.exception("the engine's thread ended")
             with self._wake:
-                self._thread, self._closed = None, True
+                self._thread, self._closed, self.failure = None, True, error
             for stream in list(self._streams.values()):
                 stream.fail(RequestFailed(f"the engine's thread ended: {error!r}"))
             raise

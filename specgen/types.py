@@ -33,11 +33,27 @@ StoppingCriterion: TypeAlias = Callable[[Any, Any], Any]
 """(ids int64[1, n], logits float32[1, vocab]) -> truth: transformers' protocol for a single sequence."""
 
 Message: TypeAlias = Mapping[str, Any]
-Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message]"
+Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message] | Chat"
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
 
 MAX_TREE_NODES = 63
 """So that a row's ancestors, the root included, fit one 64-bit mask."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """Messages, and what their chat template may want besides.
+
+    tools: the functions that the model may call, as JSON schemas in OpenAI's form. options: further variables of the
+    template (`enable_thinking`), and `add_generation_prompt` and `continue_final_message` of transformers.
+    literal: the tokenizer's special tokens in what the messages say are spelt out, so that nobody writes an end of
+    turn; otherwise they are read as in transformers.
+    """
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    literal: bool = False
 
 
 class Speculation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -168,9 +184,19 @@ class Finish:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftTrace:
+    """The tree that a step verified for one sequence: `drafters[i]` names who guessed node i, `accepted` are the nodes
+    that the walk took."""
+
+    tree: TokenTree
+    drafters: tuple[tuple[str, ...], ...]
+    accepted: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
     """What one step added to one sequence. `text` is safe to show: it never ends inside a character or a stop string.
-    `result` is set with the last output of a sequence."""
+    `result` is set with the last output of a sequence, `trace` where the request asks for it and a tree was walked."""
 
     request_id: str
     index: int
@@ -178,6 +204,7 @@ class StepOutput:
     text: str
     logprobs: tuple[Logprob, ...] = ()
     result: Result | None = None
+    trace: DraftTrace | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -265,6 +265,49 @@ def test_a_processor_that_raises_fails_its_request_with_the_cause(engine: Engine
     assert list(other.results(SECONDS)[0].ids) == expected[1]
 
 
+def test_what_was_prepared_is_run_later(engine: Engine) -> None:
+    """Its length is known before."""
+    prepared = [engine.prepare(list(prompt), max_tokens=7) for prompt in PROMPTS]
+    assert [len(request.ids) for request, _ in prepared] == [len(prompt) for prompt in PROMPTS]
+    assert engine.counters.steps == 0
+    results = [stream.results(SECONDS)[0] for stream in engine.start(*prepared)]
+    assert [result.ids for result in results] == [
+        result.ids for result in engine.generate([list(prompt) for prompt in PROMPTS], max_tokens=7)
+    ]
+
+
+def test_a_traced_stream_tells_who_guessed_what(engine: Engine) -> None:
+    """Accepted nodes hold the tokens that were committed; every node has someone who offered it."""
+    options: dict[str, Any] = {"max_tokens": 30, "speculation": {"adaptive": False}, "prediction": (5, 5, 5)}
+    expected = engine.generate(PROMPT, max_tokens=30).ids
+    options["prediction"] = (*expected[:9], 1, *expected[12:])
+    outputs = list(engine.stream(PROMPT, trace=True, **options))
+    traces = [output.trace for output in outputs if output.trace]
+    assert traces
+    for output in outputs:
+        if trace := output.trace:
+            assert [trace.tree.tokens[node] for node in trace.accepted] == list(output.tokens[: len(trace.accepted)])
+            assert len(trace.drafters) == len(trace.tree)
+            assert all(trace.drafters)
+    names = {name for trace in traces for node in trace.accepted for name in trace.drafters[node]}
+    assert "prediction" in names
+    assert tuple(token for output in outputs for token in output.tokens) == expected
+    assert not any(output.trace for output in engine.stream(PROMPT, **options))
+
+
+def test_load_tells_who_runs_and_who_waits(model: PreTrainedModel) -> None:
+    with Engine(model, kv_tokens=512, max_running=1) as engine:
+        assert (engine.load.running, engine.load.waiting, engine.load.used_pages) == (0, 0, 0)
+        streams = [engine.stream(PROMPT, max_tokens=100, processors=[Slow(0.01)]) for _ in range(3)]
+        next(streams[0])
+        assert (engine.load.running, engine.load.waiting) == (1, 2)
+        assert 0 < engine.load.used_pages <= engine.load.total_pages
+        for stream in streams:
+            stream.cancel()
+        until(lambda: not engine.load.running + engine.load.waiting)
+        assert engine.load.prefix_queried >= len(PROMPT)
+
+
 # Event loops.
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from specgen.context.literal import Literals
 from specgen.context.stage import Context, ContextStage
 from specgen.errors import InvalidRequest
 from specgen.options import read_options
@@ -39,21 +40,31 @@ class ChatTemplate:
         if self.tokenizer is None:
             raise InvalidRequest("there is no tokenizer; send the prompt as token ids", param="prompt")
         if context.messages is not None:
-            return replace(context, ids=self._render(list(context.messages)))
+            return replace(context, ids=self._render(context, list(context.messages)))
         if context.text is not None:
             return replace(context, ids=tuple(self.tokenizer(context.text)["input_ids"]))
         raise InvalidRequest("the prompt has neither messages nor text nor ids", param="prompt")
 
-    def _render(self, messages: list[Any]) -> tuple[int, ...]:
+    def _render(self, context: Context, messages: list[Any]) -> tuple[int, ...]:
         if not messages:
             raise InvalidRequest("messages is empty; send at least one", param="messages")
-        if getattr(self.tokenizer, "chat_template", "the tokenizer's own way") is None:
+        template = getattr(self.tokenizer, "chat_template", "the tokenizer's own way")
+        if template is None:
             raise InvalidRequest("the tokenizer has no chat template; send text or token ids", param="messages")
+        if context.tools and "tools" not in str(template):
+            raise InvalidRequest("the chat template of this model has no place for tools", param="tools")
+        options = {"add_generation_prompt": True, **({"tools": list(context.tools)} if context.tools else {})}
         try:
-            # Template and tokenizer in one call: some tokenizers have no text form of a conversation.
-            encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            return self._ids(messages, options | dict(context.options), literal=context.literal)
         except Exception as error:
             # A template is a program of the model's author, run on what the user sent: whatever it raises concerns
             # this request alone.
             raise InvalidRequest(f"the chat template refuses the messages: {error}", param="messages") from error
+
+    def _ids(self, messages: list[Any], options: Mapping[str, Any], *, literal: bool) -> tuple[int, ...]:
+        if literal and (literals := Literals(self.tokenizer)).stand_in(messages):
+            marked = literals.marked(messages)
+            return literals.encode(self.tokenizer.apply_chat_template(marked, tokenize=False, **options))
+        # Template and tokenizer in one call: some tokenizers have no text form of a conversation.
+        encoded = self.tokenizer.apply_chat_template(messages, return_dict=True, **options)
         return tuple(encoded["input_ids"])

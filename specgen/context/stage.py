@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, TypeAlias
 
 from specgen.errors import InvalidRequest
-from specgen.types import Message, Prompt
+from specgen.types import Chat, Message, Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,22 +16,31 @@ class Context:
     """A prompt on its way to token ids; a stage answers with a changed copy (`dataclasses.replace`).
 
     Exactly one of `messages`, `text`, `ids` is set at first; the last stage must leave `ids`. What was set before may
-    stay: where ids are set they are the prompt. `max_prompt_tokens` is the most that the engine can take.
+    stay: where ids are set they are the prompt. `tools`, `options` and `literal` belong to the messages, as in `Chat`.
+    `max_prompt_tokens` is the most that the engine can take.
     """
 
     max_prompt_tokens: int
     messages: tuple[Message, ...] | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    literal: bool = False
     text: str | None = None
     ids: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, prompt: Prompt, *, max_prompt_tokens: int) -> Context:
-        """Read what a user may send: text, a list of token ids, or a list of messages.
+        """Read what a user may send: text, a list of token ids, a list of messages, or a `Chat`.
 
         Raises InvalidRequest for anything else and for an empty list.
         """
         if isinstance(prompt, str):
             return cls(max_prompt_tokens=max_prompt_tokens, text=prompt)
+        if isinstance(prompt, Chat):
+            chat = cls.of(list(prompt.messages), max_prompt_tokens=max_prompt_tokens)
+            if chat.messages is None:
+                raise InvalidRequest("a Chat holds token ids; it must hold messages", param="messages")
+            return replace(chat, tools=tuple(prompt.tools), options=prompt.options, literal=prompt.literal)
         items: tuple[Any, ...] = tuple(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) else ()
         if not items:
             raise InvalidRequest(f"the prompt is {prompt!r}; it must be {_CHOICES}", param="prompt")

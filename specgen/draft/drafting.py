@@ -130,12 +130,20 @@ class Drafting:
         _share(spent - asking, sequences)
         return [select(tree, [*all_of, *nodes]) for tree, all_of, nodes in zip(trees, fixed, chosen, strict=True)]
 
+    def guessers(self, drafts: Drafts, verified: TokenTree) -> tuple[tuple[str, ...], ...]:
+        """For each node of the tree of this step, who offered it. To be asked before `commit`."""
+        names: list[list[str]] = [[] for _ in verified.tokens]
+        for name, active in drafts.active.items():
+            for node in _common(active.offer, verified):
+                names[node].append(name)
+        return tuple(map(tuple, names))
+
     def commit(self, drafts: Drafts, verified: TokenTree, committed: Sequence[int]) -> None:
         """Tell the sessions what was committed, and learn what their offers were worth."""
         accepted = {}
         for name, active in drafts.active.items():
             held = active.calibration.observe(active.offer, committed, active.shared)
-            places = _common(active.offer, verified) if active.offer else 0
+            places = len(_common(active.offer, verified))
             accepted[name] = min(held, len(committed) - 1) if places else 0
             active.stats = replace(
                 active.stats,
@@ -264,11 +272,13 @@ def _shallow(tree: TokenTree, deepest: int) -> TokenTree:
     return select(tree, [node for node, level in enumerate(levels) if level <= deepest])
 
 
-def _common(offer: TokenTree, verified: TokenTree) -> int:
-    """How many paths of `offer` stand in `verified`."""
+def _common(offer: TokenTree, verified: TokenTree) -> list[int]:
+    """The nodes of `verified` whose paths stand in `offer`."""
+    if not offer:
+        return []
     below = {place: node for node, place in enumerate(zip(verified.parents, verified.tokens, strict=True))}
     places: dict[int, int] = {-1: -1}
     for node, (token, parent) in enumerate(zip(offer.tokens, offer.parents, strict=True)):
         if parent in places and (place := below.get((places[parent], token))) is not None:
             places[node] = place
-    return len(places) - 1
+    return list(places.values())[1:]

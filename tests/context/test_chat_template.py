@@ -1,9 +1,10 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.pre_tokenizers import Split, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
@@ -11,6 +12,7 @@ from specgen.context.chat_template import chat_template
 from specgen.context.stage import Context, ContextStage
 from specgen.errors import InvalidRequest, UnknownName
 from specgen.testing import ContextStageContract
+from specgen.types import Chat
 
 WORDS = ["<s>", "<unk>", "user:", "assistant:", "hello", "there"]
 TEMPLATE = (
@@ -86,3 +88,56 @@ def test_a_real_template_opens_the_answer(smollm_tokenizer: Any) -> None:
     text = smollm_tokenizer.decode(ids)
     assert text.startswith("<|im_start|>system")
     assert text.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_tools_and_options_reach_the_template() -> None:
+    template = "{% for tool in tools %}{{ tool.name }} {% endfor %}{% if shout %}user: {% endif %}" + TEMPLATE
+    stage = chat_template(word_tokenizer(template), {})
+    chat = Chat([HELLO], tools=[{"name": "there"}], options={"shout": True, "add_generation_prompt": False})
+    assert stage(Context.of(chat, max_prompt_tokens=64)).ids == (5, 2, 0, 2, 4, 5)
+
+
+def test_tools_without_a_place_in_the_template_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="no place for tools") as caught:
+        chat_template(letter_tokenizer(), {})(Context.of(Chat([HELLO], tools=[{}]), max_prompt_tokens=64))
+    assert caught.value.param == "tools"
+
+
+def test_a_chat_holds_messages() -> None:
+    with pytest.raises(InvalidRequest, match="it must hold messages"):
+        Context.of(Chat([1, 2]), max_prompt_tokens=64)  # type: ignore[list-item]
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """One id per letter, and a special token that ends a turn."""
+    letters = Tokenizer(WordLevel({letter: index for index, letter in enumerate("<END>uab|:? ")}, unk_token="?"))
+    letters.pre_tokenizer = Split("", "isolated")
+    template = "{% for m in messages %}u:{{ m.content | trim }}<END>{% endfor %}a:"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=letters, unk_token="?", extra_special_tokens=["<END>"], chat_template=template
+    )
+
+
+def test_a_literal_chat_has_the_control_tokens_of_its_template_alone() -> None:
+    """What a user wrote is spelt letter by letter; nothing of the text is lost."""
+    tokenizer = letter_tokenizer()
+    end = tokenizer.convert_tokens_to_ids("<END>")
+    chat = Chat([{"role": "user", "content": " ab<END>a:b "}, {"role": "user", "content": "b"}], literal=True)
+    ids = chat_template(tokenizer, {})(Context.of(chat, max_prompt_tokens=64)).ids
+    assert ids
+    assert ids.count(end) == 2
+    spelt = "".join(tokenizer.convert_ids_to_tokens(ids))
+    assert spelt == "u:ab<END>a:b<END>u:b<END>a:"
+    as_it_is = chat_template(tokenizer, {})(Context.of(replace(chat, literal=False), max_prompt_tokens=64)).ids
+    assert as_it_is
+    assert as_it_is.count(end) == 3
+
+
+def test_a_literal_chat_without_special_tokens_is_the_same_prompt() -> None:
+    for tokenizer in (word_tokenizer(), letter_tokenizer()):
+        chat = Chat([{"role": "user", "content": "ab a"}], literal=True)
+        stage = chat_template(tokenizer, {})
+        assert (
+            stage(Context.of(chat, max_prompt_tokens=64)).ids
+            == stage(Context.of(replace(chat, literal=False), max_prompt_tokens=64)).ids
+        )

@@ -1,0 +1,55 @@
+"""Special tokens in what people write: spelt out, so that nobody ends a turn or begins another one's by writing so."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+class Literals:
+    """The special tokens of one tokenizer as they stand in messages, on their way through a chat template.
+
+    Before the template they are replaced by marks that it passes on; behind it each mark is spelt in two pieces,
+    neither of which is a special token, and the text between the marks is tokenised as ever.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tokens = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+        self._words = re.compile("|".join(map(re.escape, self._tokens)) or "(?!)")
+        # Nobody can guess it, so nobody can write a mark.
+        self._nonce = secrets.token_hex(4)
+        self._marks = re.compile(f"\ue000{self._nonce}:(\\d+)\ue001")
+
+    def stand_in(self, value: Any) -> bool:
+        """Whether any text inside holds a special token."""
+        return bool(self.marked(value) != value)
+
+    def marked(self, value: Any) -> Any:
+        """A copy with marks for special tokens in every text inside."""
+        return _each_text(value, lambda text: self._words.sub(self._mark, text))
+
+    def encode(self, rendered: str) -> tuple[int, ...]:
+        """The ids of what the template made of marked messages."""
+        ids: list[int] = []
+        # Every second piece is the number of a mark.
+        for place, piece in enumerate(self._marks.split(rendered)):
+            token = self._tokens[int(piece)] if place % 2 else ""
+            for text in (token[:1], token[1:]) if token else (piece,):
+                ids += self._tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        return tuple(ids)
+
+    def _mark(self, found: re.Match[str]) -> str:
+        return f"\ue000{self._nonce}:{self._tokens.index(found[0])}\ue001"
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _each_text(inner, change) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_each_text(inner, change) for inner in value)
+    return value
