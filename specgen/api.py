@@ -149,6 +149,10 @@ class Engine:
         wait for a chat template, and who look at a prompt's length first."""
         return self._builder.build(prompt, with_options(params, options, self._base), copies=False)
 
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The ids that a prompt has behind the context stages."""
+        return list(self._builder.encode(prompt))
+
     def start(self, *prepared: Prepared) -> list[Stream]:
         """Run what was prepared, all in time for the same step, each once; a stream for each, as from `stream`."""
         return self._runner.submit(*prepared)
@@ -157,6 +161,11 @@ class Engine:
     def failure(self) -> BaseException | None:
         """What ended the engine's thread, None while all is well; an engine that has one serves nobody any more."""
         return self._runner.failure
+
+    @property
+    def failed_steps(self) -> int:
+        """How many steps have failed in a row, the last one included."""
+        return self._runner.failed_steps
 
     @property
     def load(self) -> Load:

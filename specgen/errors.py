@@ -56,7 +56,14 @@ class DuplicateName(PluginError):
 
 
 class RequestFailed(SpecgenError):
-    """A request that was accepted and could not be finished, for instance because its logits processor raised."""
+    """A request that was accepted and could not be finished, for instance because its logits processor raised.
+
+    `part` names what failed, where that is known: "context stage 'shout'".
+    """
+
+    def __init__(self, message: str, *, part: str | None = None) -> None:
+        super().__init__(message)
+        self.part = part
 
 
 class RequestCancelled(RequestFailed):

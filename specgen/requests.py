@@ -57,14 +57,19 @@ class RequestBuilder:
         self._check_text_needs(params)
         self.drafting.check_names(params.speculation)
         params = params.resolved(self.defaults)
-        ids = self.pipeline.run(Context.of(prompt, max_prompt_tokens=self.context_length - 1))
-        check_ids(ids, self.vocab_size, "prompt")
+        ids = self.encode(prompt)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         adapter = None if params.adapter is None else self.adapter_named(params.adapter)
         request = Request(f"req-{secrets.token_hex(8)}", ids, params, seed, self._prediction(params), adapter)
         copies = copies or params.n > 1
         matcher = self.constraints.compile(params.constraint) if params.constraint else None
         return request, [self._sample(request, index, matcher, copies=copies) for index in range(params.n)]
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """The ids of a prompt, checked."""
+        ids = self.pipeline.run(Context.of(prompt, max_prompt_tokens=self.context_length - 1))
+        check_ids(ids, self.vocab_size, "prompt")
+        return ids
 
     def _sample(self, request: Request, index: int, matcher: Matcher | None, *, copies: bool) -> Sample:
         params = request.params

@@ -46,6 +46,9 @@ class Runner:
         self.failure: BaseException | None = None
         """What ended the engine's thread, if anything did: nothing can be asked of it any more."""
 
+        self.failed_steps = 0
+        """How many steps have failed in a row, the last one included."""
+
     def submit(self, *built: tuple[Request, Sequence[Sample]], computed: bool = False) -> list[Stream]:
         """Queue requests, all in time for the same step; a stream ends when all samples of its request are finished.
 
@@ -144,9 +147,11 @@ class Runner:
         try:
             outputs = self._core.step()
         except Exception as error:  # out of memory, a broken model: those that ran fail, those that wait go on
+            self.failed_steps += 1
             log.exception("a step failed", running=len(self._core.scheduler.running))
             self._fail(Finish("error", error=error), waiting=False)
             return
+        self.failed_steps = 0
         self._hand_out(outputs)
 
     def _key(self, request: Request, samples: Sequence[Sample]) -> ResponseKey | None:

@@ -28,7 +28,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("adapters", "prefixes"),
     ("api",),
     ("dropin",),
-    ("server", "testing", "__init__"),
+    ("testing", "__init__"),
+    ("server",),
     ("cli",),
     ("__main__",),
 )

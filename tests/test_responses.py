@@ -55,6 +55,7 @@ OTHERWISE: dict[str, Any] = {
     "logprobs": 1,
     "constraint": {"stairs": 8},
     "cache_salt": "other",
+    "trace": True,
 }
 ALIKE: dict[str, Any] = {"speculation": "off", "prediction": (5, 6)}
 

@@ -12,6 +12,7 @@ from specgen.cli.chat import chat
 from specgen.cli.demo_model import demo_model
 from specgen.cli.generate import generate
 from specgen.cli.plugins import plugins
+from specgen.cli.serve import serve
 from specgen.cli.terminal import fail
 from specgen.cli.version import print_version, version
 from specgen.errors import SpecgenError
@@ -61,5 +62,5 @@ def specgen(
     """
 
 
-for command in (generate, chat, adapters, plugins, demo_model, version):
+for command in (generate, chat, adapters, serve, plugins, demo_model, version):
     app.command()(command)

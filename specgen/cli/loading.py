@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from specgen.cli.options import drafter_list
 from specgen.cli.terminal import note, quiet_libraries
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ def open_engine(
     from specgen.model.demo import demo_model
 
     chosen: dict[str, Any] = {"draft_model": draft_model}
-    if drafters is not None:
-        chosen["drafters"] = [name.strip() for name in drafters.split(",") if name.strip()]
+    if (names := drafter_list(drafters)) is not None:
+        chosen["drafters"] = names
     return Engine.from_pretrained(model or demo_model(progress=note), dtype=dtype, device=device, **chosen)
 
 

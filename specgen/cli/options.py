@@ -41,14 +41,19 @@ Stop = Annotated[
 ]
 
 
+def drafter_list(text: str | None) -> list[str] | None:
+    """`a,b` as names."""
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
 def sampling(*, speculation: str, stop: list[str] | None, **options: Any) -> Any:
     """`SamplingParams` from what the user wrote. Raises InvalidRequest, before a model is loaded."""
     from specgen.params import SamplingParams
 
-    return SamplingParams.of({**options, "stop": stop or [], "speculation": _speculation(speculation)})
+    return SamplingParams.of({**options, "stop": stop or [], "speculation": read_speculation(speculation)})
 
 
-def _speculation(text: str) -> str | Mapping[str, Any]:
+def read_speculation(text: str) -> str | Mapping[str, Any]:
     """`auto` and `off` as they are, anything else as a JSON object."""
     import msgspec
 

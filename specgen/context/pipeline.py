@@ -74,7 +74,8 @@ def _run(name: str, stage: ContextStage, context: Context) -> Context:
     except SpecgenError:
         raise
     except Exception as error:
-        raise RequestFailed(f"context stage {name!r} raised {type(error).__name__}: {error}") from error
+        part = f"context stage {name!r}"
+        raise RequestFailed(f"{part} raised {type(error).__name__}: {error}", part=part) from error
     if not isinstance(answer, Context):
         raise PluginError(f"context stage {name!r} returned {type(answer).__name__}; it must return a Context")
     return answer

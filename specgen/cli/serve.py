@@ -1,0 +1,108 @@
+"""`specgen serve`: an OpenAI-compatible server around a model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from specgen.cli import options
+from specgen.cli.terminal import note, quiet_libraries
+
+if TYPE_CHECKING:
+    from specgen.api import Engine
+    from specgen.server.config import ServerConfig
+
+
+def serve(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Model folder or name. Default: the demo model.")
+    ] = None,
+    config: Annotated[str | None, typer.Option(metavar="FILE", help="Settings as TOML or JSON.")] = None,
+    host: Annotated[str | None, typer.Option(metavar="NAME", help="Where to listen. Default: 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(metavar="N", help="Default: 8000; 0 takes a free one.")] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What requests call it. Default: the last part of its path.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="Who may ask. May be given several times.")
+    ] = None,
+    admin_key: Annotated[str | None, typer.Option(metavar="KEY", help="Who may load adapters.")] = None,
+    lora_root: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where adapters may be loaded from.")] = None,
+    max_queued: Annotated[
+        int | None, typer.Option(metavar="N", help="Sequences that may wait; more are answered 429. Default: 256.")
+    ] = None,
+    shutdown_timeout: Annotated[
+        float | None, typer.Option(metavar="S", help="How long requests may go on after SIGTERM. Default: 30.")
+    ] = None,
+    metrics_compat: Annotated[
+        str | None, typer.Option(metavar="none|vllm", help="Export the metrics under vLLM's prefix too.")
+    ] = None,
+    plugin_routes: Annotated[
+        list[str] | None, typer.Option(metavar="PLUGIN", help="A plugin that may add routes.")
+    ] = None,
+    log_format: Annotated[str | None, typer.Option(metavar="console|json", help="How log lines look.")] = None,
+    speculation: Annotated[
+        str | None, typer.Option(metavar="auto|off|JSON", help="How to draft; the text stays the same.")
+    ] = None,
+    draft_model: options.DraftModel = None,
+    drafters: options.Drafters = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+) -> None:
+    """Serve a model to OpenAI's clients.
+
+    Every setting can also come from a file (--config) or the environment (SPECGEN_SERVER_PORT=8080); flags win.
+    """
+    chosen: dict[str, Any] = {
+        "draft_model": draft_model,
+        "drafters": options.drafter_list(drafters),
+        "speculation": None if speculation is None else options.read_speculation(speculation),
+    }
+    flags = {
+        "host": host,
+        "port": port,
+        "served_model_name": served_model_name,
+        "api_keys": api_key,
+        "admin_key": admin_key,
+        "lora_root": lora_root,
+        "max_queued": max_queued,
+        "shutdown_seconds": shutdown_timeout,
+        "metrics_compat": metrics_compat,
+        "plugin_routes": plugin_routes,
+        "log_format": log_format,
+        "engine": {name: value for name, value in chosen.items() if value is not None},
+    }
+    settings = _settings(config, flags)
+    quiet_libraries()
+    from specgen.server.logs import configure
+
+    configure(settings)
+    with _engine(model, settings, dtype=dtype, device=device) as engine:
+        _run(engine, settings)
+
+
+def _settings(file: str | None, flags: dict[str, Any]) -> ServerConfig:
+    from specgen.errors import SpecgenError
+
+    try:
+        from specgen.server.config import ServerConfig
+    except ImportError as error:
+        raise SpecgenError(f"the server needs more packages: pip install 'specgen-llm[server]' ({error})") from None
+    return ServerConfig.load(file, flags=flags)
+
+
+def _engine(model: str | None, settings: ServerConfig, *, dtype: str, device: str | None) -> Engine:
+    from specgen.api import Engine
+    from specgen.model.demo import demo_model
+
+    return Engine.from_pretrained(model or demo_model(progress=note), dtype=dtype, device=device, **settings.engine)
+
+
+def _run(engine: Engine, settings: ServerConfig) -> None:
+    import asyncio
+
+    from specgen.server.serve import serve as run
+
+    if not asyncio.run(run(engine, settings, on_start=lambda address: note(f"serving at {address}"))):
+        raise typer.Exit(1)

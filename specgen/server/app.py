@@ -1,0 +1,68 @@
+"""The application: routes, the order of what a request passes through, and what runs beside them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+from aiohttp import web
+
+from specgen.api import Engine
+from specgen.server.auth import CALLER
+from specgen.server.config import ServerConfig
+from specgen.server.logs import Handler, account, name_answer
+from specgen.server.openapi import document
+from specgen.server.routes import ROUTES, Access, Route
+from specgen.server.service import SERVICE, Service
+
+
+def build_app(engine: Engine, config: ServerConfig) -> web.Application:
+    """An application around an engine, which stays the caller's to close. Serve it with `serve`, or in a test."""
+    service = Service.of(engine, config)
+    app = web.Application(middlewares=[account, admit], client_max_size=config.body_bytes)
+    app[SERVICE] = service
+    routes = [*ROUTES, Route("GET", "/openapi.json", openapi)]
+    app[_ACCESS] = {}
+    for route in routes:
+        added = app.router.add_route(route.method, route.path, route.handler)
+        app[_ACCESS][added.handler] = route.access
+    app[_DOCUMENT] = document(routes)
+    app.on_response_prepare.append(name_answer)
+    app.cleanup_ctx.append(_beside)
+    return app
+
+
+@web.middleware
+async def admit(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Let in who may: everybody on open routes, elsewhere by key. What is in no table needs a key too."""
+    service = request.app[SERVICE]
+    access = request.app[_ACCESS].get(request.match_info.handler, "key")
+    if access == "open":
+        return await handler(request)
+    caller = request[CALLER] = service.keys.caller(request)
+    if access == "admin":
+        service.keys.check_admin(caller)
+    if request.method == "POST":
+        service.runner.gate.check_rate(caller)
+    return await handler(request)
+
+
+async def openapi(request: web.Request) -> web.StreamResponse:
+    """This description of the server."""
+    return web.Response(body=request.app[_DOCUMENT], content_type="application/json")
+
+
+async def _beside(app: web.Application) -> AsyncIterator[None]:
+    """Watch the engine as long as the server runs."""
+    service = app[SERVICE]
+    watching = asyncio.create_task(service.health.watch())
+    yield
+    watching.cancel()
+    with suppress(asyncio.CancelledError):
+        await watching
+    service.runner.close()
+
+
+_ACCESS: web.AppKey[dict[object, Access]] = web.AppKey("access", dict)
+_DOCUMENT = web.AppKey("document", bytes)

@@ -1,0 +1,125 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from aiohttp import web
+from msgspec import UNSET, UnsetType
+
+from specgen.server.answers import (
+    AssistantMessage,
+    CallDelta,
+    ChatAnswer,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    Delta,
+    RequestMetrics,
+    Usage,
+)
+from specgen.server.auth import CALLER
+from specgen.server.protocol import ChatRequest, ToolCall
+from specgen.server.reading import read
+from specgen.server.runner import Job
+from specgen.server.service import SERVICE, Service
+from specgen.server.structured import check_tool_choice
+from specgen.server.tools import CallParser
+from specgen.server.writing import Writer, respond, usage
+from specgen.types import Result, StepOutput
+
+
+async def chat(request: web.Request) -> web.StreamResponse:
+    """Answer a conversation."""
+    service = request.app[SERVICE]
+    asked = await read(request, ChatRequest)
+    service.check_model(asked.model)
+    check_tool_choice(asked.tool_choice)
+    prompts, params = service.asker.chat(asked, request[CALLER])
+    return await respond(request, ChatWriter(asked, service), prompts, params)
+
+
+class ChatWriter(Writer):
+    """A chat's answer. With tools, calls are taken out of the text."""
+
+    prefix = "chatcmpl"
+
+    def __init__(self, asked: ChatRequest, service: Service) -> None:
+        super().__init__(asked, service)
+        self._calls = bool(asked.tools) and asked.tool_choice != "none"
+        self._most = 1 if asked.parallel_tool_calls is False else None
+        self._parsers: dict[int, CallParser] = {}
+        self._begun: set[int] = set()
+        self._sent: Counter[int] = Counter()
+
+    def answer(self, job: Job, results: Sequence[Result]) -> ChatAnswer:
+        """The whole answer."""
+        return ChatAnswer(
+            id=self.id,
+            created=self.created,
+            model=self.model,
+            choices=[self._choice(choice, result) for choice, result in enumerate(results)],
+            usage=usage(job, results),
+            metrics=self.metrics(results),
+        )
+
+    def chunks(self, job: Job, choice: int, output: StepOutput) -> list[ChatChunk]:
+        """The role comes with the first output, the reason of the end behind the last."""
+        found = []
+        if choice not in self._begun:
+            self._begun.add(choice)
+            found.append(ChatChunkChoice(index=choice, delta=Delta(role="assistant", content="")))
+        said, calls = self._parts(choice, output.text, last=output.result is not None)
+        added = ChatChunkChoice(
+            index=choice,
+            delta=Delta(content=said or None, tool_calls=self._deltas(choice, calls) or None),
+            logprobs=self.service.texts.chat_logprobs(output.logprobs) if output.logprobs else None,
+            token_ids=list(output.tokens) if self.asked.return_token_ids and output.tokens else UNSET,
+            trace=self.trace(job, choice, output),
+        )
+        if said or calls or added.logprobs or added.token_ids or added.trace:
+            found.append(added)
+        if output.result is not None:
+            reason = self._finish_reason(choice, output.result)
+            stop = output.result.stop
+            found.append(ChatChunkChoice(index=choice, delta=Delta(), finish_reason=reason, stop_reason=stop))
+        return [self._chunk([each]) for each in found]
+
+    def last_chunk(self, usage: Usage, metrics: RequestMetrics | UnsetType) -> ChatChunk:
+        """Usage and metrics."""
+        chunk = self._chunk([])
+        chunk.usage, chunk.metrics = usage, metrics
+        return chunk
+
+    def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
+        return ChatChunk(id=self.id, created=self.created, model=self.model, choices=choices)
+
+    def _choice(self, choice: int, result: Result) -> ChatChoice:
+        said, calls = self._parts(choice, result.text, last=True)
+        return ChatChoice(
+            index=choice,
+            message=AssistantMessage(said if said or not calls else None, tool_calls=calls or UNSET),
+            logprobs=self.service.texts.chat_logprobs(result.logprobs) if result.logprobs else None,
+            finish_reason=self._finish_reason(choice, result),
+            stop_reason=result.stop,
+            token_ids=list(result.ids) if self.asked.return_token_ids else UNSET,
+        )
+
+    def _parts(self, choice: int, text: str, *, last: bool) -> tuple[str, list[ToolCall]]:
+        """What is said in a piece of text, and what is called."""
+        if not self._calls:
+            return text, []
+        parser = self._parsers.setdefault(choice, CallParser(self._most))
+        said, calls = parser.feed(text)
+        rest, more = parser.flush() if last else ("", [])
+        return said + rest, calls + more
+
+    def _deltas(self, choice: int, calls: list[ToolCall]) -> list[CallDelta]:
+        first = self._sent[choice]
+        self._sent[choice] += len(calls)
+        return [CallDelta(first + place, call.id, call.type, call.function) for place, call in enumerate(calls)]
+
+    def _finish_reason(self, choice: int, result: Result) -> str:
+        called = choice in self._parsers and self._parsers[choice].found and result.finish_reason == "stop"
+        return "tool_calls" if called else result.finish_reason

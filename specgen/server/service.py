@@ -1,0 +1,70 @@
+"""What all handlers of one server share."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from aiohttp import web
+
+from specgen.api import Engine
+from specgen.server.asking import Asker
+from specgen.server.auth import Keys
+from specgen.server.config import ServerConfig
+from specgen.server.errors import ApiError
+from specgen.server.health import Health
+from specgen.server.metrics import Metrics
+from specgen.server.runner import Runner
+from specgen.server.texts import Texts
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """An engine and all that stands around it."""
+
+    engine: Engine
+    config: ServerConfig
+    name: str
+    keys: Keys
+    metrics: Metrics
+    runner: Runner
+    asker: Asker
+    texts: Texts
+    health: Health
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def of(cls, engine: Engine, config: ServerConfig) -> Service:
+        """Build it around an engine that stays the caller's."""
+        name = config.served_model_name or _name(engine)
+        metrics = Metrics(engine, name, compat=config.metrics_compat == "vllm")
+        return cls(
+            engine,
+            config,
+            name,
+            Keys(config.api_keys, config.admin_key),
+            metrics,
+            Runner(engine, config, metrics),
+            Asker(config, samples=bool(engine.model.generation_config.do_sample)),
+            Texts(engine.tokenizer),
+            Health(engine, config),
+        )
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ApiError 404 unless requests may name this model."""
+        if name is not None and name not in (known := self.models()):
+            message = f"the model {name[:256]!r} does not exist; choices: {', '.join(known)}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def models(self) -> list[str]:
+        """The names that requests may use."""
+        return [self.name]
+
+
+SERVICE = web.AppKey("service", Service)
+
+
+def _name(engine: Engine) -> str:
+    """What a model is called if nobody says: the last part of where it came from."""
+    return Path(engine.model.name_or_path or "").name or engine.model.config.model_type

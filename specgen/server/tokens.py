@@ -1,0 +1,51 @@
+"""POST /tokenize and /detokenize: what a prompt is to the model."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from specgen.params import check_ids
+from specgen.server.answers import DetokenizeAnswer, TokenizeAnswer
+from specgen.server.asking import conversation
+from specgen.server.errors import invalid
+from specgen.server.protocol import DetokenizeRequest, TokenizeRequest
+from specgen.server.reading import read
+from specgen.server.service import SERVICE, Service
+from specgen.server.writing import json_response
+
+
+async def tokenize(request: web.Request) -> web.StreamResponse:
+    """The ids of a prompt or of messages, as a request with them would have."""
+    service = request.app[SERVICE]
+    asked = await read(request, TokenizeRequest)
+    service.check_model(asked.model)
+    _check_tokenizer(service)
+    ids = await service.runner.in_thread(lambda: _ids(service, asked))
+    strings = service.engine.tokenizer.convert_ids_to_tokens(ids) if asked.return_token_strs else None
+    return json_response(TokenizeAnswer(len(ids), service.engine.context_length, ids, strings))
+
+
+async def detokenize(request: web.Request) -> web.StreamResponse:
+    """The text of ids."""
+    service = request.app[SERVICE]
+    asked = await read(request, DetokenizeRequest)
+    service.check_model(asked.model)
+    _check_tokenizer(service)
+    check_ids(asked.tokens, service.engine.target.vocab_size, "tokens")
+    text = await service.runner.in_thread(lambda: service.engine.tokenizer.decode(asked.tokens))
+    return json_response(DetokenizeAnswer(text))
+
+
+def _ids(service: Service, asked: TokenizeRequest) -> list[int]:
+    if (asked.prompt is None) == (asked.messages is None):
+        raise invalid("send either prompt or messages", "prompt")
+    if asked.messages is not None:
+        options = {"add_generation_prompt": asked.add_generation_prompt}
+        return service.engine.encode(conversation(asked.messages, asked.tools, options))
+    ids: list[int] = service.engine.tokenizer.encode(asked.prompt, add_special_tokens=asked.add_special_tokens)
+    return ids
+
+
+def _check_tokenizer(service: Service) -> None:
+    if service.engine.tokenizer is None:
+        raise invalid("this model has no tokenizer", "model")
