@@ -167,8 +167,11 @@ class EngineCore:
         return [sequence.cut(finish) for sequence in self._of(request_id)]
 
     @torch.no_grad()
-    def step(self) -> list[StepOutput]:
-        """One forward over everything that runs; what it added to each sequence that drew."""
+    def step(self, *, drafting: bool = True) -> list[StepOutput]:
+        """One forward over everything that runs; what it added to each sequence that drew.
+
+        drafting: False verifies no trees, so that the forward is as small as it can be.
+        """
         if self.target.take_compiled():
             self._measure()
         if lost := self._end_lost():
@@ -178,7 +181,7 @@ class EngineCore:
             return self._await_adapter() if self.scheduler.awaits_adapter else self._refuse()
         # Side by side the rows of an adapter are one product.
         turns.sort(key=lambda turn: (turn.sequence.key.adapter, turn.sequence.key.revision))
-        trees = self._propose(turns)
+        trees = self._propose(turns) if drafting else [EMPTY_TREE] * len(turns)
         segments = [turn.sequence.rows(turn.chain, tree) for turn, tree in zip(turns, trees, strict=True)]
         views = self._score(segments)
         self.counters.steps += 1

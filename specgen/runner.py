@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
+import torch
+
 from specgen.engine import EngineCore, Sample, cancelled
 from specgen.errors import EngineClosed, RequestFailed
 from specgen.log import Log
@@ -111,8 +113,10 @@ class Runner:
             log.exception("the engine's thread ended")
             with self._wake:
                 self._thread, self._closed, self.failure = None, True, error
+            failed = RequestFailed(f"the engine's thread ended: {error!r}")
+            failed.__cause__ = EngineClosed("the engine's thread ended")
             for stream in list(self._streams.values()):
-                stream.fail(RequestFailed(f"the engine's thread ended: {error!r}"))
+                stream.fail(failed)
             raise
 
     def _loop(self) -> None:
@@ -145,7 +149,7 @@ class Runner:
 
     def _step(self) -> None:
         try:
-            outputs = self._core.step()
+            outputs = self._stepped()
         except Exception as error:  # out of memory, a broken model: those that ran fail, those that wait go on
             self.failed_steps += 1
             log.exception("a step failed", running=len(self._core.scheduler.running))
@@ -153,6 +157,17 @@ class Runner:
             return
         self.failed_steps = 0
         self._hand_out(outputs)
+
+    def _stepped(self) -> list[StepOutput]:
+        """A step; a smaller one where there was no memory for it on the device."""
+        try:
+            return self._core.step()
+        except torch.OutOfMemoryError:
+            log.warning("no memory for a step; trying it without drafts", running=len(self._core.scheduler.running))
+            # The caching allocator of the device may hold what is missing.
+            if torch.accelerator.is_available():
+                torch.accelerator.empty_cache()
+            return self._core.step(drafting=False)
 
     def _key(self, request: Request, samples: Sequence[Sample]) -> ResponseKey | None:
         return response_key(request, self._core.key(request), samples[0].stops) if self._shares else None

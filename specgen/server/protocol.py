@@ -111,7 +111,7 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     bad_words: Annotated[list[Short], Meta(max_length=128)] | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    stop: str | Stop | None = None
+    stop: Short | Stop | None = None
     stop_token_ids: Annotated[Ids, Meta(max_length=128)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None

@@ -136,6 +136,7 @@ class World:
     service: Service
     url: str
     http: ClientSession
+    app: web.Application
     clients: list[AsyncOpenAI] = field(default_factory=list)
 
     @property
@@ -148,6 +149,21 @@ class World:
         options = {"max_retries": 0, "timeout": SECONDS, **options}
         self.clients.append(AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, **options))
         return self.clients[-1]
+
+    def routes(self) -> list[web.AbstractRoute]:
+        """All that the app serves, those of sub-applications too."""
+        return list(self.app.router.routes())
+
+    async def open_routes(self, key: str | None) -> set[str]:
+        """The routes, found by asking the app, that are not answered 401 with this key. A path that is none counts."""
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        names = [f"{route.method} {getattr(route.resource, 'canonical', '')}" for route in self.routes()]
+        found = set()
+        for name in [*names, "GET /nowhere"]:
+            method, path = name.replace("{model}", "tiny").split(" ")
+            async with self.http.request(method, f"{self.url}{path}", headers=headers) as answer:
+                found |= set() if answer.status == 401 else {name}
+        return found
 
     async def metrics(self) -> dict[str, float]:
         """Sample with its labels -> value."""
@@ -171,7 +187,7 @@ async def serving(own: Engine | None = None, **settings: Any) -> AsyncIterator[W
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     async with ClientSession() as http:
-        world = World(found, app[SERVICE], f"http://127.0.0.1:{runner.addresses[0][1]}", http)
+        world = World(found, app[SERVICE], f"http://127.0.0.1:{runner.addresses[0][1]}", http, app)
         try:
             yield world
             if found.failure is None:
@@ -188,5 +204,12 @@ async def until(condition: Callable[[], object], seconds: float = SECONDS) -> No
     """Wait for what is about to happen."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it never happened"
+        if time.monotonic() > deadline:
+            raise TimeoutError("it never happened")
         await asyncio.sleep(0.005)
+
+
+async def open_to_nobody() -> list[str]:
+    """The open routes of a server with keys, for a process of its own."""
+    async with serving(api_keys=("onekey",), admin_key="admin") as world:
+        return sorted(await world.open_routes(None))
