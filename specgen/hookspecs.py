@@ -1,9 +1,9 @@
 """Every hook a plugin can implement. Mark an implementation with `hookimpl`; plugins/README.md shows each one in use.
 
-The first five offer something: they are called when an engine or the command line is built, on the thread that builds
-it, and maybe again when plugins are listed, so they answer at once and always alike. The last three observe: they are
-called on the engine's thread, between two steps, so what is slow in them slows every request. An observer that raises
-is caught, counted and logged once per plugin; the requests go on.
+The first five offer something: they are called when an engine is built, on the thread that builds it, and maybe again
+when plugins are listed, so they answer at once and always alike. Two add to the command line and to a server. The last
+three observe: they are called on the engine's thread, between two steps, so what is slow in them slows every request.
+An observer that raises is caught, counted and logged once per plugin; the requests go on.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from specgen.types import LogitsProcessor, Result, StepOutput
 
 if TYPE_CHECKING:
     import typer
+    from aiohttp import web
+
+    from specgen.api import Engine
 
 PROJECT = "specgen"
 """pluggy's project name and the entry-point group."""
@@ -90,6 +93,15 @@ def register_commands(cli: typer.Typer) -> None:
 
     Called on the main thread when `specgen` is given a word that is none of its own commands, so that its own start
     waits for no plugin. Import what is heavy inside the command.
+    """
+
+
+@hookspec
+def register_routes(app: web.Application, engine: Engine) -> None:
+    """Add routes to a server: `app.router.add_get("/hello", handler)` is served at `/plugins/<distribution>/hello`.
+
+    Called on the event loop's thread when a server is built, and only for plugins that its `plugin_routes` name. They
+    need a key like all routes; what a handler raises is answered as an error that names the plugin.
     """
 
 

@@ -130,10 +130,14 @@ class Plugins:
         """All plugins that were found, the built-ins first, and those that could not be imported."""
         return list(self._infos.values())
 
-    def call(self, hook: str, **arguments: object) -> None:
-        """Call every implementation, in the order of registration. Raises PluginError naming the one that raises."""
+    def call(self, hook: str, *, only: str | None = None, **arguments: object) -> None:
+        """Call every implementation, or those of one plugin, in the order of registration.
+
+        Raises PluginError naming the one that raises.
+        """
         for implementation in self._implementations(hook):
-            self._ask(hook, implementation, arguments)
+            if only in (None, implementation.plugin_name):
+                self._ask(hook, implementation, arguments)
 
     def notify(self, hook: str, **arguments: object) -> None:
         """Tell the observers. What they raise is counted in `failures` and logged once per plugin."""

@@ -37,6 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 # (who, whom): why all the same. Such an import cannot stand at the top of a module, it would be a circle.
 EXCEPTIONS = {
     ("plugins", "__init__"): "specgen's own version, read when plugins are loaded",
+    ("hookspecs", "api"): "the type of an argument, never imported when it runs",
 }
 
 # `testing` is for the authors of plugins, `__main__` for `python -m`.

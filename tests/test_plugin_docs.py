@@ -10,6 +10,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 
 from specgen import hookspecs
 from specgen.constraint import ConstraintSetup
@@ -110,6 +112,16 @@ def test_the_command_shown_runs() -> None:
     cli = typer.Typer()
     registered(pasted("register_commands")).call("register_commands", cli=cli)
     assert runner.invoke(cli, []).stdout == "hello\n"
+
+
+async def test_the_routes_shown_answer() -> None:
+    app = web.Application()
+    engine = ModuleType("engine")
+    engine.load = ModuleType("load")  # type: ignore[attr-defined]
+    engine.load.running = 3
+    registered(pasted("register_routes")).call("register_routes", app=app, engine=engine)
+    async with TestClient(TestServer(app)) as client, client.get("/load") as answer:
+        assert await answer.json() == {"running": 3}
 
 
 def test_the_observer_shown_runs() -> None:

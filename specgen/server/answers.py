@@ -253,3 +253,96 @@ class CompletionAnswer(_Answer, kw_only=True):
     usage: Usage | UnsetType | None = UNSET
     metrics: RequestMetrics | UnsetType = UNSET
     obfuscation: str | UnsetType = UNSET
+
+
+class InputDetails(msgspec.Struct):
+    """cached_tokens of the input were not computed again."""
+
+    cached_tokens: int = 0
+
+
+class OutputDetails(msgspec.Struct, frozen=True):
+    """There is no reasoning apart from the text."""
+
+    reasoning_tokens: int = 0
+
+
+class ResponseUsage(msgspec.Struct):
+    """Tokens of a response."""
+
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    input_tokens_details: InputDetails
+    output_tokens_details: OutputDetails = OutputDetails()
+
+
+class OutputText(msgspec.Struct, kw_only=True):
+    """Text in a message."""
+
+    type: str = "output_text"
+    text: str
+    annotations: list[str] = []
+
+
+class OutputItem(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A message of the model, or a call."""
+
+    id: str
+    type: str
+    status: str
+    role: str | None = None
+    content: list[OutputText] | UnsetType = UNSET
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+
+
+class Incomplete(msgspec.Struct):
+    """Why a response is not complete."""
+
+    reason: str
+
+
+class ResponseObject(msgspec.Struct, kw_only=True):
+    """The answer of POST /v1/responses."""
+
+    id: str
+    object: str = "response"
+    created_at: int
+    status: str
+    model: str
+    output: list[OutputItem]
+    usage: ResponseUsage | None = None
+    error: None = None
+    incomplete_details: Incomplete | None = None
+    instructions: str | None = None
+    metadata: dict[str, str] = {}
+    parallel_tool_calls: bool = True
+    temperature: float | None = None
+    top_p: float | None = None
+    tool_choice: str = "auto"
+    tools: list[dict[str, Any]] = []
+    previous_response_id: None = None
+    store: bool = False
+
+
+class ResponseEvent(msgspec.Struct, kw_only=True):
+    """An event of a streamed response; which fields there are, its type says."""
+
+    type: str
+    sequence_number: int
+    response: ResponseObject | UnsetType = UNSET
+    output_index: int | UnsetType = UNSET
+    item: OutputItem | UnsetType = UNSET
+    item_id: str | UnsetType = UNSET
+    content_index: int | UnsetType = UNSET
+    part: OutputText | UnsetType = UNSET
+    delta: str | UnsetType = UNSET
+    text: str | UnsetType = UNSET
+    logprobs: list[float] | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+    name: str | UnsetType = UNSET
+    code: str | UnsetType = UNSET
+    message: str | UnsetType = UNSET
+    param: str | UnsetType | None = UNSET

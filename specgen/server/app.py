@@ -13,6 +13,8 @@ from specgen.server.auth import CALLER
 from specgen.server.config import ServerConfig
 from specgen.server.logs import Handler, account, name_answer
 from specgen.server.openapi import document
+from specgen.server.page import add_page
+from specgen.server.plugin_routes import add_plugin_routes
 from specgen.server.routes import ROUTES, Access, Route
 from specgen.server.service import SERVICE, Service
 
@@ -28,6 +30,9 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
         added = app.router.add_route(route.method, route.path, route.handler)
         app[_ACCESS][added.handler] = route.access
     app[_DOCUMENT] = document(routes)
+    if config.page:
+        app[_ACCESS] |= {added.handler: "open" for added in add_page(app)}
+    add_plugin_routes(app, engine, config)
     app.on_response_prepare.append(name_answer)
     app.cleanup_ctx.append(_beside)
     return app

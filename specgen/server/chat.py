@@ -110,10 +110,7 @@ class ChatWriter(Writer):
         """What is said in a piece of text, and what is called."""
         if not self._calls:
             return text, []
-        parser = self._parsers.setdefault(choice, CallParser(self._most))
-        said, calls = parser.feed(text)
-        rest, more = parser.flush() if last else ("", [])
-        return said + rest, calls + more
+        return self._parsers.setdefault(choice, CallParser(self._most)).parts(text, last=last)
 
     def _deltas(self, choice: int, calls: list[ToolCall]) -> list[CallDelta]:
         first = self._sent[choice]

@@ -141,6 +141,55 @@ class ChatRequest(Sampling, kw_only=True, forbid_unknown_fields=True):
     continue_final_message: bool | None = None
 
 
+class ResponseTool(msgspec.Struct):
+    """A function, as the responses API writes it."""
+
+    type: Literal["function"]
+    name: Short
+    description: str | None = None
+    parameters: Object | None = None
+    strict: bool | None = None
+
+
+class InputItem(msgspec.Struct):
+    """A message, a call that the model made, or what the call gave."""
+
+    type: Literal["message", "function_call", "function_call_output"] = "message"
+    role: str | None = None
+    content: str | list[TextPart] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | list[TextPart] | None = None
+
+
+class TextOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """How the text is to be formed."""
+
+    format: ResponseFormat | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The body of POST /v1/responses. Nothing is kept: what went before comes with the input."""
+
+    input: str | Annotated[list[InputItem], Meta(min_length=1)]
+    model: str | None = None
+    instructions: str | None = None
+    stream: bool | None = None
+    max_output_tokens: int | None = None
+    temperature: Annotated[float, Meta(ge=0)] | None = None
+    top_p: float | None = None
+    tools: Annotated[list[ResponseTool], Meta(max_length=128)] | None = None
+    tool_choice: str | Object | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextOptions | None = None
+    seed: int | None = None
+    speculation: str | Object | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None
+    plugin_processors: dict[str, Object] | None = None
+
+
 class CompletionRequest(Sampling, kw_only=True, forbid_unknown_fields=True):
     """The body of POST /v1/completions."""
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from specgen.server import adapters, answers, chat, completions, models, protocol, status, tokens
+from specgen.server import adapters, answers, chat, completions, models, protocol, responses, status, tokens
 from specgen.server.logs import Handler
 
 Access = Literal["open", "key", "admin"]
@@ -50,6 +50,14 @@ ROUTES: tuple[Route, ...] = (
         body=protocol.CompletionRequest,
         answer=answers.CompletionAnswer,
         event=answers.CompletionAnswer,
+    ),
+    Route(
+        "POST",
+        "/v1/responses",
+        responses.respond,
+        body=protocol.ResponsesRequest,
+        answer=answers.ResponseObject,
+        event=answers.ResponseEvent,
     ),
     Route("GET", "/v1/models", models.models, answer=answers.ModelList),
     Route("GET", "/v1/models/{model}", models.model, answer=answers.ModelCard),

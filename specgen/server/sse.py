@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import msgspec
 from aiohttp import web
 
-from specgen.server.errors import ApiError
+from specgen.server.errors import ApiError, ErrorAnswer
 
 _HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _DONE = b"data: [DONE]\n\n"
@@ -37,10 +37,10 @@ class EventStream:
         """Whether the status was sent."""
         return self.response.prepared
 
-    async def feed(self, events: AsyncIterator[msgspec.Struct], name: bool = False) -> None:
+    async def feed(self, events: AsyncIterator[msgspec.Struct], *, named: bool = False) -> None:
         """Send all events, and pings while there are none. Raises what `events` raises, and ReaderTooSlow.
 
-        name: whether each event says its `type` in a line of its own.
+        named: whether each event says its `type` in a line of its own.
         """
         coming: asyncio.Future[msgspec.Struct] | None = None
         try:
@@ -55,19 +55,27 @@ class EventStream:
                 except StopAsyncIteration:
                     return
                 coming = None
-                head = f"event: {event.type}\n".encode() if name else b""  # type: ignore[attr-defined]
-                await self._write(b"%bdata: %b\n\n" % (head, msgspec.json.encode(event)))
+                await self.send(event, named=named)
         finally:
             if coming is not None:
                 coming.cancel()
 
+    async def send(self, event: msgspec.Struct, *, named: bool = False) -> None:
+        """Send one event."""
+        head = b"event: %b\n" % event.type.encode() if named else b""  # type: ignore[attr-defined]
+        await self._write(b"%bdata: %b\n\n" % (head, msgspec.json.encode(event)))
+
     async def fail(self, error: ApiError) -> None:
         """Tell a client that has its 200 already."""
-        await self._write(b"data: %b\n\n" % error.encoded())
+        await self.send(ErrorAnswer(error.body))
 
     async def done(self) -> None:
-        """The last event."""
+        """The last event of those protocols that have one, and the end."""
         await self._write(_DONE)
+        await self.end()
+
+    async def end(self) -> None:
+        """No more events."""
         await self.response.write_eof()
 
     async def _write(self, data: bytes) -> None:

@@ -34,6 +34,12 @@ class CallParser:
         self._inside = False
         self._called = False
 
+    def parts(self, text: str, *, last: bool) -> tuple[str, list[ToolCall]]:
+        """`feed`, and `flush` where the text is the last."""
+        said, calls = self.feed(text)
+        rest, more = self.flush() if last else ("", [])
+        return said + rest, calls + more
+
     def feed(self, text: str) -> tuple[str, list[ToolCall]]:
         """Take text in: what may be shown of it now, and the calls that are complete."""
         said, calls = "", []

@@ -17,10 +17,14 @@ from typing import Any
 import openai
 import pytest
 import torch
+from aiohttp import web
 from structlog.testing import capture_logs
 
 from specgen import Chat, hookimpl
 from specgen.context.stage import Context
+from specgen.errors import UnknownName
+from specgen.server.app import build_app
+from specgen.server.config import ServerConfig
 from tests.server.worlds import HELLO, SLOW, World, engine, plugins, serving, until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -527,9 +531,45 @@ async def test_logs_hold_no_prompt_no_text_and_no_key(shared_engine: Any, capsys
     assert text not in written
 
 
+class Routes:
+    """A plugin with routes, one of which is broken."""
+
+    @hookimpl
+    def register_routes(self, app: web.Application, engine: Any) -> None:
+        async def steps(request: web.Request) -> web.Response:
+            return web.json_response({"steps": engine.counters.steps})
+
+        async def bug(request: web.Request) -> web.Response:
+            raise KeyError("a secret")
+
+        app.router.add_get("/steps", steps)
+        app.router.add_get("/bug", bug)
+
+
+async def test_routes_of_plugins_are_served_where_the_config_names_them() -> None:
+    found = plugins()
+    found.register(Routes(), "my-routes")
+    with engine(plugins=found) as own:
+        async with serving(own) as world, world.http.get(f"{world.url}/plugins/my-routes/steps") as answer:
+            assert answer.status == 404
+        async with serving(own, plugin_routes=("my-routes",), api_keys=("k",)) as world:
+            url, headers = f"{world.url}/plugins/my-routes", {"Authorization": "Bearer k"}
+            async with world.http.get(f"{url}/steps") as answer:
+                assert answer.status == 401
+            async with world.http.get(f"{url}/steps", headers=headers) as answer:
+                assert await answer.json() == {"steps": 0}
+            async with world.http.get(f"{url}/bug", headers=headers) as answer:
+                assert answer.status == 500
+                assert (await answer.json())["error"]["message"] == "plugin my-routes failed (KeyError)"
+        with pytest.raises(UnknownName, match="unknown plugin with routes 'other'; choices: my-routes"):
+            build_app(own, ServerConfig(plugin_routes=("other",)))
+
+
 # Keys and tenants.
 
-OPEN = {"GET /health", "GET /ready"}
+FILES = ("/", "/page/page.css", "/page/page.js", "/page/tree.js")
+"""The playground, which holds no secrets and asks for a key itself."""
+OPEN = {"GET /health", "GET /ready", *(f"{method} {path}" for path in FILES for method in ("GET", "HEAD"))}
 
 
 @pytest.mark.parametrize("key", [None, "", "wrong", "one ", "Öne", "o" * 7000])

@@ -1,0 +1,42 @@
+"""Routes of plugins that the config names: each plugin in an application of its own, below a path of its own."""
+
+from __future__ import annotations
+
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+
+from specgen.api import Engine
+from specgen.errors import UnknownName
+from specgen.server.config import ServerConfig
+from specgen.server.errors import ApiError
+from specgen.server.logs import Handler, report
+
+_HOOK = "register_routes"
+
+
+def add_plugin_routes(app: web.Application, engine: Engine, config: ServerConfig) -> None:
+    """Mount what the plugins register. Raises UnknownName for one without routes, PluginError for one that fails."""
+    offering = [info.name for info in engine.plugins.info() if _HOOK in info.hooks]
+    for name in config.plugin_routes:
+        if name not in offering:
+            raise UnknownName("plugin with routes", name, offering, param="plugin_routes")
+        inner = web.Application(middlewares=[_named(name)])
+        engine.plugins.call(_HOOK, only=name, app=inner, engine=engine)
+        app.add_subapp(f"/plugins/{name}/", inner)
+
+
+def _named(name: str) -> Middleware:
+    """Turns what a plugin's handler raises into an error that says whose it is."""
+
+    @web.middleware
+    async def blame(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except (web.HTTPException, ApiError):
+            raise
+        except Exception as error:
+            report(request, "a plugin's route failed", error)
+            message = f"plugin {name} failed ({type(error).__name__})"
+            raise ApiError(500, message, code="plugin_failed") from error
+
+    return blame

@@ -1,0 +1,231 @@
+"""POST /v1/responses: a translation to a chat and back. Nothing is stored."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from specgen.server.answers import (
+    Incomplete,
+    InputDetails,
+    OutputItem,
+    OutputText,
+    ResponseEvent,
+    ResponseObject,
+    ResponseUsage,
+)
+from specgen.server.auth import CALLER
+from specgen.server.errors import api_error, invalid
+from specgen.server.logs import TIMING, report
+from specgen.server.protocol import (
+    CalledFunction,
+    ChatRequest,
+    Function,
+    InputItem,
+    Message,
+    ResponsesRequest,
+    Tool,
+    ToolCall,
+    text_of,
+)
+from specgen.server.reading import read
+from specgen.server.runner import Job
+from specgen.server.service import SERVICE, Service
+from specgen.server.sse import ReaderTooSlow
+from specgen.server.structured import check_tool_choice
+from specgen.server.tools import CallParser
+from specgen.server.writing import json_response, open_events
+from specgen.types import Result
+
+
+async def respond(request: web.Request) -> web.StreamResponse:
+    """Answer an input."""
+    service = request.app[SERVICE]
+    asked = await read(request, ResponsesRequest)
+    service.check_model(asked.model)
+    check_tool_choice(asked.tool_choice)
+    prompts, params = service.asker.chat(as_chat(asked), request[CALLER])
+    writer = ResponseWriter(asked, service)
+    running = service.runner.run(request[CALLER], request[TIMING], prompts, params)
+    if not asked.stream:
+        async with running as job:
+            return json_response(await writer.whole(job))
+    events = open_events(request)
+    try:
+        async with running as job:
+            await events.feed(writer.events(job), named=True)
+        await events.end()
+    except ReaderTooSlow:
+        report(request, "the client read too slowly")
+    except Exception as error:
+        if not events.is_open:
+            raise
+        report(request, "a stream failed", error)
+        body = api_error(error).body
+        failed = writer.event("error", code=str(body.code), message=body.message, param=body.param)
+        await events.send(failed, named=True)
+        await events.end()
+    return events.response
+
+
+def as_chat(asked: ResponsesRequest) -> ChatRequest:
+    """The same as a chat. Raises ApiError or InvalidRequest for what a chat cannot say."""
+    messages = [] if asked.instructions is None else [Message("system", asked.instructions)]
+    if isinstance(asked.input, str):
+        messages.append(Message("user", asked.input))
+    else:
+        for place, item in enumerate(asked.input):
+            messages.append(_message(item, f"input[{place}]"))
+    return ChatRequest(
+        messages=messages,
+        max_completion_tokens=asked.max_output_tokens,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        tools=[Tool(Function(t.name, t.description, t.parameters, t.strict)) for t in asked.tools or ()] or None,
+        tool_choice=asked.tool_choice,
+        response_format=asked.text.format if asked.text else None,
+        seed=asked.seed,
+        speculation=asked.speculation,
+        cache_salt=asked.cache_salt,
+        plugin_processors=asked.plugin_processors,
+    )
+
+
+def _message(item: InputItem, param: str) -> Message:
+    if item.type == "function_call":
+        if item.name is None or item.arguments is None:
+            raise invalid("a function_call needs name and arguments", param)
+        call = ToolCall(item.call_id or "", CalledFunction(item.name, item.arguments))
+        return Message("assistant", None, tool_calls=[call])
+    if item.type == "function_call_output":
+        return Message("tool", text_of(item.output, param), tool_call_id=item.call_id)
+    if not item.role:
+        raise invalid("a message needs a role", param)
+    return Message(item.role, text_of(item.content, param))
+
+
+class ResponseWriter:
+    """One response. The text is one message; each call behind it is an item of its own."""
+
+    def __init__(self, asked: ResponsesRequest, service: Service) -> None:
+        self._asked = asked
+        self._service = service
+        self._id = f"resp_{secrets.token_hex(16)}"
+        self._message_id = f"msg_{secrets.token_hex(16)}"
+        self._created = int(time.time())
+        self._calls = bool(asked.tools) and asked.tool_choice != "none"
+        self._parser = CallParser(1 if asked.parallel_tool_calls is False else None)
+        self._said = ""
+        self._items: list[OutputItem] = []
+        self._sent = 0
+
+    async def whole(self, job: Job) -> ResponseObject:
+        """The response, when all of it is there."""
+        async for _ in self.events(job):
+            pass
+        return self._last
+
+    async def events(self, job: Job) -> AsyncIterator[ResponseEvent]:
+        """All events of a streamed response."""
+        result: Result | None = None
+        begun = False
+        async for _, output in job.outputs():
+            if not begun:
+                begun = True
+                for each in self._begin():
+                    yield each
+            said, calls = self._parts(output.text, last=output.result is not None)
+            if said:
+                self._said += said
+                yield self._text_event("response.output_text.delta", delta=said, logprobs=[])
+            self._items += [_call_item(call) for call in calls]
+            result = output.result or result
+        for each in self._end(result):
+            yield each
+
+    def event(self, type: str, **fields: Any) -> ResponseEvent:
+        """The next event."""
+        self._sent += 1
+        return ResponseEvent(type=type, sequence_number=self._sent - 1, **fields)
+
+    def _begin(self) -> list[ResponseEvent]:
+        response = self._response("in_progress")
+        part = OutputText(text="")
+        item = OutputItem(id=self._message_id, type="message", status="in_progress", role="assistant", content=[])
+        return [
+            self.event("response.created", response=response),
+            self.event("response.in_progress", response=response),
+            self.event("response.output_item.added", output_index=0, item=item),
+            self._text_event("response.content_part.added", part=part),
+        ]
+
+    def _end(self, result: Result | None) -> list[ResponseEvent]:
+        message = self._message()
+        found = [
+            self._text_event("response.output_text.done", text=self._said, logprobs=[]),
+            self._text_event("response.content_part.done", part=OutputText(text=self._said)),
+            self.event("response.output_item.done", output_index=0, item=message),
+        ]
+        for place, item in enumerate(self._items, start=1):
+            begun = msgspec.structs.replace(item, status="in_progress", arguments="")
+            whole, at = item.arguments or "", {"item_id": item.id, "output_index": place}
+            found += [
+                self.event("response.output_item.added", output_index=place, item=begun),
+                self.event("response.function_call_arguments.delta", delta=whole, **at),
+                self.event("response.function_call_arguments.done", arguments=whole, name=item.name, **at),
+                self.event("response.output_item.done", output_index=place, item=item),
+            ]
+        cut = result is not None and result.finish_reason == "length"
+        status = "incomplete" if cut else "completed"
+        self._last = self._response(status, [message, *self._items], result)
+        return [*found, self.event(f"response.{status}", response=self._last)]
+
+    def _text_event(self, type: str, **fields: Any) -> ResponseEvent:
+        return self.event(type, item_id=self._message_id, output_index=0, content_index=0, **fields)
+
+    def _message(self) -> OutputItem:
+        content = [OutputText(text=self._said)]
+        return OutputItem(id=self._message_id, type="message", status="completed", role="assistant", content=content)
+
+    def _parts(self, text: str, *, last: bool) -> tuple[str, list[ToolCall]]:
+        return self._parser.parts(text, last=last) if self._calls else (text, [])
+
+    def _response(
+        self, status: str, output: list[OutputItem] | None = None, result: Result | None = None
+    ) -> ResponseObject:
+        return ResponseObject(
+            id=self._id,
+            created_at=self._created,
+            status=status,
+            model=self._asked.model or self._service.name,
+            output=output or [],
+            usage=_usage(result) if result else None,
+            incomplete_details=Incomplete("max_output_tokens") if status == "incomplete" else None,
+            instructions=self._asked.instructions,
+            parallel_tool_calls=self._asked.parallel_tool_calls is not False,
+            temperature=self._asked.temperature,
+            top_p=self._asked.top_p,
+            tools=[msgspec.to_builtins(tool) for tool in self._asked.tools or ()],
+        )
+
+
+def _call_item(call: ToolCall) -> OutputItem:
+    return OutputItem(
+        id=f"fc_{secrets.token_hex(16)}",
+        type="function_call",
+        status="completed",
+        call_id=call.id,
+        name=call.function.name,
+        arguments=call.function.arguments,
+    )
+
+
+def _usage(result: Result) -> ResponseUsage:
+    usage = result.usage
+    details = InputDetails(usage.cached_tokens)
+    return ResponseUsage(usage.prompt_tokens, usage.completion_tokens, usage.total_tokens, details)
