@@ -24,7 +24,11 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 CLI_README = ROOT / "specgen" / "cli" / "README.md"
 FUNCTIONS: list[Any] = [info.callback for info in app.registered_commands]
-COMMANDS = [function.__name__.replace("_", "-") for function in FUNCTIONS]
+GROUPS: dict[str, Any] = {info.name: info.typer_instance for info in app.registered_groups}
+COMMANDS = [*(function.__name__.replace("_", "-") for function in FUNCTIONS), *GROUPS]
+PAGES = [[], *([name] for name in COMMANDS)] + [
+    [name, info.callback.__name__] for name, group in GROUPS.items() for info in group.registered_commands
+]
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 SLOW = {"demo.py"}
 # What an example prints when it has shown what it is for.
@@ -53,7 +57,7 @@ def documents() -> list[Path]:
 def help_pages() -> str:
     """What `specgen --help` and each command's `--help` print, 80 columns wide, as markdown."""
     pages = []
-    for arguments in ([], *([name] for name in COMMANDS)):
+    for arguments in PAGES:
         printed = CliRunner().invoke(app, [*arguments, "--help"], prog_name="specgen").stdout
         pages.append(f"### {' '.join(['specgen', *arguments])}\n\n```text\n{printed.strip()}\n```\n")
     return "\n".join(pages)

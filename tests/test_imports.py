@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("api",),
     ("dropin",),
     ("testing", "__init__"),
-    ("server",),
+    ("server", "load"),
     ("cli",),
     ("__main__",),
 )

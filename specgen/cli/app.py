@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from specgen.cli.adapters import adapters
+from specgen.cli.bench import bench
 from specgen.cli.chat import chat
 from specgen.cli.demo_model import demo_model
 from specgen.cli.generate import generate
@@ -64,3 +65,4 @@ def specgen(
 
 for command in (generate, chat, adapters, serve, plugins, demo_model, version):
     app.command()(command)
+app.add_typer(bench, name="bench")

@@ -1,0 +1,146 @@
+"""`specgen bench serve`: load for any OpenAI server, and what it did with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from specgen.cli.terminal import write
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from specgen.load.client import Sample
+    from specgen.load.report import Report
+
+bench = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Measure a running server.")
+
+_PROMPTS = (
+    "Name three colours and say what they are used for.",
+    "Repeat this list twice: apple, pear, plum, cherry, apple, pear, plum, cherry.",
+    "Write a Python function that adds two numbers, then the same with type annotations.",
+    "Summarise: the river rose in the night, the bridge was closed, and the school stayed open.",
+)
+
+
+@bench.callback()
+def measure() -> None:
+    """Measure a running server."""
+
+
+@bench.command()
+def serve(
+    url: Annotated[str, typer.Option(metavar="URL", help="Of any OpenAI server, with its /v1.")] = (
+        "http://127.0.0.1:8000/v1"
+    ),
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="What requests name. Default: the first.")] = None,
+    api_key: Annotated[str | None, typer.Option(metavar="KEY", help="Sent with each request.")] = None,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(metavar="N", help="Requests at once, a run for each. Default: 1, 8 and 32.")
+    ] = None,
+    rate: Annotated[
+        list[float] | None, typer.Option(metavar="R", help="Instead: requests a second, at random times.")
+    ] = None,
+    requests: Annotated[int, typer.Option(metavar="N", help="Requests of a run.")] = 64,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="Most new tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(metavar="T", help="0 is greedy.")] = 0.0,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="FILE", help="JSON lines with `turns` or `prompt`. Default: four of our own.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the random times.")] = 0,
+    json_file: Annotated[
+        str | None, typer.Option("--json", metavar="FILE", help="Write the figures, and a picture beside them.")
+    ] = None,
+) -> None:
+    """Ask for streams in closed or open loop: times, tokens per second, acceptance, errors."""
+    import asyncio
+    from pathlib import Path
+
+    fields: dict[str, Any] = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
+    reports = asyncio.run(
+        _runs(url, api_key, fields, _cycled(prompts, requests), concurrency or [1, 8, 32], rate or [], seed)
+    )
+    write("\n".join(line for each in reports for line in each.lines()))
+    if json_file:
+        _save(reports, Path(json_file))
+    if any(each.errors for each in reports):
+        raise typer.Exit(1)
+
+
+async def _runs(
+    url: str,
+    key: str | None,
+    fields: dict[str, Any],
+    prompts: list[str],
+    concurrency: list[int],
+    rates: list[float],
+    seed: int,
+) -> list[Report]:
+    from aiohttp import ClientSession, ClientTimeout, TCPConnector
+
+    from specgen.load.arrivals import closed_loop, open_loop
+    from specgen.load.client import Client
+    from specgen.load.report import report
+
+    # A server may take its time; a connection for each request, however many.
+    async with ClientSession(connector=TCPConnector(limit=0), timeout=ClientTimeout(total=3600)) as session:
+        if fields["model"] is None:
+            fields["model"] = await _first_model(session, url, key)
+        client = Client(session, url, fields, key)
+        _check(await client.ask(prompts[0]))
+        if rates:
+            return [report(f"{rate:g}/s", await open_loop(client.ask, prompts, rate, seed)) for rate in rates]
+        return [report(f"c{number}", await closed_loop(client.ask, prompts, number)) for number in concurrency]
+
+
+async def _first_model(session: Any, url: str, key: str | None) -> str:
+    from aiohttp import ClientError
+
+    from specgen.errors import InvalidRequest
+
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        async with session.get(f"{url.rstrip('/')}/models", headers=headers) as answer:
+            name: str = (await answer.json())["data"][0]["id"]
+            return name
+    except (ClientError, KeyError, IndexError, ValueError) as error:
+        raise InvalidRequest(
+            f"{url} lists no models: {error}; start it, or name one with --model", param="url"
+        ) from None
+
+
+def _check(first: Sample) -> None:
+    """The first request warms up, and shows whether there is a server at all."""
+    from specgen.errors import InvalidRequest
+
+    if first.error:
+        raise InvalidRequest(f"the server does not answer: {first.error}", param="url")
+
+
+def _cycled(file: str | None, number: int) -> list[str]:
+    from itertools import cycle, islice
+    from pathlib import Path
+
+    import msgspec
+
+    from specgen.errors import InvalidRequest
+
+    found = list(_PROMPTS)
+    if file is not None:
+        try:
+            lines = [msgspec.json.decode(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line]
+            found = [line["prompt"] if "prompt" in line else line["turns"][0] for line in lines]
+        except (OSError, KeyError, IndexError, TypeError, msgspec.DecodeError) as error:
+            raise InvalidRequest(f"prompts {file!r} cannot be read: {error}", param="prompts") from None
+    return list(islice(cycle(found), number))
+
+
+def _save(reports: list[Report], path: Path) -> None:
+    import msgspec
+
+    from specgen.load.report import draw
+
+    bars = {f"{each.name}_{name}": value for each in reports for name, value in each.bars().items()}
+    path.write_bytes(msgspec.json.format(msgspec.json.encode({"bars": bars})))
+    draw(reports, path.with_suffix(".png"))
