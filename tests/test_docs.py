@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 
@@ -87,6 +88,25 @@ def test_the_python_of_the_readme_runs(
     namespace["engine"].close()
     assert " tokens per forward" in capsys.readouterr().out
     assert namespace["ids"].shape[1] == namespace["inputs"]["input_ids"].shape[1] + 16
+
+
+def test_the_curl_of_the_readme_is_answered(demo_path: Path) -> None:
+    """By a server around the demo model, on another port."""
+    from tests.server.worlds import answered_by_curl
+
+    (command,) = (block for block in blocks(README, "bash") if block.startswith("curl "))
+    frames = answered_by_curl(command, demo_path).removesuffix("\n\n").split("\n\n")
+    assert frames[-1] == "data: [DONE]"
+    assert "assistant" in frames[0]
+
+
+def test_the_settings_shown_are_settings() -> None:
+    from specgen.config import EngineConfig
+    from specgen.server.config import ServerConfig
+
+    (shown,) = blocks((ROOT / "specgen" / "server" / "README.md").read_text(), "toml")
+    found = msgspec.convert(tomllib.loads(shown), ServerConfig)
+    assert EngineConfig.of(found.engine).max_running == 32
 
 
 def test_the_plugin_of_the_readme_drafts_what_it_promises(smollm: Any, smollm_tokenizer: Any) -> None:

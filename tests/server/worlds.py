@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -213,3 +214,18 @@ async def open_to_nobody() -> list[str]:
     """The open routes of a server with keys, for a process of its own."""
     async with serving(api_keys=("onekey",), admin_key="admin") as world:
         return sorted(await world.open_routes(None))
+
+
+def answered_by_curl(command: str, path: Path) -> str:
+    """What a shell command with curl prints, against a server around the model in `path` instead of port 8000."""
+
+    async def run() -> str:
+        own = Engine.from_pretrained(path, kv_tokens=1024, max_context=512)
+        async with serving(own) as world:
+            here = command.replace("http://127.0.0.1:8000", world.url).replace("curl", "curl -sS", 1)
+            process = await asyncio.create_subprocess_shell(here, stdout=asyncio.subprocess.PIPE)
+            out, _ = await process.communicate()
+        own.close()
+        return out.decode()
+
+    return asyncio.run(run())
