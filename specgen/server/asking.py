@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from specgen.api import Engine
 from specgen.params import SamplingParams
 from specgen.server.auth import Caller
 from specgen.server.config import ServerConfig
@@ -41,11 +42,13 @@ _MOST_BIASED = 1024
 
 
 class Asker:
-    """Reads requests for one engine. samples: whether the model's own config says that it samples."""
+    """Reads requests for one engine, whose model they call `name`; any other name that they may use is an adapter's."""
 
-    def __init__(self, config: ServerConfig, *, samples: bool) -> None:
+    def __init__(self, config: ServerConfig, name: str, engine: Engine) -> None:
         self._config = config
-        self._samples = samples
+        self._name = name
+        self._speculation = engine.config.speculation
+        self._samples = bool(engine.model.generation_config.do_sample)
 
     def chat(self, asked: ChatRequest, caller: Caller) -> tuple[list[Prompt], SamplingParams]:
         """The prompt of a chat and its settings. Raises ApiError or InvalidRequest naming the field."""
@@ -70,8 +73,10 @@ class Asker:
         if (asked.n or 1) > self._config.max_n:
             raise invalid(f"n is {asked.n}; at most {self._config.max_n}", "n")
         options: dict[str, Any] = {name: getattr(asked, name) for name in _SAME_NAME}
-        if options["plugin_processors"] is not None:
-            options["plugin_processors"] = dict(options["plugin_processors"])
+        if options["speculation"] is None:
+            options["speculation"] = self._speculation
+        if asked.model not in (None, self._name):
+            options["adapter"] = asked.model
         if asked.logit_bias is not None:
             options["logit_bias"] = _biases(asked.logit_bias)
         if asked.prediction is not None:

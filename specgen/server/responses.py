@@ -20,8 +20,8 @@ from specgen.server.answers import (
     ResponseUsage,
 )
 from specgen.server.auth import CALLER
-from specgen.server.errors import api_error, invalid
-from specgen.server.logs import TIMING, report
+from specgen.server.errors import ErrorBody, invalid
+from specgen.server.logs import TIMING
 from specgen.server.protocol import (
     CalledFunction,
     ChatRequest,
@@ -36,10 +36,9 @@ from specgen.server.protocol import (
 from specgen.server.reading import read
 from specgen.server.runner import Job
 from specgen.server.service import SERVICE, Service
-from specgen.server.sse import ReaderTooSlow
 from specgen.server.structured import check_tool_choice
 from specgen.server.tools import CallParser
-from specgen.server.writing import json_response, open_events
+from specgen.server.writing import json_response, stream
 from specgen.types import Result
 
 
@@ -55,22 +54,7 @@ async def respond(request: web.Request) -> web.StreamResponse:
     if not asked.stream:
         async with running as job:
             return json_response(await writer.whole(job))
-    events = open_events(request)
-    try:
-        async with running as job:
-            await events.feed(writer.events(job), named=True)
-        await events.end()
-    except ReaderTooSlow:
-        report(request, "the client read too slowly")
-    except Exception as error:
-        if not events.is_open:
-            raise
-        report(request, "a stream failed", error)
-        body = api_error(error).body
-        failed = writer.event("error", code=str(body.code), message=body.message, param=body.param)
-        await events.send(failed, named=True)
-        await events.end()
-    return events.response
+    return await stream(request, running, writer.events, writer.failed, named=True)
 
 
 def as_chat(asked: ResponsesRequest) -> ChatRequest:
@@ -82,6 +66,7 @@ def as_chat(asked: ResponsesRequest) -> ChatRequest:
         for place, item in enumerate(asked.input):
             messages.append(_message(item, f"input[{place}]"))
     return ChatRequest(
+        model=asked.model,
         messages=messages,
         max_completion_tokens=asked.max_output_tokens,
         temperature=asked.temperature,
@@ -147,6 +132,10 @@ class ResponseWriter:
             result = output.result or result
         for each in self._end(result):
             yield each
+
+    def failed(self, error: ErrorBody) -> ResponseEvent:
+        """The event for an error."""
+        return self.event("error", code=str(error.code), message=error.message, param=error.param)
 
     def event(self, type: str, **fields: Any) -> ResponseEvent:
         """The next event."""

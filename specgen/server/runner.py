@@ -17,7 +17,7 @@ from specgen.server.config import ServerConfig
 from specgen.server.errors import ApiError, invalid
 from specgen.server.limits import Gate
 from specgen.server.merge import merged
-from specgen.server.metrics import Metrics, Timing
+from specgen.server.metrics import Timing
 from specgen.stream import Stream
 from specgen.types import Prompt, Result, StepOutput
 
@@ -70,12 +70,12 @@ class Job:
 class Runner:
     """Brings requests to an engine and keeps account of those that are there."""
 
-    def __init__(self, engine: Engine, config: ServerConfig, metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, config: ServerConfig) -> None:
         self.engine = engine
         self.gate = Gate(config, engine.config.max_running)
         self._config = config
-        self._metrics = metrics
         self._jobs: set[Job] = set()
+        self._ended: ApiError | None = None
         self._threads = ThreadPoolExecutor(_PREPARING_THREADS, thread_name_prefix="specgen-prepare")
 
     @asynccontextmanager
@@ -104,7 +104,8 @@ class Runner:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function)
 
     def end_all(self, failure: ApiError) -> None:
-        """Tell all who wait that the server ends their requests."""
+        """Tell all who wait that the server ends their requests, those too whose prompts are still prepared."""
+        self._ended = failure
         for job in list(self._jobs):
             job.end(failure)
 
@@ -114,6 +115,8 @@ class Runner:
 
     @asynccontextmanager
     async def _started(self, prepared: Sequence[Prepared], timing: Timing) -> AsyncIterator[Job]:
+        if self._ended is not None:
+            raise self._ended
         job = Job(prepared, self.engine.start(*prepared), timing)
         self._jobs.add(job)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
@@ -45,8 +46,8 @@ class Service:
             name,
             Keys(config.api_keys, config.admin_key),
             metrics,
-            Runner(engine, config, metrics),
-            Asker(config, samples=bool(engine.model.generation_config.do_sample)),
+            Runner(engine, config),
+            Asker(config, name, engine),
             Texts(engine.tokenizer),
             Health(engine, config),
         )
@@ -58,8 +59,9 @@ class Service:
             raise ApiError(404, message, param="model", code="model_not_found")
 
     def models(self) -> list[str]:
-        """The names that requests may use."""
-        return [self.name]
+        """The names that requests may use: the model's and its adapters'."""
+        adapters: Any = getattr(self.engine, "adapters", None)
+        return [self.name, *(info.name for info in adapters.list())] if adapters else [self.name]
 
 
 SERVICE = web.AppKey("service", Service)

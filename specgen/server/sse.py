@@ -8,8 +8,6 @@ from collections.abc import AsyncIterator
 import msgspec
 from aiohttp import web
 
-from specgen.server.errors import ApiError, ErrorAnswer
-
 _HEADERS = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _DONE = b"data: [DONE]\n\n"
 _PING = b": ping\n\n"
@@ -23,13 +21,15 @@ class EventStream:
     """One answer of events. It opens with the first one: what fails before is an answer with a status of its own.
 
     write_seconds: how long a write may wait for the client to read. ping_seconds: after so much silence a comment
-    tells the client, and everything in between, that the connection lives.
+    tells the client, and everything in between, that the connection lives. named: each event says its `type` in a line
+    of its own, as in the responses API, which has no [DONE].
     """
 
-    def __init__(self, request: web.Request, *, write: float, ping: float) -> None:
+    def __init__(self, request: web.Request, *, write: float, ping: float, named: bool) -> None:
         self._request = request
         self._write_seconds = write
         self._ping_seconds = ping
+        self._named = named
         self.response = web.StreamResponse(headers=_HEADERS)
 
     @property
@@ -37,11 +37,8 @@ class EventStream:
         """Whether the status was sent."""
         return self.response.prepared
 
-    async def feed(self, events: AsyncIterator[msgspec.Struct], *, named: bool = False) -> None:
-        """Send all events, and pings while there are none. Raises what `events` raises, and ReaderTooSlow.
-
-        named: whether each event says its `type` in a line of its own.
-        """
+    async def feed(self, events: AsyncIterator[msgspec.Struct]) -> None:
+        """Send all events, and pings while there are none. Raises what `events` raises, and ReaderTooSlow."""
         coming: asyncio.Future[msgspec.Struct] | None = None
         try:
             while True:
@@ -55,27 +52,20 @@ class EventStream:
                 except StopAsyncIteration:
                     return
                 coming = None
-                await self.send(event, named=named)
+                await self.send(event)
         finally:
             if coming is not None:
                 coming.cancel()
 
-    async def send(self, event: msgspec.Struct, *, named: bool = False) -> None:
+    async def send(self, event: msgspec.Struct) -> None:
         """Send one event."""
-        head = b"event: %b\n" % event.type.encode() if named else b""  # type: ignore[attr-defined]
+        head = b"event: %b\n" % event.type.encode() if self._named else b""  # type: ignore[attr-defined]
         await self._write(b"%bdata: %b\n\n" % (head, msgspec.json.encode(event)))
 
-    async def fail(self, error: ApiError) -> None:
-        """Tell a client that has its 200 already."""
-        await self.send(ErrorAnswer(error.body))
-
     async def done(self) -> None:
-        """The last event of those protocols that have one, and the end."""
-        await self._write(_DONE)
-        await self.end()
-
-    async def end(self) -> None:
         """No more events."""
+        if not self._named:
+            await self._write(_DONE)
         await self.response.write_eof()
 
     async def _write(self, data: bytes) -> None:

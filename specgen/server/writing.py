@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict
 from typing import Any
 
@@ -23,7 +24,7 @@ from specgen.server.answers import (
     Usage,
 )
 from specgen.server.auth import CALLER
-from specgen.server.errors import api_error
+from specgen.server.errors import ErrorAnswer, ErrorBody, api_error
 from specgen.server.logs import TIMING, report
 from specgen.server.protocol import Sampling, StreamOptions
 from specgen.server.runner import Job
@@ -118,11 +119,10 @@ class Writer(ABC):
 def usage(job: Job, results: Sequence[Result]) -> Usage:
     """The tokens of a request: each prompt once, all of its sequences, and what became of a prediction."""
     shares = [share for result in results for name, share in result.stats.by_drafter.items() if name == "prediction"]
-    cached = {result.request_id: result.usage.cached_tokens for result in sorted(results, key=lambda r: -r.index)}
     return _usage(
         _prompt_tokens(job),
         sum(result.usage.completion_tokens for result in results),
-        cached=sum(cached.values()),
+        cached=sum(result.usage.cached_tokens for result in results if result.index == 0),
         accepted=sum(share.accepted for share in shares),
         rejected=sum(share.verified - share.accepted for share in shares),
     )
@@ -137,26 +137,36 @@ async def respond(
     if not writer.asked.stream:
         async with running as job:
             return json_response(writer.answer(job, await job.results()))
-    events = open_events(request)
+    return await stream(request, running, writer.events)
+
+
+async def stream(
+    request: web.Request,
+    running: AbstractAsyncContextManager[Job],
+    events: Callable[[Job], AsyncIterator[msgspec.Struct]],
+    failed: Callable[[ErrorBody], msgspec.Struct] = ErrorAnswer,
+    *,
+    named: bool = False,
+) -> web.StreamResponse:
+    """Run a job and send its events; what fails before the first one is raised.
+
+    failed: the event for an error. named: each event says its type in a line of its own, and none says [DONE].
+    """
+    config = request.app[SERVICE].config
+    sent = EventStream(request, write=config.write_seconds, ping=config.ping_seconds, named=named)
     try:
         async with running as job:
-            await events.feed(writer.events(job))
-        await events.done()
+            await sent.feed(events(job))
+        await sent.done()
     except ReaderTooSlow:
         report(request, "the client read too slowly")
     except Exception as error:
-        if not events.is_open:
+        if not sent.is_open:
             raise
         report(request, "a stream failed", error)
-        await events.fail(api_error(error))
-        await events.done()
-    return events.response
-
-
-def open_events(request: web.Request) -> EventStream:
-    """An event stream as the server is configured."""
-    config = request.app[SERVICE].config
-    return EventStream(request, write=config.write_seconds, ping=config.ping_seconds)
+        await sent.send(failed(api_error(error).body))
+        await sent.done()
+    return sent.response
 
 
 def json_response(answer: msgspec.Struct, status: int = 200) -> web.Response:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,6 +72,63 @@ async def test_mixed_requests_at_once_say_what_the_engine_says(world: World, req
 
     alone = [await asyncio.to_thread(expected, number) for number in range(requests)]
     assert await asyncio.gather(*(ask(world, number) for number in range(requests))) == alone
+
+
+async def test_the_engines_own_speculation_is_what_requests_get_that_say_nothing() -> None:
+    with engine(speculation="off") as own:
+        async with serving(own) as world:
+            asked: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 30, "temperature": 0}
+            silent: Any = await world.client().chat.completions.create(**asked)
+            eager: Any = await world.client().chat.completions.create(
+                **asked, extra_body={"speculation": {"adaptive": False}}
+            )
+    assert silent.metrics["speculative_decoding"]["num_draft_tokens"] == 0
+    assert eager.metrics["speculative_decoding"]["num_draft_tokens"] > 0
+
+
+class Adapters:
+    """What an engine with adapters has, as far as the server looks at it."""
+
+    def __init__(self) -> None:
+        self.loaded: dict[str, Path] = {}
+
+    def load(self, name: str, path: Path) -> None:
+        self.loaded[name] = path
+
+    def unload(self, name: str) -> None:
+        del self.loaded[name]
+
+    def list(self) -> list[Any]:
+        return [SimpleNamespace(name=name) for name in self.loaded]
+
+
+async def test_adapters_are_loaded_from_below_their_root_alone(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for folder in (root / "good", outside):
+        folder.mkdir(parents=True)
+    (root / "link").symlink_to(outside)
+    with engine() as own:
+        async with serving(own, admin_key="boss", lora_root=str(root)) as world:
+
+            async def post(verb: str, **body: Any) -> int:
+                headers = {"Authorization": "Bearer boss"}
+                url = f"{world.url}/v1/{verb}_lora_adapter"
+                async with world.http.post(url, json={"lora_name": "mine", **body}, headers=headers) as answer:
+                    assert str(tmp_path) not in await answer.text()
+                    return answer.status
+
+            assert await post("load", lora_path="good") == 501
+            own.adapters = adapters = Adapters()  # type: ignore[attr-defined]
+            for path in ("../outside", str(outside), "link", ".", "good/../..", "~"):
+                assert await post("load", lora_path=path) in (400, 404), path
+            assert await post("load", lora_path="missing") == 404
+            assert not adapters.loaded
+            assert await post("load", lora_path="good") == 200
+            assert adapters.loaded == {"mine": root / "good"}
+            listed = {card.id: card.parent for card in (await world.client("boss").models.list()).data}  # type: ignore[attr-defined]
+            assert listed == {"tiny": None, "mine": "tiny"}
+            assert await post("unload") == 200
+            assert not adapters.loaded
 
 
 async def test_the_metrics_count_what_was_served(shared_engine: Any) -> None:
