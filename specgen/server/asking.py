@@ -7,12 +7,12 @@ from typing import Any
 import msgspec
 
 from specgen.api import Engine
+from specgen.openai_constraints import constraint_of
 from specgen.params import SamplingParams
 from specgen.server.auth import Caller
 from specgen.server.config import ServerConfig
 from specgen.server.errors import invalid
 from specgen.server.protocol import ChatRequest, CompletionRequest, Message, Sampling, Tool, text_of
-from specgen.server.structured import check_format
 from specgen.types import Chat, Prompt
 
 _SAME_NAME = (
@@ -36,6 +36,18 @@ _SAME_NAME = (
     "plugin_processors",
     "trace",
 )
+_FORMS = (
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+)
+"""What says how a text is to be formed."""
 _COMPLETION_TOKENS = 16
 """OpenAI's default for completions."""
 _MOST_BIASED = 1024
@@ -69,7 +81,6 @@ class Asker:
     def _params(
         self, asked: Sampling, caller: Caller, *, max_tokens: int | None, logprobs: int | None
     ) -> SamplingParams:
-        check_format(asked.response_format, asked.structured_outputs)
         if (asked.n or 1) > self._config.max_n:
             raise invalid(f"n is {asked.n}; at most {self._config.max_n}", "n")
         options: dict[str, Any] = {name: getattr(asked, name) for name in _SAME_NAME}
@@ -92,6 +103,7 @@ class Asker:
             "max_tokens": max_tokens,
             "logprobs": logprobs,
             "cache_salt": caller.cache_salt(asked.cache_salt or ""),
+            "constraint": constraint_of(msgspec.to_builtins({name: getattr(asked, name, None) for name in _FORMS})),
         }
         return SamplingParams.of(options)
 

@@ -24,7 +24,6 @@ from specgen.server.protocol import ChatRequest, ToolCall
 from specgen.server.reading import read
 from specgen.server.runner import Job
 from specgen.server.service import SERVICE, Service
-from specgen.server.structured import check_tool_choice
 from specgen.server.tools import CallParser
 from specgen.server.writing import Writer, respond, usage
 from specgen.types import Result, StepOutput
@@ -35,7 +34,6 @@ async def chat(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
     asked = await read(request, ChatRequest)
     service.check_model(asked.model)
-    check_tool_choice(asked.tool_choice)
     prompts, params = service.asker.chat(asked, request[CALLER])
     return await respond(request, ChatWriter(asked, service), prompts, params)
 

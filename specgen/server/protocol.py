@@ -82,10 +82,13 @@ class Message(msgspec.Struct, omit_defaults=True):
 
 
 class ResponseFormat(msgspec.Struct):
-    """How the answer is to be formed."""
+    """How the answer is to be formed. A schema stands under `json_schema` in chats, beside `type` in responses."""
 
     type: str
     json_schema: Object | None = None
+    name: str | None = None
+    schema: Object | bool | None = None
+    strict: bool | None = None
 
 
 class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -123,6 +126,10 @@ class Sampling(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     plugin_processors: dict[str, Object] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: Object | None = None
+    guided_json: Object | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     return_token_ids: bool = False
     parallel_tool_calls: bool | None = None
 

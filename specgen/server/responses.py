@@ -36,7 +36,6 @@ from specgen.server.protocol import (
 from specgen.server.reading import read
 from specgen.server.runner import Job
 from specgen.server.service import SERVICE, Service
-from specgen.server.structured import check_tool_choice
 from specgen.server.tools import CallParser
 from specgen.server.writing import json_response, stream
 from specgen.types import Result
@@ -47,7 +46,6 @@ async def respond(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
     asked = await read(request, ResponsesRequest)
     service.check_model(asked.model)
-    check_tool_choice(asked.tool_choice)
     prompts, params = service.asker.chat(as_chat(asked), request[CALLER])
     writer = ResponseWriter(asked, service)
     running = service.runner.run(request[CALLER], request[TIMING], prompts, params)
@@ -73,6 +71,7 @@ def as_chat(asked: ResponsesRequest) -> ChatRequest:
         top_p=asked.top_p,
         tools=[Tool(Function(t.name, t.description, t.parameters, t.strict)) for t in asked.tools or ()] or None,
         tool_choice=asked.tool_choice,
+        parallel_tool_calls=asked.parallel_tool_calls,
         response_format=asked.text.format if asked.text else None,
         seed=asked.seed,
         speculation=asked.speculation,

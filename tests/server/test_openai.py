@@ -18,6 +18,19 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 
 
+FLAG = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}},
+    "required": ["ok"],
+    "additionalProperties": False,
+}
+
+
+def schema(described: dict[str, Any]) -> dict[str, Any]:
+    """As a chat asks for it."""
+    return {"type": "json_schema", "json_schema": {"name": "flag", "schema": described}}
+
+
 async def drained(stream: Any) -> int:
     """How many chunks there are."""
     return len([chunk async for chunk in stream])
@@ -281,8 +294,13 @@ async def test_the_answers_of_tools_go_into_the_next_turn(world: World) -> None:
         ({"logit_bias": {"a": 1}}, 400, "logit_bias", "400"),
         ({"top_logprobs": 2}, 400, "top_logprobs", "400"),
         ({"seed": 2**65}, 400, "seed", "400"),
-        ({"response_format": {"type": "json_object"}}, 400, "response_format", "unsupported_parameter"),
-        ({"tools": TOOLS, "tool_choice": "required"}, 400, "tool_choice", "unsupported_parameter"),
+        ({"response_format": {"type": "yaml"}}, 400, "response_format", "400"),
+        ({"response_format": {"type": "json_schema"}}, 400, "response_format", "400"),
+        ({"response_format": schema({"type": "nothing"})}, 400, "response_format", "400"),
+        ({"tool_choice": "required"}, 400, "tool_choice", "400"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, 400, "tool_choice", "400"),
+        ({"extra_body": {"guided_regex": "("}}, 400, "guided_regex", "400"),
+        ({"extra_body": {"guided_regex": "a", "structured_outputs": {"regex": "b"}}}, 400, "guided_regex", "400"),
         ({"extra_body": {"use_beam_search": True}}, 400, "use_beam_search", "unsupported_parameter"),
         ({"extra_body": {"chat_template": "x"}}, 400, "chat_template", "unsupported_parameter"),
         ({"extra_body": {"chat_template_kwargs": {"x": 1}}}, 400, "chat_template_kwargs", "400"),
@@ -303,6 +321,51 @@ async def test_what_cannot_be_served_is_refused_by_name(
     assert error.body["message"]
     assert error.response.headers["x-should-retry"] == "false"
     assert error.response.headers["x-request-id"].startswith("req-")
+
+
+@pytest.mark.parametrize("speculation", ["auto", "off"])
+async def test_a_schema_is_kept_to(world: World, speculation: str) -> None:
+    asked = {**SEEDED, "max_tokens": 64, "response_format": schema(FLAG), "extra_body": {"speculation": speculation}}
+    answer = await world.client().chat.completions.create(**asked)
+    text = answer.choices[0].message.content
+    assert text
+    assert set(json.loads(text)) == {"ok"}
+    expected = world.engine.generate(
+        Chat(HELLO), max_tokens=64, temperature=0.8, seed=5, constraint={"json_schema": FLAG}, speculation="off"
+    )
+    assert text == expected.text
+
+
+async def test_choices_and_expressions_are_kept_to(world: World) -> None:
+    for extra in ({"structured_outputs": {"choice": ["yes", "no"]}}, {"guided_regex": "yes|no"}):
+        answer = await world.client().completions.create(model="tiny", prompt="Well?", max_tokens=8, extra_body=extra)
+        assert answer.choices[0].text in ("yes", "no")
+        assert answer.choices[0].finish_reason == "stop"
+
+
+async def test_a_response_keeps_to_a_schema(world: World) -> None:
+    answer = await world.client().responses.create(
+        model="tiny",
+        input="hello",
+        max_output_tokens=64,
+        text={"format": {"type": "json_schema", "name": "flag", "schema": FLAG}},
+    )
+    assert set(json.loads(answer.output_text)) == {"ok"}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+async def test_a_call_that_is_asked_for_comes(world: World, choice: Any) -> None:
+    function = {"name": "weather", "parameters": FLAG}
+    answer = await world.client().chat.completions.create(
+        **{**SEEDED, "max_tokens": 200},
+        tools=[{"type": "function", "function": function}],
+        tool_choice=choice,
+        parallel_tool_calls=False,
+    )
+    (call,) = answer.choices[0].message.tool_calls or ()
+    assert answer.choices[0].finish_reason == "tool_calls"
+    assert getattr(call, "function").name == "weather"  # noqa: B009
+    assert set(json.loads(getattr(call, "function").arguments)) == {"ok"}  # noqa: B009
 
 
 async def test_the_length_of_prompt_and_answer_must_fit_to_the_token(world: World) -> None:

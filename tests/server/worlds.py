@@ -118,8 +118,8 @@ def say(text: str, **options: Any) -> dict[str, Any]:
 
 
 def plugins() -> Plugins:
-    """The built-ins and the helpers."""
-    found = load_plugins(only=[])
+    """The built-ins, what keeps to forms, and the helpers."""
+    found = load_plugins(only=["specgen-grammar"])
     found.register(Helpers(), "helpers")
     return found
 
