@@ -55,7 +55,7 @@ class Adapter:
     """One revision of an adapter: what requests hold on to, and where its weights are. Changed by `AdapterCache` alone.
 
     revision: sha256 of its files, in short. base: the model that its config names. path: of its folder, as it was
-    given; draft_path: of the one for the draft model, if one is paired.
+    given; draft_path: of the one for the draft model, if one is paired. any_base: whether bases of other names will do.
     weights, draft_weights: on the device, always while a sequence runs under it; the latter for a paired draft model.
     parts: the same in host memory, by whose they are, or else in `file`. coming: on the way to the device.
     users: sequences that run or wait. running: those that run. retired: no request may ask for it any more.
@@ -66,6 +66,7 @@ class Adapter:
     revision: str
     path: str | Path
     draft_path: str | Path | None
+    any_base: bool
     rank: int
     base: str | None
     bytes: int
@@ -79,6 +80,13 @@ class Adapter:
     running: int = 0
     retired: bool = False
     failure: Exception | None = None
+
+    @property
+    def resident(self) -> LoraWeights:
+        """The weights on the device. Raises RuntimeError where they are not: never is a row left unadapted."""
+        if self.weights is None:
+            raise RuntimeError(f"adapter {self.name!r} is not on the device, though a sequence runs under it")
+        return self.weights
 
 
 class AdapterOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

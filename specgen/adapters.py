@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from specgen.adapter import Adapter, AdapterOptions
 from specgen.adapter_cache import DRAFT, TARGET, AdapterReport
 from specgen.engine import EngineCore
-from specgen.errors import AdapterRefused, UnknownName
+from specgen.errors import AdapterRefused, UnknownName, UnsupportedModel
 from specgen.model.adapter_files import AdapterFiles, locate
 from specgen.model.target import Target
 from specgen.runner import Runner
@@ -103,7 +103,7 @@ class EngineAdapters:
         """
         old = self.named(name)
         paths = old.path if path is None else path, old.draft_path if draft_adapter is None else draft_adapter
-        adapter = self._read(name, *paths, pinned=old.pinned, any_base=any_base)
+        adapter = self._read(name, *paths, pinned=old.pinned, any_base=any_base or old.any_base)
         self._cache.add(adapter, replacing=old)
         with self._lock:
             replaced = self._named.get(name)
@@ -160,6 +160,7 @@ class EngineAdapters:
             revision="-".join(read.digest[:_REVISION] for read in files.values()),
             path=path,
             draft_path=draft_adapter,
+            any_base=any_base,
             rank=files[TARGET].rank,
             base=files[TARGET].base,
             bytes=sum(weights.bytes for weights in parts.values()),
@@ -170,7 +171,10 @@ class EngineAdapters:
     def _files(self, path: str | Path, target: Target, any_base: bool) -> AdapterFiles:
         folder = locate(path, self._options.root)
         # The first time a forward tells which layers can be adapted, and forwards are the engine's thread's.
-        self._runner.call(lambda: target.adapted)
+        try:
+            self._runner.call(lambda: target.adapted)
+        except UnsupportedModel as error:
+            raise AdapterRefused(str(error)) from error
         read = target.read_adapter(folder, max_rank=self._options.max_rank, max_bytes=self._options.device_bytes)
         base, here = read.base or "", target.model.name_or_path
         if base and here and not any_base and PurePath(base).name.lower() != PurePath(here).name.lower():

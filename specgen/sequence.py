@@ -99,7 +99,7 @@ class Sequence:
     def rows(self, chain: int, tree: TokenTree) -> Segment:
         """The next `chain` pending tokens as rows, and below them, if they are all that is pending, the tree."""
         start = self.table.length
-        weights = self.adapter.weights if self.adapter else None
+        weights = self.adapter.resident if self.adapter else None
         if chain < self.pending:
             return Segment(self.table, self.ids[start : start + chain], range(start, start + chain), adapter=weights)
         return hung_rows(self.table, self.ids[start:], tree.tokens, tree.parents, weights)

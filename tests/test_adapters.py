@@ -193,6 +193,7 @@ def test_a_base_of_another_name_is_taken_only_when_that_is_asked_for(tmp_path: P
         with pytest.raises(AdapterRefused, match=r"made for 'maker/small', and this is 'maker/small-chat'.*any_base"):
             engine.adapters.load("it", folder)
         assert engine.adapters.load("it", folder, any_base=True).base == "maker/small"
+        engine.adapters.reload("it")
     other.name_or_path = "/somewhere/else/Small"
     with Engine(other, kv_tokens=512) as engine:
         engine.adapters.load("it", folder)
@@ -356,7 +357,7 @@ def weights(size: int) -> LoraWeights:
 
 def adapter(name: str, **options: Any) -> Adapter:
     parts = {TARGET: weights(30), DRAFT: weights(66)}
-    return Adapter(name, name, name, name, 1, None, sum(p.bytes for p in parts.values()), parts, **options)
+    return Adapter(name, name, name, name, False, 1, None, sum(p.bytes for p in parts.values()), parts, **options)
 
 
 def test_the_oldest_idle_one_goes_and_none_that_runs() -> None:

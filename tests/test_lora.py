@@ -280,7 +280,7 @@ def test_a_compiled_engine_refuses_adapters(
 ) -> None:
     engine = opened(load=False)
     monkeypatch.setattr(engine.target, "_compiled", object())
-    with pytest.raises(Exception, match="compile=False"):
+    with pytest.raises(AdapterRefused, match="compile=False"):
         engine.adapters.load("it", folders["wide"])
 
 

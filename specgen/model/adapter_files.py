@@ -72,19 +72,17 @@ class AdapterFiles:
 
 def locate(path: str | Path, root: str | Path | None) -> Path:
     """The folder that `path` means. Raises AdapterRefused where it, or a file in it, lies outside `root`."""
-    if root is None:
-        folder, fence = Path(path).expanduser(), Path(path).expanduser()
-    else:
-        pure, fence = PurePath(path), Path(root).expanduser()
-        if pure.is_absolute() or ".." in pure.parts or "\0" in str(path):
-            raise AdapterRefused(f"adapter path {str(path)!r} leads out of the adapter root; name a folder inside it")
-        folder = fence / pure
+    pure = PurePath(path)
+    if root is not None and (pure.is_absolute() or ".." in pure.parts or "\0" in str(path)):
+        raise AdapterRefused(f"adapter path {str(path)!r} leads out of the adapter root; name a folder inside it")
+    folder = Path(root or "", path).expanduser()
     if not folder.is_dir():
         raise AdapterRefused(f"adapter path {str(path)!r} is no folder; it must hold {CONFIG} and {WEIGHTS}")
-    inside = fence.resolve()
-    for place in (folder, folder / CONFIG, folder / WEIGHTS):
-        if not place.resolve().is_relative_to(inside):
-            raise AdapterRefused(f"adapter path {str(path)!r}: {place.name} is a link that leads out of {fence.name!r}")
+    for place in (folder, folder / CONFIG, folder / WEIGHTS) if root is not None else ():
+        if not place.resolve().is_relative_to(Path(root or "").expanduser().resolve()):
+            raise AdapterRefused(
+                f"adapter path {str(path)!r}: {place.name} is a link that leads out of the adapter root"
+            )
     return folder
 
 
@@ -108,8 +106,9 @@ def read_adapter(
     weights = LoraWeights(layers)
     if weights.bytes > max_bytes:
         raise _refused(folder, f"it takes {weights.bytes} bytes; the limit is {max_bytes}")
-    digest = hashlib.sha256(config_bytes + weight_bytes).hexdigest()
-    return AdapterFiles(digest, rank, config.base_model_name_or_path, weights)
+    digest = hashlib.sha256(config_bytes)
+    digest.update(weight_bytes)
+    return AdapterFiles(digest.hexdigest(), rank, config.base_model_name_or_path, weights)
 
 
 def _refused(folder: Path, reason: str) -> AdapterRefused:
