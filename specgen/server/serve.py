@@ -20,6 +20,7 @@ log = Log("specgen.server")
 
 _LAST_WORDS_SECONDS = 5.0
 _HEAD_SECONDS = 75.0
+_CUT_SECONDS = 0.1
 
 
 async def serve(engine: Engine, config: ServerConfig, on_start: Callable[[str], None] | None = None) -> bool:
@@ -29,12 +30,15 @@ async def serve(engine: Engine, config: ServerConfig, on_start: Callable[[str], 
     """
     app = build_app(engine, config)
     # Without handler_cancellation a request whose client has gone would run on to its end.
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, keepalive_timeout=_HEAD_SECONDS)
+    # What is to be waited for was waited for by `drain`; to aiohttp 0 would mean for ever.
+    runner = web.AppRunner(
+        app, handler_cancellation=True, access_log=None, keepalive_timeout=_HEAD_SECONDS, shutdown_timeout=_CUT_SECONDS
+    )
     await runner.setup()
     stop, now = asyncio.Event(), asyncio.Event()
     _on_signals(lambda: now.set() if stop.is_set() else stop.set())
     try:
-        site = web.TCPSite(runner, config.host, config.port, shutdown_timeout=0.0)
+        site = web.TCPSite(runner, config.host, config.port)
         await site.start()
         host, port = runner.addresses[0][:2]
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

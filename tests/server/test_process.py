@@ -144,6 +144,10 @@ def test_a_second_signal_ends_it_at_once(start: Start) -> None:
     process.popen.send_signal(signal.SIGTERM)
     code, log = process.end()
     assert code == 0, log
+    # All 400 would have been waited for otherwise.
+    (answered,) = (json.loads(line) for line in log.splitlines() if '"/v1/chat/completions"' in line)
+    assert answered["seconds"] < 400 * 0.02
+    assert answered["status"] == 499
 
 
 def test_settings_come_from_file_environment_and_flags(tmp_path: Path) -> None:
