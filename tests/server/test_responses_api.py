@@ -87,7 +87,7 @@ async def test_earlier_calls_and_what_they_gave_go_in(world: World) -> None:
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"background": True}, "background"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"text": {"format": {"type": "json_object"}}}, "response_format"),
+        ({"text": {"format": {"type": "yaml"}}}, "response_format"),
         ({"input": []}, "input"),
         ({"input": [{"type": "function_call"}]}, "input[0]"),
         ({"input": [{"content": "x"}]}, "input[0]"),
