@@ -55,6 +55,7 @@ def serve(
     Every setting can also come from a file (--config) or the environment (SPECGEN_SERVER_PORT=8080); flags win.
     """
     chosen: dict[str, Any] = {
+        "adapters": None if lora_root is None else {"root": lora_root},
         "draft_model": draft_model,
         "drafters": options.drafter_list(drafters),
         "speculation": None if speculation is None else options.read_speculation(speculation),
@@ -65,7 +66,6 @@ def serve(
         "served_model_name": served_model_name,
         "api_keys": api_key,
         "admin_key": admin_key,
-        "lora_root": lora_root,
         "max_queued": max_queued,
         "shutdown_seconds": shutdown_timeout,
         "metrics_compat": metrics_compat,

@@ -24,7 +24,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Settings of a server; those of its engine stand in `engine`, as in `EngineConfig`.
 
     Place. host and port to listen on; port 0 takes a free one. served_model_name: what requests call the model; None
-    takes the last part of its path. lora_root: the only folder that adapters may be loaded from.
+    takes the last part of its path.
 
     Keys. api_keys: who may ask; none means everybody. admin_key: who may load adapters; None means nobody.
 
@@ -45,7 +45,6 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8000
     served_model_name: str | None = None
-    lora_root: str | None = None
     api_keys: tuple[str, ...] = ()
     admin_key: str | None = None
     max_queued: _Count = 256

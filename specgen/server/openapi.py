@@ -21,7 +21,6 @@ _ERRORS = {
     "422": "The adapter does not fit.",
     "429": "Too much at once; Retry-After says when to come again.",
     "500": "Something failed; the log has it under the answer's x-request-id.",
-    "501": "The engine has no adapters.",
     "503": "Not now.",
 }
 _REFUSED = {"401": "A key is needed.", "403": "The admin key is needed."}

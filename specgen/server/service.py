@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from aiohttp import web
 
@@ -60,8 +59,7 @@ class Service:
 
     def models(self) -> list[str]:
         """The names that requests may use: the model's and its adapters'."""
-        adapters: Any = getattr(self.engine, "adapters", None)
-        return [self.name, *(info.name for info in adapters.list())] if adapters else [self.name]
+        return [self.name, *(info.name for info in self.engine.adapters.list())]
 
 
 SERVICE = web.AppKey("service", Service)

@@ -13,12 +13,14 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from aiohttp import ClientSession
 
 from specgen import Chat, Engine
-from tests.server.worlds import World, engine, serving
+from tests.lora import save_adapter
+from tests.server.worlds import World, engine, model, serving
 
 CLIENTS = 32
 ABORTED = 0.2
@@ -29,24 +31,29 @@ WARM = 0.3
 
 @dataclass(slots=True)
 class Findings:
-    """What a soak saw. memory and descriptors: (when warm, at the end)."""
+    """What a soak saw. memory: when warm and at the end; descriptors: before the first client and behind the last."""
 
     answers: int = 0
     aborted: int = 0
+    swapped: int = 0
     wrong: list[str] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
     descriptors: list[int] = field(default_factory=list)
 
     def look(self) -> None:
-        """Note what this process holds."""
+        """Note how much memory this process holds."""
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         self.memory.append(pages * os.sysconf("SC_PAGE_SIZE"))
+
+    def count(self) -> None:
+        """Note how many files this process has open."""
         self.descriptors.append(len(os.listdir("/proc/self/fd")))
 
     def __str__(self) -> str:
         grown = (self.memory[-1] - self.memory[0]) / 2**20
         return (
-            f"{self.answers} answers, {self.aborted} aborted, {len(self.wrong)} wrong; memory {grown:+.1f} MiB, "
+            f"{self.answers} answers, {self.aborted} aborted, adapter swapped {self.swapped} times, "
+            f"{len(self.wrong)} wrong; memory {grown:+.1f} MiB, "
             f"descriptors {self.descriptors[0]} -> {self.descriptors[-1]}"
         )
 
@@ -59,6 +66,7 @@ def question(number: int) -> dict[str, Any]:
         "temperature": (0.0, 0.7, 1.2)[number % 3],
         "seed": number,
     }
+    found["model"] = "mine" if number % 6 == 5 else "tiny"
     if number % 4 == 1:
         found["stop"] = ["a", "zz"]
     if number % 4 == 2:
@@ -72,6 +80,8 @@ def answer(own: Engine, number: int) -> str:
     """What the engine says alone, undrafted."""
     asked = question(number)
     options = {name: asked[name] for name in ("max_tokens", "temperature", "seed", "stop") if name in asked}
+    if asked["model"] == "mine":
+        options["adapter"] = "mine"
     text: str = own.generate(Chat(asked["messages"]), speculation="off", **options).text
     return text
 
@@ -79,16 +89,19 @@ def answer(own: Engine, number: int) -> str:
 async def soak(seconds: float, seed: int = 0) -> Findings:
     """Run it. Raises RuntimeError if pages, leases or sessions are held at the end."""
     findings, dice = Findings(), random.Random(seed)
-    with engine() as own:
+    with TemporaryDirectory() as folder, engine() as own:
+        own.adapters.load("mine", save_adapter(model(), Path(folder)))
         answers = [answer(own, number) for number in range(QUESTIONS)]
         async with serving(own) as world:
+            findings.count()
             end = time.monotonic() + seconds
             clients = [_client(world, dice, answers, end, findings) for _ in range(CLIENTS)]
             looking = asyncio.create_task(_look_when_warm(findings, seconds))
-            await asyncio.gather(*clients)
+            await asyncio.gather(*clients, _swap(own, end, findings))
             await looking
             await world.idle()
             findings.look()
+            findings.count()
     return findings
 
 
@@ -97,11 +110,19 @@ async def _look_when_warm(findings: Findings, seconds: float) -> None:
     findings.look()
 
 
+async def _swap(own: Engine, end: float, findings: Findings) -> None:
+    """Read the adapter anew, again and again, under those who use it."""
+    while time.monotonic() < end:
+        await asyncio.to_thread(own.adapters.reload, "mine")
+        findings.swapped += 1
+        await asyncio.sleep(0.5)
+
+
 async def _client(world: World, dice: random.Random, answers: list[str], end: float, findings: Findings) -> None:
     async with ClientSession() as http:
         while time.monotonic() < end:
             number = dice.randrange(QUESTIONS)
-            body = {**question(number), "model": "tiny", "stream": dice.random() < 0.6}
+            body = {**question(number), "stream": dice.random() < 0.6}
             chunks = dice.randrange(8) if dice.random() < ABORTED else None
             said = await _ask(http, world, body, chunks)
             findings.aborted += said is None

@@ -6,19 +6,38 @@ import asyncio
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import openai
 import pytest
+import specgen_grammar
 from openapi_spec_validator import validate
 
-from specgen import Chat
-from tests.server.worlds import HELLO, World, engine, serving
+from specgen import Chat, Engine
+from tests.lora import save_adapter
+from tests.server.worlds import HELLO, World, engine, model, plugins, serving
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["a", "b"]}, "count": {"type": "integer", "minimum": 0, "maximum": 999}},
+    "required": ["kind", "count"],
+    "additionalProperties": False,
+}
 TEXTS = ("one two three, one two three", "hello", "the same the same the same", "a,b,a,b,a,b,a,")
+
+
+@pytest.fixture(scope="module")
+def grammar_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """With grammars, and an adapter "mine"."""
+    found = plugins()
+    found.register(specgen_grammar, "specgen-grammar")
+    with engine(plugins=found) as own:
+        own.adapters.load("mine", save_adapter(model(), tmp_path_factory.mktemp("adapter")))
+        yield own
 
 
 def mixed(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -37,6 +56,12 @@ def mixed(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
         fields["prediction"] = {"type": "content", "content": TEXTS[number % 4] * 2}
     if number % 11 == 5:
         fields["n"] = options["n"] = 3
+    if number % 10 == 6:
+        fields["model"] = options["adapter"] = "mine"
+    if number % 9 == 7:
+        fields["structured_outputs"] = {"json": SCHEMA}
+        options["constraint"] = {"json_schema": SCHEMA}
+        fields["max_tokens"] = options["max_tokens"] = 60
     return fields, options
 
 
@@ -61,17 +86,19 @@ async def ask(world: World, number: int) -> list[str]:
 
 
 @pytest.mark.parametrize("requests", [50, pytest.param(200, marks=pytest.mark.slow)])
-async def test_mixed_requests_at_once_say_what_the_engine_says(world: World, requests: int) -> None:
-    """Greedy and seeded, chats and texts, whole and streamed, stops, predictions, n, drafted and not."""
+async def test_mixed_requests_at_once_say_what_the_engine_says(grammar_engine: Engine, requests: int) -> None:
+    """Greedy, seeded, chats, texts, whole, streamed, with stops, predictions, schemas, adapters, n, drafted or not."""
+    own = grammar_engine
 
     def expected(number: int) -> list[str]:
         text = f"{TEXTS[number % 4]} {number % 10}"
         prompt: Any = Chat([{"role": "user", "content": text}]) if number % 2 else text
-        found = world.engine.generate(prompt, speculation="off", **mixed(number)[1])
+        found = own.generate(prompt, speculation="off", **mixed(number)[1])
         return [result.text for result in (found if isinstance(found, list) else [found])]
 
     alone = [await asyncio.to_thread(expected, number) for number in range(requests)]
-    assert await asyncio.gather(*(ask(world, number) for number in range(requests))) == alone
+    async with serving(own) as world:
+        assert await asyncio.gather(*(ask(world, number) for number in range(requests))) == alone
 
 
 async def test_the_engines_own_speculation_is_what_requests_get_that_say_nothing() -> None:
@@ -86,49 +113,124 @@ async def test_the_engines_own_speculation_is_what_requests_get_that_say_nothing
     assert eager.metrics["speculative_decoding"]["num_draft_tokens"] > 0
 
 
-class Adapters:
-    """What an engine with adapters has, as far as the server looks at it."""
-
-    def __init__(self) -> None:
-        self.loaded: dict[str, Path] = {}
-
-    def load(self, name: str, path: Path) -> None:
-        self.loaded[name] = path
-
-    def unload(self, name: str) -> None:
-        del self.loaded[name]
-
-    def list(self) -> list[Any]:
-        return [SimpleNamespace(name=name) for name in self.loaded]
-
-
-async def test_adapters_are_loaded_from_below_their_root_alone(tmp_path: Path) -> None:
+async def test_adapters_are_models_loaded_from_below_their_root_alone(tmp_path: Path) -> None:
+    """And an adapted text is the engine's own."""
     root, outside = tmp_path / "root", tmp_path / "outside"
     for folder in (root / "good", outside):
-        folder.mkdir(parents=True)
+        save_adapter(model(), folder)
     (root / "link").symlink_to(outside)
-    with engine() as own:
-        async with serving(own, admin_key="boss", lora_root=str(root)) as world:
+    with engine(adapters={"root": root}) as own:
+        async with serving(own, admin_key="boss") as world:
 
             async def post(verb: str, **body: Any) -> int:
                 headers = {"Authorization": "Bearer boss"}
                 url = f"{world.url}/v1/{verb}_lora_adapter"
                 async with world.http.post(url, json={"lora_name": "mine", **body}, headers=headers) as answer:
-                    assert str(tmp_path) not in await answer.text()
+                    assert str(root) not in await answer.text()
                     return answer.status
 
-            assert await post("load", lora_path="good") == 501
-            own.adapters = adapters = Adapters()  # type: ignore[attr-defined]
-            for path in ("../outside", str(outside), "link", ".", "good/../..", "~"):
-                assert await post("load", lora_path=path) in (400, 404), path
-            assert await post("load", lora_path="missing") == 404
-            assert not adapters.loaded
+            for path in ("../outside", str(outside), "link", ".", "good/../..", "~", "missing"):
+                assert await post("load", lora_path=path) == 400, path
+            assert await post("load", lora_path="good", lora_name="tiny") == 400
+            assert await post("unload") == 400
             assert await post("load", lora_path="good") == 200
-            assert adapters.loaded == {"mine": root / "good"}
-            listed = {card.id: card.parent for card in (await world.client("boss").models.list()).data}  # type: ignore[attr-defined]
+            assert await post("load", lora_path="good") == 400
+            assert await post("load", lora_path="good", load_inplace=True) == 200
+            client = world.client("boss")
+            listed = {card.id: card.parent for card in (await client.models.list()).data}  # type: ignore[attr-defined]
             assert listed == {"tiny": None, "mine": "tiny"}
+            options: dict[str, Any] = {"max_tokens": 20, "temperature": 0.0}
+            texts = {}
+            for name in listed:
+                answer = await client.chat.completions.create(model=name, messages=HELLO, **options)
+                assert answer.model == name
+                texts[name] = answer.choices[0].message.content
+            assert texts["mine"] == own.generate(Chat(HELLO), adapter="mine", **options).text
+            assert texts["mine"] != texts["tiny"] == own.generate(Chat(HELLO), **options).text
             assert await post("unload") == 200
-            assert not adapters.loaded
+            with pytest.raises(openai.NotFoundError):
+                await client.chat.completions.create(model="mine", messages=HELLO)
+
+
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]},
+    },
+}
+
+
+async def test_texts_keep_to_their_schema_drafted_or_not(grammar_engine: Engine) -> None:
+    """Chats, completions, responses, whole and streamed."""
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    async with serving(grammar_engine) as world:
+        client = world.client()
+
+        async def ask(number: int, speculation: Any) -> str:
+            messages: Any = [{"role": "user", "content": f"{number}"}]
+            asked: dict[str, Any] = {"model": "tiny", "max_tokens": 200, "temperature": 1.0, "seed": number}
+            asked |= {"response_format": form, "extra_body": {"speculation": speculation}, "messages": messages}
+            if number % 2:
+                return (await client.chat.completions.create(**asked)).choices[0].message.content or ""
+            stream = await client.chat.completions.create(**asked, stream=True)
+            return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+        plain = await asyncio.gather(*(ask(number, "off") for number in range(8)))
+        assert await asyncio.gather(*(ask(number, {"adaptive": False}) for number in range(8))) == plain
+        for text in plain:
+            found = json.loads(text)
+            assert found["kind"] in ("a", "b")
+            assert 0 <= found["count"] <= 999
+        options: dict[str, Any] = {"model": "tiny", "prompt": "x", "max_tokens": 60}
+        chosen = await client.completions.create(
+            **options, extra_body={"structured_outputs": {"choice": ["yes", "no"]}}
+        )
+        assert chosen.choices[0].text in ("yes", "no")
+        number = await client.completions.create(**options, extra_body={"guided_regex": "[0-9]{3}"})
+        assert len(number.choices[0].text) == 3
+        answer = await client.responses.create(
+            model="tiny",
+            input="x",
+            max_output_tokens=200,
+            text={"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}},
+        )
+        assert json.loads(answer.output_text)["kind"] in ("a", "b")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+async def test_a_call_that_is_required_is_made(grammar_engine: Engine, choice: Any) -> None:
+    async with serving(grammar_engine) as world:
+        answer = await world.client().chat.completions.create(
+            model="tiny", messages=HELLO, tools=[WEATHER], tool_choice=choice, max_tokens=200, parallel_tool_calls=False
+        )
+        (call,) = answer.choices[0].message.tool_calls or ()
+        assert call.function.name == "weather"  # type: ignore[union-attr]
+        assert json.loads(call.function.arguments)["city"] in ("Paris", "Rome")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 7}}}},
+            "response_format",
+        ),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"guided_regex": "("}, "guided_regex"),
+        ({"guided_grammar": "nonsense"}, "guided_grammar"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs"),
+        ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+    ],
+)
+async def test_forms_that_are_none_are_refused_by_field(grammar_engine: Engine, fields: Any, param: str) -> None:
+    async with serving(grammar_engine) as world:
+        body = {"model": "tiny", "messages": HELLO, "max_tokens": 4, **fields}
+        async with world.http.post(f"{world.url}/v1/chat/completions", json=body) as answer:
+            assert answer.status == 400
+            assert (await answer.json())["error"]["param"] == param
 
 
 async def test_the_metrics_count_what_was_served(shared_engine: Any) -> None:
@@ -209,8 +311,8 @@ async def test_the_description_is_valid_and_lists_every_route(world: World) -> N
 @pytest.mark.slow
 async def test_the_description_withstands_fuzzing(tmp_path: Path) -> None:
     """schemathesis: no 5xx and no undocumented answer for whatever it makes up; the engine lives and holds nothing."""
-    with engine(max_context=64, kv_tokens=1024) as own:
-        async with serving(own, max_n=2, lora_root=str(tmp_path), request_seconds=5) as world:
+    with engine(max_context=64, kv_tokens=1024, adapters={"root": tmp_path}) as own:
+        async with serving(own, max_n=2, request_seconds=5) as world:
             command = [sys.executable, "-m", "schemathesis.cli", "run", f"{world.url}/openapi.json"]
             options = ["--max-examples", "12", "--seed", "1", "--phases", "examples,fuzzing", "--no-color"]
             checks = [

@@ -16,4 +16,4 @@ async def test_nothing_is_wrong_and_nothing_stays_behind(seconds: float, capsys:
     assert found.answers > CLIENTS
     assert found.aborted > 5
     assert found.memory[-1] - found.memory[0] < 48 << 20, str(found)
-    assert found.descriptors[-1] <= found.descriptors[0], str(found)
+    assert found.descriptors[-1] <= found.descriptors[0] + 1, str(found)
