@@ -11,10 +11,10 @@ STAMP := $(VENV)/.installed
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 SOURCES := specgen $(wildcard plugins)
 # The parts of `make test`, in order.
-PARTS := lint types unit
+PARTS := lint types kernels unit
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install demo test test-all lint format types unit bench soak clean
+.PHONY: help install demo test test-all lint format types kernels unit bench bench-gpu soak clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -48,7 +48,7 @@ test: install ## lint, types and all tests but the slow ones
 	echo "==> passed: $(PARTS)"
 
 test-all: ## the same with the slow tests
-	@$(MAKE) test PYTEST_ARGS=
+	@$(MAKE) test PYTEST_ARGS= KERNELS_ARGS=
 
 lint: install ## ruff, rules and format
 	@$(BIN)/ruff check .
@@ -60,6 +60,10 @@ format: install ## let ruff put things in order
 
 types: install ## mypy --strict
 	@$(BIN)/mypy $(SOURCES)
+
+KERNELS_ARGS = --quick
+kernels: install ## compile the GPU kernels for every target and look at what they became; needs no GPU
+	@$(BIN)/python -m benchmarks.gpu.compiled $(KERNELS_ARGS)
 
 PYTEST_ARGS = -m "not slow"
 # A worker per core, up to four, a file of tests at a time. Threads that wait leave the core to the other worker.

@@ -14,6 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+
+# Before anything imports triton, which reads it once: without a GPU its interpreter runs the kernels.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from specgen.errors import UnsupportedModel
 from specgen.kernels.blocks import in_blocks
+from specgen.kernels.layout import Coding, Kept, Layout
 
 _SCALE = torch.float16
 _LEAST_SCALE = 2.0**-20
@@ -56,6 +57,8 @@ class Coder(ABC):
 
     lossless: ClassVar[bool] = False
     """Whether `decode` answers what `encode` was given, to the bit."""
+    coding: ClassVar[Coding | None] = None
+    """How GPU kernels read it, if they can; else plain torch does."""
 
     @abstractmethod
     def planes(self, heads: int, dim: int, dtype: torch.dtype) -> tuple[Plane, ...]:
@@ -74,6 +77,7 @@ class _AsIs(Coder):
     """The model's own dtype."""
 
     lossless = True
+    coding = Coding.PLAIN
 
     def planes(self, heads: int, dim: int, dtype: torch.dtype) -> tuple[Plane, ...]:
         return (Plane((heads, dim), dtype),)
@@ -87,6 +91,8 @@ class _AsIs(Coder):
 
 class _Scaled(Coder):
     """One scale per vector: symmetric, `largest` being the largest number that `dtype` stands for."""
+
+    coding = Coding.SCALED
 
     def __init__(self, dtype: torch.dtype, largest: float) -> None:
         self._dtype = dtype
@@ -115,6 +121,7 @@ class _FourBit(Coder):
 
     _ranges = torch.linspace(1.0, 0.8, 6)[:, None, None, None]
     _fits = 2
+    coding = Coding.AFFINE4
 
     def planes(self, heads: int, dim: int, dtype: torch.dtype) -> tuple[Plane, ...]:
         if dim % 2:
@@ -205,6 +212,7 @@ class LayerStore:
 
     def __init__(self, kind: KVFormat, shape: LayerShape, dtype: torch.dtype, planes: Sequence[Tensor]) -> None:
         self.kind = kind
+        self._shape = shape
         self.dtype = dtype
         self.planes = tuple(planes)
         self._keys = len(kind.key.planes(shape.kv_heads, shape.key_dim, dtype))
@@ -217,6 +225,17 @@ class LayerStore:
     def turned(self) -> bool:
         """Whether `read` answers rotated heads: then turn the query before attention and the output after it."""
         return self.kind.rotated
+
+    @property
+    def kept(self) -> Kept | None:
+        """The planes as kernels know them; `None` where a coder is none of theirs."""
+        kind, (keys, values) = self.kind, (self.planes[: self._keys], self.planes[self._keys :])
+        if kind.key.coding is None or kind.value.coding is None:
+            return None
+        dims = self._shape.key_dim, self._shape.value_dim
+        layout = Layout(self._shape.kv_heads, *dims, kind.key.coding, kind.value.coding, kind.rotated)
+        key_sizes, value_sizes = (planes[1] if len(planes) > 1 else None for planes in (keys, values))
+        return Kept(layout, keys[0], values[0], key_sizes, value_sizes, self._center)
 
     def turn_query(self, query: Tensor) -> Tensor:
         """Queries [rows, heads, key_dim] as the keys are kept, so that scores stay what they are."""

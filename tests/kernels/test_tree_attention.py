@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
 from specgen.kernels.cpu_kernels import why_not
-from specgen.kernels.reference import tree_attention
 from specgen.kv.formats import LayerShape
-from specgen.kv.pool import BlockTable, KVPool
 from specgen.kv.segment import Segment, hung_rows
-from specgen.model.batch import Batch, Reach
+from specgen.model.batch import Reach
 from specgen.model.plan import plan
+from tests.kernels.attention import REACHES, SCALE, World, chain, later, tree
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no CPU kernels: {why_not()}")
 
@@ -24,90 +21,20 @@ DTYPES = (torch.float32, torch.bfloat16)
 NEAR = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 # Heads, heads that share a key, key and value numbers: SmolLM2's; odd ones; a group wider than a tile; one number.
 SHAPES = ((9, 3, 64, 64), (4, 2, 40, 24), (20, 1, 32, 80), (2, 2, 128, 16), (3, 1, 5, 3))
-REACHES = (Reach(), Reach(window=7), Reach(window=1), Reach(chunk=16))
 
 
-@dataclass
-class World:
-    """A pool of one layer, poisoned, in which sequences lie on scattered pages."""
-
-    heads: int
-    shape: LayerShape
-    dtype: torch.dtype
-
-    def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(0)
-        self.pool = KVPool([self.shape], 64, dtype=self.dtype, device=torch.device("cpu"))
-        for stack in self.pool.stacks:
-            stack.fill_(float("nan"))
-
-    def noise(self, rows: int, heads: int, dim: int) -> Tensor:
-        return torch.randn(1, heads, rows, dim, generator=self.generator).to(self.dtype)
-
-    def sequence(self, committed: int, room: int = 64) -> BlockTable:
-        """A table with `committed` tokens, its pages in no order."""
-        table = self.pool.open()
-        pages = self.pool.take(-(-(committed + room) // self.pool.page_size))
-        random.Random(0).shuffle(pages)
-        table.adopt(pages, committed)
-        keys, values = (
-            self.noise(committed, self.shape.kv_heads, d)[0].transpose(0, 1)
-            for d in (self.shape.key_dim, self.shape.value_dim)
-        )
-        self.pool.layers[0].write(table.slots(0, committed), keys, values)
-        return table
-
-    def new_rows(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        shape = self.shape
-        return (
-            self.noise(rows, self.heads, shape.key_dim),
-            self.noise(rows, shape.kv_heads, shape.key_dim),
-            self.noise(rows, shape.kv_heads, shape.value_dim),
-        )
-
+class CpuWorld(World):
     def kernel(
         self, segments: Sequence[Segment], new: Sequence[Tensor], reach: Reach, softcap: float, sinks: Tensor | None
     ) -> Tensor:
         rows = [side[0].transpose(0, 1) for side in new]
-        planes, limits = self.pool.layers[0].planes, (reach.window or 0, reach.chunk or 0)
-        return torch.ops.specgen.tree_attention(*rows, *planes, plan(segments), 0.3, softcap, sinks, *limits)
-
-    def reference(
-        self, segments: Sequence[Segment], new: Sequence[Tensor], reach: Reach, softcap: float, sinks: Tensor | None
-    ) -> Tensor:
-        """float64[rows, heads, value_dim]; the pool must hold the rows already."""
-        batch = Batch(segments, self.pool)
-        outputs, row = [], 0
-        for index, segment in enumerate(segments):
-            span, visible = batch.view(index, reach)
-            keys, values = (side.double().transpose(0, 1) for side in self.pool.layers[0].read(span))
-            count = len(segment.tokens)
-            query = new[0][0, :, row : row + count].double()
-            options = {"scale": 0.3, "softcap": softcap or None, "sinks": None if sinks is None else sinks.double()}
-            outputs.append(tree_attention(query, keys, values, visible, **options).transpose(0, 1))
-            row += count
-        return torch.cat(outputs)
+        planes, limits = self.store.planes, (reach.window or 0, reach.chunk or 0)
+        return torch.ops.specgen.tree_attention(*rows, *planes, plan(segments), SCALE, softcap, sinks, *limits)
 
 
-def chain(table: BlockTable, rows: int) -> Segment:
-    return Segment(table, [1] * rows, range(table.length, table.length + rows), None, range(rows))
-
-
-def tree(table: BlockTable, base: int, nodes: int) -> Segment:
-    draw = random.Random(nodes)
-    return hung_rows(table, [1] * base, [2] * nodes, [draw.randrange(-1, node) for node in range(nodes)])
-
-
-def later(table: BlockTable) -> Segment:
-    """Rows of which some came in an earlier forward."""
-    whole = tree(table, 1, 8)
-    assert whole.visible is not None
-    return Segment(table, [2] * 4, whole.positions, whole.visible[-4:], range(4))
-
-
-def world(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> World:
+def world(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> CpuWorld:
     heads, kv_heads, key_dim, value_dim = sizes
-    return World(heads, LayerShape(kv_heads, key_dim, value_dim), dtype)
+    return CpuWorld(heads, LayerShape(kv_heads, key_dim, value_dim), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -133,7 +60,7 @@ def test_every_row_sees_its_own_path(
     ]
     new = here.new_rows(sum(len(segment.tokens) for segment in segments))
     found = here.kernel(segments, new, reach, softcap, sinks)
-    exact = here.reference(segments, new, reach, softcap, sinks)
+    exact = here.reference(segments, new[0], reach, softcap, sinks)
     assert (found.double() - exact).abs().max() <= NEAR[dtype]
 
 

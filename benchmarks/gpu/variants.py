@@ -1,0 +1,102 @@
+"""The kernels in the shapes that models call them in, for a look at what they compile to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from specgen.kernels.gpu.kv_write import kv_write
+from specgen.kernels.gpu.tree_attention import Tile, Work, tile, tree_attention
+from specgen.kernels.layout import Kept
+from specgen.kv.formats import FORMATS, LayerShape
+from specgen.kv.pool import PAGE_SIZE, KVPool
+
+_WARPGROUPS = ("sm_90", "sm_100")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A call of a launcher, made for a target of `launches.TARGETS`. hot: runs in every layer of every step of an
+    ordinary model, so it may spill nothing."""
+
+    name: str
+    call: Callable[[str], object]
+    hot: bool = False
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _kept(shape: LayerShape, dtype: torch.dtype, kind: str) -> Kept:
+    pool = KVPool([shape], 1, dtype=dtype, device=torch.device("meta"), kind=FORMATS[kind]())
+    kept = pool.layers[0].kept
+    if kept is None:
+        raise ValueError(f"kv_format {kind!r} is none that kernels read")
+    return kept
+
+
+def _writing(target: str, shape: LayerShape, kind: str) -> None:
+    new = (_empty(1, shape.kv_heads, dim, dtype=torch.bfloat16) for dim in (shape.key_dim, shape.value_dim))
+    kv_write(*new, _kept(shape, torch.bfloat16, kind), _empty(1, dtype=torch.int32))
+
+
+def _attention(
+    target: str,
+    heads: int,
+    shape: LayerShape,
+    dtype: torch.dtype = torch.bfloat16,
+    kind: str = "native",
+    *,
+    wide: bool = False,
+    softcap: float | None = None,
+    sinks: bool = False,
+) -> None:
+    kept = _kept(shape, dtype, kind)
+    head_bytes = max(shape.key_dim, shape.value_dim) * dtype.itemsize
+    chosen: Tile = tile(head_bytes, wide=wide, warpgroups=target in _WARPGROUPS)
+    numbers = partial(_empty, dtype=torch.int32)
+    work = Work(numbers(1, 11), numbers(1, 7), numbers(1), partials=0 if wide else 1, page_size=PAGE_SIZE)
+    query = _empty(1, heads, shape.key_dim, dtype=dtype)
+    given = _empty(heads, dtype=dtype) if sinks else None
+    tree_attention(query, kept, work, scale=0.1, softcap=softcap, sinks=given, tile=chosen)
+
+
+def variants() -> Iterator[Variant]:
+    """All of them, the hot ones first."""
+    llama, small, wide_heads = LayerShape(8, 128, 128), LayerShape(3, 64, 64), LayerShape(4, 256, 256)
+    for name, heads, shape in (("32/8 x 128", 32, llama), ("9/3 x 64", 9, small), ("16/4 x 256", 16, wide_heads)):
+        for wide in (False, True):
+            rows = "prompt" if wide else "rows"
+            yield Variant(
+                f"tree_attention {rows} {name} native",
+                partial(_attention, heads=heads, shape=shape, wide=wide),
+                hot=not wide or shape is not wide_heads,
+            )
+    for kind in FORMATS:
+        for wide in (False, True):
+            if kind != "native":
+                yield Variant(
+                    f"tree_attention {'prompt' if wide else 'rows'} 32/8 x 128 {kind}",
+                    partial(_attention, heads=32, shape=llama, kind=kind, wide=wide),
+                    hot=kind == "int8" and not wide,
+                )
+    yield Variant(
+        "tree_attention rows 8/4 x 256 soft cap",
+        partial(_attention, heads=8, shape=wide_heads, softcap=50.0),
+    )
+    yield Variant(
+        "tree_attention rows 64/8 x 64 sinks",
+        partial(_attention, heads=64, shape=LayerShape(8, 64, 64), sinks=True),
+    )
+    yield Variant("tree_attention rows 16/16 x 192+128", partial(_attention, heads=16, shape=LayerShape(16, 192, 128)))
+    yield Variant("tree_attention rows 32/8 x 80", partial(_attention, heads=32, shape=LayerShape(8, 80, 80)))
+    for dtype in (torch.float16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        yield Variant(f"tree_attention rows 32/8 x 128 {name}", partial(_attention, heads=32, shape=llama, dtype=dtype))
+    for kind in FORMATS:
+        yield Variant(f"kv_write 8 x 128 {kind}", partial(_writing, shape=llama, kind=kind), hot=kind == "native")
