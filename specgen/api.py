@@ -230,6 +230,7 @@ class Engine:
             calibration=calibration_ids(tokenizer),
             invariant=invariant,
             cpu_kernels=self.config.cpu_kernels,
+            gpu_kernels=self.config.gpu_kernels,
         )
 
     def _invariant(self) -> bool | None:

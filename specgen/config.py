@@ -54,6 +54,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cannot be had with invariant=True, since the compiled forward rounds differently. What was compiled is kept in the
     cache folder. A forward that cannot be compiled runs as it is, with a line in the log.
     cpu_kernels: False computes in plain torch what specgen's kernels for CPUs do.
+    gpu_kernels: likewise for GPUs; None takes them where there is one and triton, True refuses to run without.
     max_running: sequences in one forward. max_prompt_rows: prompt tokens in one forward.
     adapters: where LoRA adapters may lie and how many bytes they may take; see `AdapterOptions`.
 
@@ -78,6 +79,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     invariant: bool | None = None
     compile: bool | Literal["background"] = False
     cpu_kernels: bool = True
+    gpu_kernels: bool | None = None
     max_running: int = 16
     max_prompt_rows: int = 512
     adapters: AdapterOptions = AdapterOptions()
@@ -119,6 +121,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise InvalidRequest(f"{message}; take compile=True", param="compile")
         if not isinstance(self.cpu_kernels, bool):
             raise InvalidRequest(f"cpu_kernels is {self.cpu_kernels!r}; choices: True, False", param="cpu_kernels")
+        if not isinstance(self.gpu_kernels, bool | None):
+            message = f"gpu_kernels is {self.gpu_kernels!r}; choices: True, False, None"
+            raise InvalidRequest(message, param="gpu_kernels")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is None and name in _MAY_BE_NONE:

@@ -1,7 +1,7 @@
 """Attention for packed forwards, at the seams that transformers offers.
 
-DIRECT    The model calls transformers' `AttentionInterface`. Our function reads the pool, segment by segment; on a CPU
-          a kernel may do so for all segments at once.
+DIRECT    The model calls transformers' `AttentionInterface`. Our function reads the pool, segment by segment; where
+          there are kernels, they do so for all segments at once.
 GATHERED  The same, for models that transform what the cache gives back (MLA expands latents): the cache returns the
           rows of all segments side by side, our function reads each segment's part.
 DENSE     The model computes attention itself: the cache returns all segments side by side, and a dense mask keeps
@@ -67,6 +67,9 @@ class PackedCache(Cache):
         if isinstance(batch, PlannedBatch) or batch.kernel:
             return key_states, value_states
         store = _stored(batch.pool, self.stores, layer_idx)
+        if batch.gpu is not None:
+            batch.gpu.write(store, key_states, value_states)
+            return key_states, value_states
         store.write(batch.write, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1))
         if not batch.gathered:
             return key_states, value_states
@@ -153,6 +156,8 @@ class PackedAttention:
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         if isinstance(batch, PlannedBatch) or batch.kernel:
             return _by_kernel(batch.plan, store, reach, (query, key, value), scale, softcap, s_aux), None
+        if batch.gpu is not None:
+            return batch.gpu.attend(store, reach, query, scale=scale, softcap=softcap, sinks=s_aux), None
         turned = store.turned and not batch.gathered
         queries = query[0].transpose(0, 1)
         if turned:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from specgen.kv.pool import KVPool
 from specgen.kv.segment import Segment
 from specgen.model.plan import plan
 from specgen.model.row_attention import Seen, seen_in_chain, seen_in_mask
+
+if TYPE_CHECKING:
+    from specgen.model.gpu import GpuForward
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +48,23 @@ EVERYTHING = Reach()
 class Batch:
     """The segments of one packed forward, with what all layers share: slots and masks. Lives for one forward.
 
-    kernel: the CPU kernel writes and reads the pool, by the `plan`.
+    kernel: the CPU kernel writes and reads the pool, by the `plan`. gpu: the GPU kernels do.
     """
 
     def __init__(
-        self, segments: Sequence[Segment], pool: KVPool, *, gathered: bool = False, kernel: bool = False
+        self,
+        segments: Sequence[Segment],
+        pool: KVPool,
+        *,
+        gathered: bool = False,
+        kernel: bool = False,
+        gpu: GpuForward | None = None,
     ) -> None:
         self.segments = segments
         self.pool = pool
         self.gathered = gathered
         self.kernel = kernel
+        self.gpu = gpu
         self.rows = sum(len(segment.tokens) for segment in segments)
         self._views: dict[tuple[int, Reach], tuple[slice | Tensor, Tensor | None]] = {}
         self._seen: dict[tuple[int, Reach], tuple[slice | Tensor, list[Seen], int]] = {}

@@ -11,13 +11,14 @@ from concurrent.futures import Future
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from specgen.errors import InvalidRequest, UnsupportedModel
+from specgen.kernels import gpu_kernels as gpu
 from specgen.kernels.cpu_kernels import available, why_not
 from specgen.kv.formats import NATIVE, KVFormat
 from specgen.kv.pool import PAGE_SIZE, KVPool
@@ -39,9 +40,13 @@ from specgen.model.scores import Scores
 from specgen.model.seam_check import choose_seam
 from specgen.model.watched import WatchedLayers
 
+if TYPE_CHECKING:
+    from specgen.model.gpu import GpuKernels
+
 log = Log("specgen.model")
 
 Compile: TypeAlias = bool | Literal["background"]
+Kernel: TypeAlias = Literal["cpu", "gpu"]
 
 _FULL_CONTEXTS = 16
 _SEAM_CHECK_PAGES = 2
@@ -63,6 +68,7 @@ class Target:
         so where it is cheap, with the CPU kernels, and for formats that round, where the last bit of a sum may be a
         step of the code, below float64.
     cpu_kernels: use them where they can be built; `False` is plain torch.
+    gpu_kernels: `None` uses them on a GPU where triton is installed; `True` demands them, also of Triton's interpreter.
     Raises UnsupportedModel, naming the layer and what to do instead, and InvalidRequest for sizes below 1.
     """
 
@@ -76,6 +82,7 @@ class Target:
         calibration: Sequence[int] = (),
         invariant: bool | None = None,
         cpu_kernels: bool = True,
+        gpu_kernels: bool | None = None,
     ) -> None:
         for name, size in (("kv_tokens", kv_tokens), ("max_context", max_context)):
             if size is not None and size < 1:
@@ -88,11 +95,15 @@ class Target:
         self.vocab_size = self.architecture.vocab_size
         self.forwards = 0
         self.rows = 0
-        self._kernel = False
+        self._kernel: Kernel | None = None
         self._packs = cpu_kernels
-        if cpu_kernels and available(self.device, self.architecture.dtype):
+        self._gpu = self._gpu_kernels(gpu_kernels)
+        if self._gpu is not None:
+            self._kernel = "gpu"
+        elif cpu_kernels and available(self.device, self.architecture.dtype):
             pack_linears(model)
-            self._kernel = len(set(self.architecture.stores)) == len(self.architecture.stores)
+            if len(set(self.architecture.stores)) == len(self.architecture.stores):
+                self._kernel = "cpu"
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         context = min(n for n in (context_limit(model), max_context, _LONGEST_CONTEXT) if n is not None)
         # The check compares with the model itself, so it keeps KV as it is; the real pool comes after.
@@ -105,6 +116,8 @@ class Target:
         self.seam = Seam.DIRECT
         self.pool = self._make_pool(_SEAM_CHECK_PAGES, NATIVE)
         self.seam = self._choose_seam()
+        if gpu_kernels and (reason := self._why_no_gpu(kv_format)):
+            raise UnsupportedModel(f"gpu_kernels=True cannot be kept: {reason}; take gpu_kernels=None")
         self._make_invariant(kv_format, invariant)
         tokens = kv_tokens or self._affordable_tokens(context, kv_format)
         self.pool = self._make_pool(max(2, -(-tokens // PAGE_SIZE)), kv_format)
@@ -140,11 +153,17 @@ class Target:
 
     def _forward(self, segments: Sequence[Segment], tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
         """The model's own code, layer by layer."""
-        kernel = self._kernel and self.seam is Seam.DIRECT and self.pool.kind.lossless
-        batch = Batch(segments, self.pool, gathered=self.seam is not Seam.DIRECT, kernel=kernel)
+        direct = self.seam is Seam.DIRECT
+        kernel = self._kernel == "cpu" and direct and self.pool.kind.lossless
+        forward = None
+        if self._gpu and self._why_no_gpu(self.pool.kind) is None:
+            forward = self._gpu.forward(segments, self.pool)
+            ids, position_ids, wanted = forward.ids, forward.positions, forward.wanted
+        else:
+            wanted = torch.tensor(wanted_rows(segments), dtype=torch.int64)
+            ids, position_ids = torch.tensor([[tokens], [positions]], device=self.device)
+        batch = Batch(segments, self.pool, gathered=not direct, kernel=kernel, gpu=forward)
         adapted = any(segment.adapter for segment in segments)
-        wanted = torch.tensor(wanted_rows(segments), dtype=torch.int64)
-        ids, position_ids = torch.tensor([[tokens], [positions]], device=self.device)
         dense = self.seam is Seam.DENSE
         with (
             nullcontext() if dense else self._attention.over(batch),
@@ -208,7 +227,8 @@ class Target:
     @property
     def arithmetic(self) -> str:
         """Names the ways in which rows are computed that may differ in a bit."""
-        chosen = {"invariant": self.invariant, "kernels": self._kernel, "compiled": self.compiled}
+        cpu, gpu = self._kernel == "cpu", self._kernel == "gpu"
+        chosen = {"invariant": self.invariant, "kernels": cpu, "gpu-kernels": gpu, "compiled": self.compiled}
         return " ".join(name for name, on in chosen.items() if on)
 
     def take_compiled(self, *, wait: bool = False) -> bool:
@@ -272,7 +292,7 @@ class Target:
             return f"kv_format is {kv_format.name!r}; it must be 'native'"
         if not self._packs:
             return "cpu_kernels is False"
-        if not self._kernel:
+        if self._kernel != "cpu":
             return "the attention kernel does not say what the model says, or cannot take its data type"
         if self.invariant and (layer := next(quantised_layers(self.model), None)):
             return f"{layer[0]} is quantised, and compiled it would round a row by its neighbours: take invariant=False"
@@ -286,23 +306,47 @@ class Target:
                     return seam
             except UnsupportedModel:
                 pass  # then without it
-        self._kernel = False
+        self._kernel = None
         return choose_seam(self)
+
+    def _gpu_kernels(self, asked: bool | None) -> GpuKernels | None:
+        """The GPU kernels if they can run here. Raises UnsupportedModel where they are asked for and cannot."""
+        if asked is False or not (asked or gpu.available(self.device, self.architecture.dtype)):
+            return None
+        if reason := gpu.why_not(self.device, self.architecture.dtype):
+            raise UnsupportedModel(f"gpu_kernels=True cannot be kept: {reason}")
+        from specgen.model.gpu import GpuKernels
+
+        return GpuKernels.on(self.device)
+
+    def _why_no_gpu(self, kv_format: KVFormat) -> str | None:
+        """Why the GPU kernels are not used, where they could run; `None` if they are."""
+        if self.seam is not Seam.DIRECT:
+            return f"the seam is {self.seam.value!r}; it must be 'direct'"
+        if self._kernel != "gpu":
+            return "with the attention kernel the forward does not say what the model says"
+        if kv_format.key.coding is None or kv_format.value.coding is None:
+            return f"kv_format is {kv_format.name!r}, which the kernels do not know"
+        return None
 
     def _make_invariant(self, kv_format: KVFormat, asked: bool | None) -> None:
         """Compute rows that do not depend on their neighbours, if that is asked for, needed, or costs little."""
         rounds = not kv_format.lossless and self.architecture.dtype != torch.float64
-        if asked is False or not (asked or rounds or self._kernel):
+        if asked is False or not (asked or rounds or self._kernel == "cpu"):
             return
         try:
             self._layers = InvariantLayers(self.model)
             self._attention.invariant = True
+            if self._gpu:
+                self._gpu.by_path = True
             self._check_invariance(kv_format, asked=asked is True)
             self.invariant = True
         except UnsupportedModel:
             if asked or rounds:
                 raise
             self._layers, self._attention.invariant = None, False
+            if self._gpu:
+                self._gpu.by_path = False
 
     def _check_invariance(self, kv_format: KVFormat, *, asked: bool) -> None:
         """With KV as it is, where a difference cannot hide behind rounding, and as it will be kept."""
