@@ -17,7 +17,7 @@ from specgen.draft.budget import RowCost
 from specgen.draft.drafter import Drafter, DraftHints
 from specgen.draft.drafting import Drafting
 from specgen.errors import OutOfPages, RequestCancelled
-from specgen.kernels.top import top_tokens
+from specgen.kernels.top import on_host, top_tokens
 from specgen.kv.radix import CacheKey
 from specgen.kv.segment import Segment
 from specgen.kv.stored import CacheOptions, StoredPrefixes, open_cache
@@ -228,7 +228,8 @@ class EngineCore:
         """One forward, and per segment its view of it."""
         started = time.perf_counter()
         scores = self.target.score(segments)
-        top = top_tokens(scores.logits, min(max(1, self.drafting.wanted.successors), self.target.vocab_size))
+        count = min(max(1, self.drafting.wanted.successors), self.target.vocab_size)
+        top = on_host(*top_tokens(scores.logits, count))
         best = top[1][:, 0].tolist()
         self.drafting.cost.observe(sum(len(s.tokens) for s in segments), time.perf_counter() - started)
         return views(segments, scores, top, best, self.drafting.wanted.layers)

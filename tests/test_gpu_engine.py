@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 
+import specgen.engine
 from specgen import Engine
 from specgen.errors import InvalidRequest, UnsupportedModel
 from specgen.kernels import gpu_kernels
@@ -33,6 +36,28 @@ pytestmark = [
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """What rows cost in the interpreter is of no interest, and takes long to find out."""
     monkeypatch.setattr("specgen.engine._MEASURED_ROWS", (1,))
+
+
+@pytest.fixture
+def imitated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter passes for a GPU, so that all kernels are used that a GPU would use."""
+    monkeypatch.setattr(gpu_kernels, "available", lambda device, dtype: gpu_kernels.why_not(device, dtype) is None)
+
+
+def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts launches by the kernel's name from now on."""
+    import triton
+
+    counts: Counter[str] = Counter()
+    kind = type(importlib.import_module("specgen.kernels.gpu.tree_attention")._attend)
+    run = kind.run
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        counts[(self.fn if triton.knobs.runtime.interpret else self).__name__] += 1
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "run", counting)
+    return counts
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -71,8 +96,34 @@ def check(family: str, kind: str, *, count: int = 3, tokens: int = 10) -> None:
         assert texts(fast, count, tokens, speculation=ON, **SEEDED) == truth["seeded"]
 
 
-def test_the_kernels_say_what_plain_torch_says() -> None:
+@pytest.mark.usefixtures("imitated")
+def test_the_kernels_say_what_plain_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = launched(monkeypatch)
     check("llama", "native", count=2, tokens=5)
+    assert set(counts) >= {"_attend", "_write", "_move", "_take_parts", "_take_all"}
+
+
+@pytest.mark.usefixtures("imitated")
+def test_a_step_launches_and_copies_no_more_than_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See `GpuForward`: the bounds of a step of greedy decoding, whatever the number of sequences."""
+    from specgen.model import gpu
+
+    copies: Counter[str] = Counter()
+    for module, name in ((gpu, "_copied"), (specgen.engine, "on_host")):
+        there = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, name=name, there=there: copies.update([name]) or there(*args))
+    with engine("llama", "native", gpu=True) as fast:
+        core, layers = fast._core, len(fast.target.architecture.shapes)
+        for prompt in prompts(3):
+            params = fast._base.of({"max_tokens": 4, "temperature": 0, "speculation": "off", "ignore_eos": True})
+            core.add(*fast._builder.build(prompt, params, copies=False))
+        core.step()
+        counts = launched(monkeypatch)
+        copies.clear()
+        outputs = core.step()
+    assert len(outputs) == 3
+    assert copies == {"_copied": 1, "on_host": 1}
+    assert counts == {"_attend": layers, "_write": layers, "_take_parts": 1, "_take_all": 1}
 
 
 @pytest.mark.slow

@@ -9,7 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from specgen.kernels.gpu.kv_commit import kv_commit
 from specgen.kernels.gpu.kv_write import kv_write
+from specgen.kernels.gpu.segmented_lora import segmented_lora
+from specgen.kernels.gpu.top_tokens import top_tokens
 from specgen.kernels.gpu.tree_attention import Tile, Work, tile, tree_attention
 from specgen.kernels.layout import Kept
 from specgen.kv.formats import FORMATS, LayerShape
@@ -43,6 +46,21 @@ def _kept(shape: LayerShape, dtype: torch.dtype, kind: str) -> Kept:
 def _writing(target: str, shape: LayerShape, kind: str) -> None:
     new = (_empty(1, shape.kv_heads, dim, dtype=torch.bfloat16) for dim in (shape.key_dim, shape.value_dim))
     kv_write(*new, _kept(shape, torch.bfloat16, kind), _empty(1, dtype=torch.int32))
+
+
+def _committing(target: str) -> None:
+    stacks = [_empty(32, 16, 8, 128, dtype=torch.bfloat16)]
+    kv_commit(stacks, _empty(1, 2, dtype=torch.int32), _empty(2, dtype=torch.int32))
+
+
+def _topping(target: str, count: int) -> None:
+    top_tokens(_empty(1, 128_256, dtype=torch.bfloat16), count)
+
+
+def _adding(target: str, rank: int) -> None:
+    y, x = (_empty(1, 4096, dtype=torch.bfloat16) for _ in "yx")
+    sides = ([_empty(rank, 4096, dtype=torch.bfloat16)] for _ in "du")
+    segmented_lora(y, x, (0, 1), *sides)
 
 
 def _attention(
@@ -100,3 +118,8 @@ def variants() -> Iterator[Variant]:
         yield Variant(f"tree_attention rows 32/8 x 128 {name}", partial(_attention, heads=32, shape=llama, dtype=dtype))
     for kind in FORMATS:
         yield Variant(f"kv_write 8 x 128 {kind}", partial(_writing, shape=llama, kind=kind), hot=kind == "native")
+    yield Variant("kv_commit 8 x 128 native", _committing)
+    for count in (1, 8):
+        yield Variant(f"top_tokens {count} of 128256", partial(_topping, count=count), hot=count == 1)
+    for rank in (16, 64):
+        yield Variant(f"segmented_lora 4096 x {rank} x 4096", partial(_adding, rank=rank))

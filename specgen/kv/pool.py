@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from specgen.errors import OutOfPages
+from specgen.kernels import gpu_kernels
 from specgen.kv.formats import NATIVE, KVFormat, LayerShape, LayerStore
 
 PAGE_SIZE = 16
@@ -59,6 +60,7 @@ class KVPool:
         self.page_size = page_size
         self.device = device
         self.kind = kind
+        self._dtype = dtype
         self.shapes = tuple(layers)
         self.bytes_per_token = kind.bytes_per_token(layers, dtype)
         self.holders: set[Holder] = set()
@@ -115,8 +117,18 @@ class KVPool:
         self.holders.add(table)
         return table
 
-    def move(self, source: Tensor, destination: Tensor | slice) -> None:
-        """Copy the slots `source` int64[n] onto the slots `destination`, in every layer."""
+    def move(self, source: Tensor, destination: Tensor) -> None:
+        """Copy the slots `source` int64[n] onto the slots `destination` int64[n], in every layer.
+
+        In order: none may be copied onto one that is still to be copied.
+        """
+        if gpu_kernels.available(self.device, self._dtype):
+            from specgen.kernels.gpu.kv_commit import kv_commit
+
+            moves = torch.stack([source, destination], dim=1).to(torch.int32)
+            packed = torch.cat([torch.tensor([0, len(moves)], dtype=torch.int32), moves.flatten()]).to(self.device)
+            kv_commit(self.stacks, packed[2:].view(-1, 2), packed[:2])
+            return
         for stack in self.stacks:
             stack[:, destination] = stack[:, source]
 

@@ -291,7 +291,7 @@ class PrefixCache:
         try:
             (page,) = self.pool.take(1, node.page)
             start, target = source * self.pool.page_size, page * self.pool.page_size
-            self.pool.move(torch.arange(start, start + length), slice(target, target + length))
+            self.pool.move(torch.arange(start, start + length), torch.arange(target, target + length))
         except OutOfPages:
             return None, 0
         finally:

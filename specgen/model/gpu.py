@@ -90,7 +90,14 @@ class GpuKernels:
 
 
 class GpuForward:
-    """One forward's metadata on the device. ids, positions: int64[1, rows]; wanted: int64[n], rows with logits."""
+    """One forward's metadata on the device. ids, positions: int64[1, rows]; wanted: int64[n], rows with logits.
+
+    Bounds of a step, whatever the number of sequences and rows. To the device: one copy, of all that is told here, and
+    one for each sequence whose accepted rows have to move. Back: one, `top.on_host`, the only time that the host waits
+    for greedy requests and drafters; a request that samples waits once a token that it draws. Launches besides the
+    model's own: `kv_write` and attention once a layer, the merging of spans once a layer where contexts are cut, two
+    for the likeliest tokens. The first forward that meets a kind of layer copies once more for it.
+    """
 
     def __init__(self, kernels: GpuKernels, segments: Sequence[Segment], pool: KVPool) -> None:
         self._kernels = kernels
@@ -132,8 +139,8 @@ class GpuForward:
         if kind not in self._works:
             self._bring([kind])
             self._kernels.kinds[kind] = None
-        work, tile = self._works[kind]
-        return tree_attention(_rows(query), kept, work, scale=scale, softcap=softcap, sinks=sinks, tile=tile)[None]
+        work, chosen = self._works[kind]
+        return tree_attention(_rows(query), kept, work, scale=scale, softcap=softcap, sinks=sinks, tile=chosen)[None]
 
     def _bring(self, kinds: Sequence[LayerKind], *others: Array) -> list[Tensor]:
         """Work for these kinds, and `others`, in one copy."""
@@ -141,15 +148,15 @@ class GpuForward:
         tiles = [self._kernels.tile(kind, most) for kind in kinds]
         places = Places()
         cuttings: list[Cuttings] = [
-            cut(self._segments, kind.reach, self._kernels.cut(kind, tile), places, self._rows)
-            for kind, tile in zip(kinds, tiles, strict=True)
+            cut(self._segments, kind.reach, self._kernels.cut(kind, chosen), places, self._rows)
+            for kind, chosen in zip(kinds, tiles, strict=True)
         ]
         tables = [side for found in cuttings for side in (found.items, found.rows)]
         numbers = np.array([*places.numbers, 0], dtype=np.int32)
         pages, *rest = _copied([numbers, *tables, *others], self._pool.device)
-        for kind, tile, found in zip(kinds, tiles, cuttings, strict=True):
+        for kind, chosen, found in zip(kinds, tiles, cuttings, strict=True):
             items, rows, *rest = rest
-            self._works[kind] = Work(items, rows, pages, found.partials, self._pool.page_size), tile
+            self._works[kind] = Work(items, rows, pages, found.partials, self._pool.page_size), chosen
         return rest
 
 
