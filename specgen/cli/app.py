@@ -11,6 +11,7 @@ from specgen.cli.adapters import adapters
 from specgen.cli.bench import bench
 from specgen.cli.chat import chat
 from specgen.cli.demo_model import demo_model
+from specgen.cli.doctor import doctor
 from specgen.cli.generate import generate
 from specgen.cli.plugins import plugins
 from specgen.cli.serve import serve
@@ -63,6 +64,6 @@ def specgen(
     """
 
 
-for command in (generate, chat, adapters, serve, plugins, demo_model, version):
+for command in (generate, chat, adapters, serve, plugins, doctor, demo_model, version):
     app.command()(command)
 app.add_typer(bench, name="bench")

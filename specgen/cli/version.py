@@ -11,7 +11,7 @@ import typer
 from specgen import __version__
 from specgen.cli.terminal import write
 
-_PACKAGES = ("torch", "transformers")
+_PACKAGES = ("torch", "transformers", "triton")
 
 
 def version() -> None:

@@ -116,7 +116,7 @@ class Target:
         self.seam = Seam.DIRECT
         self.pool = self._make_pool(_SEAM_CHECK_PAGES, NATIVE)
         self.seam = self._choose_seam()
-        if gpu_kernels and (reason := self._why_no_gpu(kv_format)):
+        if gpu_kernels and (reason := self.why_no_gpu(kv_format)):
             raise UnsupportedModel(f"gpu_kernels=True cannot be kept: {reason}; take gpu_kernels=None")
         self._make_invariant(kv_format, invariant)
         tokens = kv_tokens or self._affordable_tokens(context, kv_format)
@@ -156,7 +156,7 @@ class Target:
         direct = self.seam is Seam.DIRECT
         kernel = self._kernel == "cpu" and direct and self.pool.kind.lossless
         forward = None
-        if self._gpu and self._why_no_gpu(self.pool.kind) is None:
+        if self._gpu and self.why_no_gpu(self.pool.kind) is None:
             forward = self._gpu.forward(segments, self.pool)
             ids, position_ids, wanted = forward.ids, forward.positions, forward.wanted
         else:
@@ -220,6 +220,11 @@ class Target:
         self.rows -= _PROBED_ROWS
 
     @property
+    def kernel(self) -> Kernel | None:
+        """Whose attention kernel says what the model says; whether it is used hangs on the KV format too."""
+        return self._kernel
+
+    @property
     def compiled(self) -> bool:
         """Whether forwards are compiled now."""
         return self._compiled is not None
@@ -250,7 +255,7 @@ class Target:
         if not how:
             return
         given, invariant, architecture, layers = self._given, self.invariant, self.architecture, self._watched.layers
-        if reason := self._uncompilable(self.pool.kind):
+        if reason := self.why_not_compiled():
             log.warning("forwards are not compiled", model=given.config.model_type, reason=reason)
             return
         alone = twin(given).eval()
@@ -283,7 +288,9 @@ class Target:
         self.forward([segment])
         return time.perf_counter() - started
 
-    def _uncompilable(self, kv_format: KVFormat) -> str | None:
+    def why_not_compiled(self) -> str | None:
+        """Why forwards cannot be compiled; `None` if they can."""
+        kv_format = self.pool.kind
         if reason := why_not():
             return reason
         if self.seam is not Seam.DIRECT:
@@ -319,7 +326,7 @@ class Target:
 
         return GpuKernels.on(self.device)
 
-    def _why_no_gpu(self, kv_format: KVFormat) -> str | None:
+    def why_no_gpu(self, kv_format: KVFormat) -> str | None:
         """Why the GPU kernels are not used, where they could run; `None` if they are."""
         if self.seam is not Seam.DIRECT:
             return f"the seam is {self.seam.value!r}; it must be 'direct'"

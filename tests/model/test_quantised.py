@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 from specgen import Engine
 from specgen.errors import InvalidRequest, UnsupportedModel
 from specgen.kernels.cpu_kernels import why_not
-from specgen.kv.formats import NATIVE
 from specgen.model.identity import kv_identity
 from specgen.model.packed_linear import PackedLinear, pack_linears
 from specgen.model.quantised import check_quantised, quantised_layers
@@ -123,8 +122,8 @@ def test_what_compiled_would_not_be_invariant_is_not_compiled(tmp_path: Path) ->
     target.compile(True)
     assert target.invariant
     assert not target.compiled
-    assert "q_proj is quantised, and compiled" in str(target._uncompilable(NATIVE))
-    assert Target(build("llama"), kv_tokens=64)._uncompilable(NATIVE) is None
+    assert "q_proj is quantised, and compiled" in str(target.why_not_compiled())
+    assert Target(build("llama"), kv_tokens=64).why_not_compiled() is None
 
 
 def test_from_pretrained_quantises(tmp_path: Path) -> None:
