@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from specgen.kernels import gpu_kernels
 from specgen.kv.formats import FORMATS
 from specgen.types import Speculation
 from tests.engines import watched
+from tests.lora import save_adapter
 from tests.models.tiny import VOCABULARY, build
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -137,6 +139,26 @@ def test_every_kv_format(kind: str) -> None:
 def test_every_way_to_attend(family: str) -> None:
     """Windows, soft caps, sinks, normalised heads, layers that share KV, chunks."""
     check(family, "native")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("imitated")
+def test_rows_of_several_adapters_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    folders = [save_adapter(model, tmp_path / name, seed=n, r=2 + 3 * n) for n, name in enumerate(("a", "b"))]
+    said: dict[bool, list[tuple[int, ...]]] = {}
+    counts = launched(monkeypatch)
+    for gpu in (False, True):
+        with engine("llama", "native", gpu=gpu) as one:
+            for folder in folders:
+                one.adapters.load(folder.name, folder)
+            options = {"max_tokens": 6, "temperature": 0, "ignore_eos": True, "speculation": ON}
+            wanted = [one._base.of({**options, "adapter": adapter}) for adapter in ("a", None, "b", "a")]
+            built = [one._builder.build(prompts(1)[0], params, copies=False) for params in wanted]
+            said[gpu] = [stream.results()[0].ids for stream in one._runner.submit(*built)]
+    assert len(set(said[False])) == 3, "each says something else, or nothing here is tested"
+    assert said[True] == said[False]
+    assert counts["_shrink"] == counts["_expand"] > 0
 
 
 def test_they_are_used_unasked_on_a_gpu_alone() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -18,6 +18,7 @@ from specgen.kernels.segmented_lora import add_segmented_lora
 from specgen.kv.segment import Segment
 from specgen.model.invariant import mixes_experts
 
+Kernel: TypeAlias = Literal["cpu", "gpu"]
 Span = tuple[int, int, LoraWeights]
 """Rows from, to, and what they run under."""
 
@@ -26,10 +27,10 @@ class AdaptedLayers:
     """The layers of `model` that adapters can adapt.
 
     sees_wanted: name -> whether a layer sees only the rows whose logits are wanted; of all layers that can be adapted.
-    kernel: whether the CPU kernel adds.
+    kernel: which one adds, if any.
     """
 
-    def __init__(self, model: nn.Module, sees_wanted: Mapping[str, bool], *, kernel: bool) -> None:
+    def __init__(self, model: nn.Module, sees_wanted: Mapping[str, bool], *, kernel: Kernel | None) -> None:
         self._modules = {name: model.get_submodule(name) for name in sees_wanted}
         self.sees_wanted = sees_wanted
         self._kernel = kernel
@@ -65,7 +66,7 @@ class _Adapted:
     """A layer's forward over all rows, then each adapter's part on its own rows."""
 
     def __init__(
-        self, forward: Callable[[Tensor], Tensor], parts: Sequence[tuple[int, int, LoraLayer]], *, kernel: bool
+        self, forward: Callable[[Tensor], Tensor], parts: Sequence[tuple[int, int, LoraLayer]], *, kernel: Kernel | None
     ) -> None:
         self._forward = forward
         self._parts = parts

@@ -32,7 +32,7 @@ from specgen.model.calibration import centre_keys
 from specgen.model.compiled import CompiledForward, compile_forward, in_background
 from specgen.model.invariance_check import CHECK_PAGES, check_invariance
 from specgen.model.invariant import InvariantLayers
-from specgen.model.lora import AdaptedLayers, routed_layers, rows_counted
+from specgen.model.lora import AdaptedLayers, Kernel, routed_layers, rows_counted
 from specgen.model.packed_linear import pack_linears
 from specgen.model.plan import wanted_rows
 from specgen.model.quantised import check_quantised, quantised_layers
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 log = Log("specgen.model")
 
 Compile: TypeAlias = bool | Literal["background"]
-Kernel: TypeAlias = Literal["cpu", "gpu"]
 
 _FULL_CONTEXTS = 16
 _SEAM_CHECK_PAGES = 2
@@ -186,11 +185,15 @@ class Target:
 
         Raises UnsupportedModel where a row under an adapter would not be exact.
         """
-        kernel = self._packs and available(self.device, self.architecture.dtype)
+        kernel: Kernel | None = None
+        if self._gpu:
+            kernel = "gpu"
+        elif self._packs and available(self.device, self.architecture.dtype):
+            kernel = "cpu"
         if self._compiled or self._compiling:
             raise UnsupportedModel("a compiled forward takes no adapters; build the engine with compile=False")
         if self.invariant and not kernel:
-            reason = "without the CPU kernels an adapter's sums depend on the rows beside them"
+            reason = "without kernels an adapter's sums depend on the rows beside them"
             raise UnsupportedModel(f"invariant=True cannot be kept under adapters: {reason}; take invariant=False")
         with rows_counted(self.model) as seen:
             self._read_some_rows()
