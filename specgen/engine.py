@@ -17,6 +17,8 @@ from specgen.draft.budget import RowCost
 from specgen.draft.drafter import Drafter, DraftHints
 from specgen.draft.drafting import Drafting
 from specgen.errors import OutOfPages, RequestCancelled
+from specgen.kernels import gpu_kernels
+from specgen.kernels.draw import Draw, draw
 from specgen.kernels.top import on_host, top_tokens
 from specgen.kv.radix import CacheKey
 from specgen.kv.segment import Segment
@@ -28,6 +30,7 @@ from specgen.sampling import Sampler
 from specgen.scheduler import Scheduler, Turn
 from specgen.sequence import Sequence, StopRules
 from specgen.text import TextCursor
+from specgen.tree import depths
 from specgen.types import EMPTY_TREE, Acceptance, DraftTrace, Finish, StepOutput, TokenTree
 from specgen.view import View, views
 
@@ -183,7 +186,7 @@ class EngineCore:
         turns.sort(key=lambda turn: (turn.sequence.key.adapter, turn.sequence.key.revision))
         trees = self._propose(turns) if drafting else [EMPTY_TREE] * len(turns)
         segments = [turn.sequence.rows(turn.chain, tree) for turn, tree in zip(turns, trees, strict=True)]
-        views = self._score(segments)
+        views = self._score(segments, self._draws(turns, trees))
         self.counters.steps += 1
         return [
             output
@@ -224,15 +227,43 @@ class EngineCore:
         )
         return [_housed(turn, next(trees)) if turn.complete else EMPTY_TREE for turn in turns]
 
-    def _score(self, segments: Many[Segment]) -> list[View]:
+    def _draws(self, turns: Many[Turn], trees: Many[TokenTree]) -> list[Draw]:
+        """What a GPU can draw of the rows whose logits are wanted, whichever of them the walks will come to."""
+        draws: list[Draw] = []
+        row = 0
+        for turn, tree in zip(turns, trees, strict=True):
+            if not turn.complete:
+                continue
+            sampler, start = turn.sequence.sampler, len(turn.sequence.ids)
+            if sampler.warp and self._draws_at_once:
+                places = enumerate((0, *depths(tree)))
+                draws += [Draw(row + n, sampler.key(start + depth), sampler.warp) for n, depth in places]
+            row += 1 + len(tree)
+        return draws
+
+    @property
+    def _draws_at_once(self) -> bool:
+        """Whether warped rows are drawn by a kernel."""
+        return gpu_kernels.available(self.target.device, self.target.architecture.dtype)
+
+    def _is_drawn(self, sequence: Sequence, view: View) -> bool:
+        """Whether the view holds the draws of all rows; of one with no token left the sampler has to complain."""
+        sampler = sequence.sampler
+        return sampler.is_argmax or (sampler.warp is not None and self._draws_at_once and min(view.drawn) >= 0)
+
+    def _score(self, segments: Many[Segment], draws: Many[Draw]) -> list[View]:
         """One forward, and per segment its view of it."""
         started = time.perf_counter()
         scores = self.target.score(segments)
         count = min(max(1, self.drafting.wanted.successors), self.target.vocab_size)
-        top = on_host(*top_tokens(scores.logits, count))
-        best = top[1][:, 0].tolist()
+        drawn = draw(scores.logits, draws) if draws else None
+        *top, tokens = on_host(*top_tokens(scores.logits, count), drawn)
+        # The draw of a greedy row; a warped one has its own.
+        drawn_rows = top[1][:, 0].tolist()
+        for one, token in zip(draws, tokens, strict=True):
+            drawn_rows[one.row] = token
         self.drafting.cost.observe(sum(len(s.tokens) for s in segments), time.perf_counter() - started)
-        return views(segments, scores, top, best, self.drafting.wanted.layers)
+        return views(segments, scores, (top[0], top[1]), drawn_rows, self.drafting.wanted.layers)
 
     def _settle(self, turn: Turn, tree: TokenTree, view: View) -> StepOutput | None:
         """Walk and commit one turn. A sequence whose own code raises ends with the error; the others go on."""
@@ -245,7 +276,7 @@ class EngineCore:
             self.scheduler.publish(sequence, tail=False)
             return None
         try:
-            walked = sequence.walk(tree, view.logits, view.best if sequence.sampler.is_argmax else None)
+            walked = sequence.walk(tree, view.logits, view.drawn if self._is_drawn(sequence, view) else None)
         except Exception as error:  # processors and stopping criteria are the caller's code
             return self._close(sequence, sequence.end(Finish("error", error=error)))
         trace = self._trace(sequence, tree, walked[0])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from transformers import (
 )
 
 from specgen.errors import RequestFailed
+from specgen.kernels.draw import Warp
 from specgen.params import SamplingParams
 from specgen.types import LogitsProcessor, Logprob
 
@@ -90,6 +92,12 @@ class Sampler:
         self._processors = tuple(processors)
         self._greedy = greedy
         self._keys = keys
+        self.warp = None if greedy else _warp(self._processors)
+        """How a row is warped before the draw, if that is all that happens to it; so many can be drawn at once."""
+
+    def key(self, position: int) -> int:
+        """The random key of the token at an absolute position."""
+        return self._keys[position]
 
     @property
     def is_argmax(self) -> bool:
@@ -164,6 +172,22 @@ def _warpers(params: SamplingParams) -> list[LogitsProcessor]:
     if params.typical_p is not None and params.typical_p < 1.0:
         found.append(TypicalLogitsWarper(params.typical_p))
     return found
+
+
+def _warp(found: Sequence[LogitsProcessor]) -> Warp | None:
+    """The warpers' settings, if there is nothing else and they stand in `_warpers`' order."""
+    fields: dict[str, Any] = {}
+    names = {TemperatureLogitsWarper: "temperature", TopKLogitsWarper: "top_k"}
+    names |= {TopPLogitsWarper: "top_p", MinPLogitsWarper: "min_p"}
+    kinds = [type(one) for one in found]
+    if kinds != [kind for kind in names if kind in kinds]:
+        return None
+    for one in found:
+        # A caller's own may mark tokens otherwise, or keep several whatever their share.
+        if getattr(one, "filter_value", -math.inf) != -math.inf or getattr(one, "min_tokens_to_keep", 1) != 1:
+            return None
+        fields[names[type(one)]] = getattr(one, names[type(one)])
+    return Warp(**fields)
 
 
 class _Bias:

@@ -15,16 +15,16 @@ from specgen.model.scores import Scores
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The part of a forward that belongs to one segment. `logits`, `best` and `top` are of its wanted rows, `hidden` of
-    all of them.
+    """The part of a forward that belongs to one segment. `logits`, `drawn` and `top` are of its wanted rows, `hidden`
+    of all of them.
 
-    logits: [wanted, vocab]. best: their argmax. top: scores and ids of their likeliest tokens, [wanted, k] each.
-    hidden: per watched layer [rows, width].
+    logits: [wanted, vocab]. drawn: the token of each where rows are drawn at once, else the argmax. top: scores and ids
+    of their likeliest tokens, [wanted, k] each. hidden: per watched layer [rows, width].
     """
 
     segment: Segment
     logits: Tensor
-    best: list[int]
+    drawn: list[int]
     top: tuple[Tensor, Tensor]
     hidden: dict[int, Tensor]
 
@@ -40,9 +40,9 @@ class View:
 
 
 def views(
-    segments: Sequence[Segment], scores: Scores, top: tuple[Tensor, Tensor], best: list[int], layers: Sequence[int]
+    segments: Sequence[Segment], scores: Scores, top: tuple[Tensor, Tensor], drawn: list[int], layers: Sequence[int]
 ) -> list[View]:
-    """A forward, taken apart. `top` and `best` are of the wanted rows of all segments."""
+    """A forward, taken apart. `top` and `drawn` are of the wanted rows of all segments."""
     wanted = [len(segment.logits) for segment in segments]
     rows = [len(segment.tokens) for segment in segments]
     ends = list(accumulate(wanted))
@@ -51,7 +51,7 @@ def views(
         View(
             segment,
             logits,
-            best[end - len(logits) : end],
+            drawn[end - len(logits) : end],
             (values, ids),
             {layer: states[index] for layer, states in zip(layers, hidden, strict=True)},
         )

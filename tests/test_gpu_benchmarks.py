@@ -41,7 +41,7 @@ def test_every_kernel_is_looked_at_and_faults_are_found() -> None:
         [sys.executable, "-c", FAULTS], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    launched = ["_attend", "_expand", "_merge_spans", "_move", "_shrink", "_take_all", "_take_parts", "_write"]
+    launched = ["_attend", "_draw", "_expand", "_merge_spans", "_move", "_shrink", "_take_all", "_take_parts", "_write"]
     assert done.stdout.strip() == str(launched)
 
 

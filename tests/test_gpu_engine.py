@@ -102,7 +102,7 @@ def check(family: str, kind: str, *, count: int = 3, tokens: int = 10) -> None:
 def test_the_kernels_say_what_plain_torch_says(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = launched(monkeypatch)
     check("llama", "native", count=2, tokens=5)
-    assert set(counts) >= {"_attend", "_write", "_move", "_take_parts", "_take_all"}
+    assert set(counts) >= {"_attend", "_draw", "_write", "_move", "_take_parts", "_take_all"}
 
 
 @pytest.mark.usefixtures("imitated")

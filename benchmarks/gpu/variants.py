@@ -9,6 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from specgen.kernels.draw import Draw, Warp
+from specgen.kernels.gpu.draw import draw
 from specgen.kernels.gpu.kv_commit import kv_commit
 from specgen.kernels.gpu.kv_write import kv_write
 from specgen.kernels.gpu.segmented_lora import segmented_lora
@@ -55,6 +57,10 @@ def _committing(target: str) -> None:
 
 def _topping(target: str, count: int) -> None:
     top_tokens(_empty(1, 128_256, dtype=torch.bfloat16), count)
+
+
+def _drawing(target: str) -> None:
+    draw(_empty(1, 128_256, dtype=torch.bfloat16), [Draw(0, 1, Warp(0.8, 40, 0.95, 0.05))])
 
 
 def _adding(target: str, rank: int) -> None:
@@ -121,5 +127,6 @@ def variants() -> Iterator[Variant]:
     yield Variant("kv_commit 8 x 128 native", _committing)
     for count in (1, 8):
         yield Variant(f"top_tokens {count} of 128256", partial(_topping, count=count), hot=count == 1)
+    yield Variant("draw of 128256", _drawing)
     for rank in (16, 64):
         yield Variant(f"segmented_lora 4096 x {rank} x 4096", partial(_adding, rank=rank))

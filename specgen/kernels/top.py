@@ -21,9 +21,15 @@ def top_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return found
 
 
-def on_host(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What `top_tokens` gave, on the CPU; in one copy, which is the only time that a step waits for a GPU."""
+def on_host(values: Tensor, ids: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Tensor, list[int]]:
+    """What `top_tokens` gave and tokens drawn beside it, int64[n], on the CPU.
+
+    In one copy, which is the only time that a step waits for a GPU.
+    """
     if values.device.type == "cpu":
-        return values, ids
-    both = torch.stack([values.view(torch.int32), ids.to(torch.int32)]).cpu()
-    return both[0].view(torch.float32), both[1].long()
+        return values, ids, [] if drawn is None else drawn.tolist()
+    rest = [] if drawn is None else [drawn.to(torch.int32)]
+    flat = torch.cat([values.view(torch.int32).flatten(), ids.to(torch.int32).flatten(), *rest]).cpu()
+    scores, tokens, *others = flat.split([values.numel(), ids.numel(), *map(len, rest)])
+    there = scores.view(torch.float32).view(values.shape), tokens.long().view(ids.shape)
+    return *there, others[0].tolist() if others else []

@@ -92,12 +92,14 @@ class GpuKernels:
 class GpuForward:
     """One forward's metadata on the device. ids, positions: int64[1, rows]; wanted: int64[n], rows with logits.
 
-    Bounds of a step, whatever the number of sequences and rows. To the device: one copy, of all that is told here, one
-    for each sequence whose accepted rows have to move, two for each layer under an adapter. Back: one, `top.on_host`,
-    the only time that the host waits for greedy requests and drafters; a request that samples waits once a token that
-    it draws. Launches besides the model's own: `kv_write` and attention once a layer, the merging of spans once a layer
-    where contexts are cut, two for the likeliest tokens, two for each layer under an adapter. The first forward that
-    meets a kind of layer copies once more for it.
+    Bounds of a step, whatever the number of sequences and rows.
+    To the device: one copy, of all that is told here; one for each sequence whose accepted rows have to move; one if
+    rows are sampled; two for each layer under an adapter.
+    Back: one, `top.on_host`, the only time that the host waits for drafters and for requests that are greedy or warped
+    alone (`Sampler.warp`); one with other processors waits once a token that it draws.
+    Launches besides the model's own: `kv_write` and attention once a layer, the merging of spans once a layer where
+    contexts are cut, two for the likeliest tokens, one for all sampled rows, two for each layer under an adapter.
+    The first forward that meets a kind of layer copies once more for it.
     """
 
     def __init__(self, kernels: GpuKernels, segments: Sequence[Segment], pool: KVPool) -> None:

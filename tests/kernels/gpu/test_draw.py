@@ -1,0 +1,74 @@
+"""The GPU kernel that draws at many rows, against the sampler that draws one by one through transformers' warpers.
+
+Decisions are compared with `==`. Only where logits tie at a cut may they differ: transformers' top-p keeps some of
+equal tokens, as its sort happens to lay them, the kernel keeps all.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from specgen.kernels.draw import Draw, Warp
+from specgen.params import SamplingParams
+from specgen.sampling import PositionKeys, Sampler, processors
+
+pytest.importorskip("triton")
+
+from specgen.kernels.gpu.draw import draw
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SETTINGS = (
+    {"temperature": 1.0},
+    {"temperature": 0.7},
+    {"temperature": 1.3, "top_k": 5},
+    {"temperature": 0.8, "top_p": 0.9},
+    {"temperature": 2.0, "min_p": 0.1},
+    {"temperature": 1.5, "top_k": 40, "top_p": 0.95, "min_p": 0.02},
+    {"temperature": 1e-3, "top_p": 0.5},
+    {"temperature": 5.0, "top_k": 1},
+)
+POSITIONS = 6
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def sampler(**options: float) -> Sampler:
+    params = SamplingParams(**options)  # type: ignore[arg-type]
+    found = processors(params, prompt_length=0, end_ids=(), encode=lambda _: [], custom=(), device=DEVICE)
+    return Sampler(found, greedy=False, keys=PositionKeys(11, 2))
+
+
+@pytest.mark.parametrize("vocab", [7, 300, 5000])
+def test_what_is_drawn_is_what_the_sampler_draws(vocab: int) -> None:
+    torch.manual_seed(vocab)
+    logits = 3 * torch.randn(POSITIONS, vocab, device=DEVICE)
+    draws, expected = [], []
+    for options in SETTINGS:
+        one = sampler(**options)
+        assert one.warp is not None
+        for position in range(POSITIONS):
+            ids = torch.zeros(1, position, dtype=torch.int64, device=DEVICE)
+            draws.append(Draw(position, one.key(position), one.warp))
+            expected.append(one.draw(ids, logits[position : position + 1]))
+    found = draw(logits, draws).tolist()
+    assert found == expected
+    assert len(set(found)) > 3
+
+
+def test_forbidden_tokens_are_never_drawn() -> None:
+    logits = torch.full((3, 40), float("-inf"), device=DEVICE)
+    logits[0, 7] = -50.0
+    logits[1, 3:5] = 1.0
+    draws = [Draw(row, 17 * row - 5, Warp(top_p=0.3)) for row in range(3)]
+    found = draw(logits, draws).tolist()
+    assert found[0] == 7
+    assert found[1] in (3, 4)
+    assert found[2] == -1, "nothing is left"
+
+
+def test_half_precision_logits_are_read_as_they_are() -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(4, 500, device=DEVICE).half()
+    draws = [Draw(row, 2**63 - 1 - row, Warp(0.9, 20, 0.8)) for row in range(4)]
+    assert torch.equal(draw(logits, draws), draw(logits.float(), draws))
