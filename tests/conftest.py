@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import torch
 
 # Before anything imports triton, which reads it once: without a GPU its interpreter runs the kernels.
@@ -51,6 +52,13 @@ def _poison(dtype: torch.dtype) -> float | int | bool:
         return float("nan")
     # As an index it is out of range, as a token id in no vocabulary, as a length absurd.
     return True if dtype == torch.bool else torch.iinfo(dtype).max
+
+
+@pytest.fixture(autouse=True)
+def default_log() -> Iterator[None]:
+    """What a test does to structlog ends with it, and with `capture_logs`, which leaves it configured."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="module")

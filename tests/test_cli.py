@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -62,11 +61,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def invoke(monkeypatch: pytest.MonkeyPatch) -> Iterator[Invoke]:
+def invoke(monkeypatch: pytest.MonkeyPatch) -> Invoke:
     """Run `specgen` in this process, with the built-ins only."""
     monkeypatch.setenv("SPECGEN_PLUGINS", "")
-    yield lambda *arguments, **options: CliRunner().invoke(app, list(map(str, arguments)), **options)
-    structlog.reset_defaults()
+    return lambda *arguments, **options: CliRunner().invoke(app, list(map(str, arguments)), **options)
 
 
 @pytest.fixture
@@ -323,7 +321,7 @@ def test_version(invoke: Invoke) -> None:
     assert invoke("--version").stdout == f"specgen {specgen.__version__}\n"
     lines = invoke("version").stdout.splitlines()
     assert lines[0] == f"specgen {specgen.__version__}"
-    assert [line.split()[0] for line in lines] == ["specgen", "torch", "transformers", "python"]
+    assert [line.split()[0] for line in lines] == ["specgen", "torch", "transformers", "triton", "python"]
 
 
 def test_without_a_terminal_there_are_no_colours(tiny: Path) -> None:
