@@ -13,6 +13,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -143,7 +144,9 @@ def _fetch(scratch: Path, progress: Callable[[str], None]) -> Path:
 
 def _pip() -> list[str]:
     """The command that runs pip; environments made by uv have none of their own, there uv lends one."""
-    if importlib.util.find_spec("pip") is not None:
+    # Not find_spec(): to setuptools' hook that is pip at work, and it leaves distutils alone from then on, on which
+    # torch.compile in this process would fail.
+    if PathFinder.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip"]
     if uv := shutil.which("uv"):
         return [uv, "tool", "run", "pip"]

@@ -147,9 +147,18 @@ def test_a_package_with_another_model_in_it_is_refused(tmp_path: Path, monkeypat
         demo_model(tmp_path, lambda line: None)
 
 
+_PIP_THEN_SETUPTOOLS = """
+from specgen.model.demo import _pip
+_pip()
+import setuptools, distutils.core
+print(distutils.core.__file__)
+"""
+
+
 def test_without_pip_uv_lends_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert demo._pip() == [sys.executable, "-m", "pip"]
-    without(monkeypatch, "pip")
+    assert "_distutils" in subprocess.check_output([sys.executable, "-c", _PIP_THEN_SETUPTOOLS], text=True)
+    monkeypatch.setattr(demo, "PathFinder", SimpleNamespace(find_spec=lambda name: None))
     monkeypatch.setattr(demo.shutil, "which", lambda name: f"/bin/{name}")
     assert demo._pip() == ["/bin/uv", "tool", "run", "pip"]
     monkeypatch.setattr(demo.shutil, "which", lambda name: None)
