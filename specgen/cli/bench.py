@@ -22,6 +22,7 @@ _PROMPTS = (
     "Write a Python function that adds two numbers, then the same with type annotations.",
     "Summarise: the river rose in the night, the bridge was closed, and the school stayed open.",
 )
+_WARM_UP = "Say hello."
 
 
 @bench.callback()
@@ -58,9 +59,9 @@ def serve(
     from pathlib import Path
 
     fields: dict[str, Any] = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
-    reports = asyncio.run(
-        _runs(url, api_key, fields, _cycled(prompts, requests), concurrency or [1, 8, 32], rate or [], seed)
-    )
+    loads: list[float] = [*rate] if rate else [*(concurrency or [1, 8, 32])]
+    runs = list(zip(loads, _dealt(_read(prompts, seed), len(loads), requests), strict=True))
+    reports = asyncio.run(_runs(url, api_key, fields, runs, seed, is_open=bool(rate)))
     write("\n".join(line for each in reports for line in each.lines()))
     if json_file:
         _save(reports, Path(json_file))
@@ -72,11 +73,12 @@ async def _runs(
     url: str,
     key: str | None,
     fields: dict[str, Any],
-    prompts: list[str],
-    concurrency: list[int],
-    rates: list[float],
+    runs: list[tuple[float, list[str]]],
     seed: int,
+    *,
+    is_open: bool,
 ) -> list[Report]:
+    """A run for each load: requests at once, or with `is_open` requests a second."""
     from aiohttp import ClientSession, ClientTimeout, TCPConnector
 
     from specgen.load.arrivals import closed_loop, open_loop
@@ -88,10 +90,10 @@ async def _runs(
         if fields["model"] is None:
             fields["model"] = await _first_model(session, url, key)
         client = Client(session, url, fields, key)
-        _check(await client.ask(prompts[0]))
-        if rates:
-            return [report(f"{rate:g}/s", await open_loop(client.ask, prompts, rate, seed)) for rate in rates]
-        return [report(f"c{number}", await closed_loop(client.ask, prompts, number)) for number in concurrency]
+        _check(await client.ask(_WARM_UP))
+        if is_open:
+            return [report(f"{load:g}/s", await open_loop(client.ask, asked, load, seed)) for load, asked in runs]
+        return [report(f"c{load:g}", await closed_loop(client.ask, asked, int(load))) for load, asked in runs]
 
 
 async def _first_model(session: Any, url: str, key: str | None) -> str:
@@ -118,22 +120,32 @@ def _check(first: Sample) -> None:
         raise InvalidRequest(f"the server does not answer: {first.error}", param="url")
 
 
-def _cycled(file: str | None, number: int) -> list[str]:
-    from itertools import cycle, islice
+def _read(file: str | None, seed: int) -> list[str]:
+    """The prompts of a file in an order of its own for each seed, or else ours."""
+    import random
     from pathlib import Path
 
     import msgspec
 
     from specgen.errors import InvalidRequest
 
-    found = list(_PROMPTS)
-    if file is not None:
-        try:
-            lines = [msgspec.json.decode(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line]
-            found = [line["prompt"] if "prompt" in line else line["turns"][0] for line in lines]
-        except (OSError, KeyError, IndexError, TypeError, msgspec.DecodeError) as error:
-            raise InvalidRequest(f"prompts {file!r} cannot be read: {error}", param="prompts") from None
-    return list(islice(cycle(found), number))
+    if file is None:
+        return list(_PROMPTS)
+    try:
+        lines = [msgspec.json.decode(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line]
+        found = [line["prompt"] if "prompt" in line else line["turns"][0] for line in lines]
+    except (OSError, KeyError, IndexError, TypeError, msgspec.DecodeError) as error:
+        raise InvalidRequest(f"prompts {file!r} cannot be read: {error}", param="prompts") from None
+    random.Random(seed).shuffle(found)
+    return found
+
+
+def _dealt(prompts: list[str], runs: int, number: int) -> list[list[str]]:
+    """Prompts for each run. None comes twice while there are others: a server may remember what it said."""
+    from itertools import cycle, islice
+
+    deck = cycle(prompts)
+    return [list(islice(deck, number)) for _ in range(runs)]
 
 
 def _save(reports: list[Report], path: Path) -> None:
