@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from specgen.kv.formats import Coder, KVFormat, KVFormatFactory, Plane
     from specgen.model.packed_linear import linears_together, pack_linears
     from specgen.options import read_options
-    from specgen.params import SamplingParams
+    from specgen.params import Request, SamplingParams
     from specgen.stream import Stream
     from specgen.types import (
         Chat,
@@ -84,6 +84,7 @@ __all__ = [
     "Matcher",
     "Plane",
     "PluginError",
+    "Request",
     "RequestCancelled",
     "RequestFailed",
     "Result",
@@ -142,6 +143,7 @@ _HOMES = {
     "Logprob": "specgen.types",
     "Matcher": "specgen.constraint",
     "PluginError": "specgen.errors",
+    "Request": "specgen.params",
     "RequestCancelled": "specgen.errors",
     "RequestFailed": "specgen.errors",
     "Result": "specgen.types",

@@ -107,7 +107,8 @@ def register_routes(app: web.Application, engine: Engine) -> None:
 
 @hookspec
 def on_request(request: Request) -> None:
-    """See a request that the engine accepted, before its first step. Called on the engine's thread; only read it."""
+    """See a request that the engine accepted, before its first step. Called on the engine's thread, in the context of
+    who submitted it (`contextvars`), so that traces go on; only read it."""
 
 
 @hookspec

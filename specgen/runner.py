@@ -7,6 +7,8 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextvars import copy_context
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -64,7 +66,7 @@ class Runner:
             if self._closed:
                 raise EngineClosed("this engine was closed; open a new one")
             self._streams.update({stream.request_id: stream for stream in streams})
-            self._commands.append(lambda: self._accept(built, keys))
+            self._commands.append(partial(copy_context().run, self._accept, built, keys))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="specgen-engine", daemon=True)
                 self._thread.start()
