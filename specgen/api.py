@@ -109,11 +109,13 @@ class Engine:
         dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16" or a torch dtype.
         device: where to put it; an accelerator if there is one.
         quantization_config: transformers' own, such as `TorchAoConfig`: how the weights are quantised while loading.
-        model_options: anything else for transformers' `from_pretrained`.
+        model_options: anything else for transformers' `from_pretrained`. Code that comes with a model runs only with
+        `trust_remote_code=True` among them.
         """
         chosen = {} if quantization_config is None else {"quantization_config": quantization_config}
-        loaded = load_model(model, dtype=dtype, device=device, **{**chosen, **(model_options or {})})
-        return cls(loaded, load_tokenizer(model), **options)
+        chosen |= model_options or {}
+        loaded = load_model(model, dtype=dtype, device=device, **chosen)
+        return cls(loaded, load_tokenizer(model, trust_remote_code=bool(chosen.get("trust_remote_code"))), **options)
 
     def generate(self, prompt: Any, params: SamplingParams | None = None, **options: Any) -> Any:
         """Continue one prompt, or many at once, and wait for the end.

@@ -5,10 +5,12 @@ Each case is tried while another request runs on the same engine, which must not
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from specgen import (
     Speculation,
     UnknownName,
 )
+from specgen.model.loading import load_tokenizer
 from specgen.plugins import load_plugins
 from tests.models.tiny import CONTEXT, VOCABULARY, build
 
@@ -437,6 +440,23 @@ def test_a_drafter_of_another_vocabulary_is_refused(model: PreTrainedModel) -> N
     other.resize_token_embeddings(VOCABULARY + 8)
     with pytest.raises(DrafterMismatch, match=f"vocabulary of {VOCABULARY + 8}, the target of {VOCABULARY}"):
         Engine(model, kv_tokens=512, draft_model=other)
+
+
+def test_code_that_comes_with_a_model_runs_only_where_it_is_trusted(model: PreTrainedModel, tmp_path: Path) -> None:
+    """As the model, as the draft model, as a tokenizer; nobody at the terminal is asked."""
+    trace = tmp_path / "trace"
+    (tmp_path / "own.py").write_text(f"import pathlib\npathlib.Path({str(trace)!r}).touch()\nraise ImportError\n")
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoTokenizer": ["own.Tokenizer", None]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "canary", "auto_map": own}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Tokenizer", "auto_map": own}))
+    for build_one in (lambda: Engine.from_pretrained(tmp_path), lambda: Engine(model, draft_model=str(tmp_path))):
+        with pytest.raises(InvalidRequest, match="(?s)cannot be loaded.*trust_remote_code"):
+            build_one()
+    assert load_tokenizer(tmp_path) is None
+    assert not trace.exists()
+    with pytest.raises(InvalidRequest, match="cannot be loaded"):
+        Engine.from_pretrained(tmp_path, model_options={"trust_remote_code": True})
+    assert trace.exists(), "it was no trap"
 
 
 def test_a_model_that_is_not_there_is_refused() -> None:

@@ -33,8 +33,11 @@ def load_model(
     source: str | Path, *, dtype: str | torch.dtype | None, device: str | torch.device | None, **options: Any
 ) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained`, on the device, ready to be wrapped. Raises InvalidRequest naming the
-    source when there is no such model, or when its quantiser is not installed or cannot do what is asked for."""
+    source when there is no such model, when it would run code of its own, or when its quantiser is not installed or
+    cannot do what is asked for."""
     kind = dtype_of(dtype)
+    # Where nothing is said, transformers asks whoever sits at the terminal.
+    options = {"trust_remote_code": False, **options}
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -46,12 +49,12 @@ def load_model(
     return model
 
 
-def load_tokenizer(source: str | Path | PreTrainedModel) -> Any:
+def load_tokenizer(source: str | Path | PreTrainedModel, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer beside a model, or where a loaded model came from; None where there is none."""
     place = source.name_or_path if isinstance(source, PreTrainedModel) else source
     if not place:
         return None
     try:
-        return AutoTokenizer.from_pretrained(place)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
     except (OSError, ValueError):
         return None
