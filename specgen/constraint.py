@@ -23,6 +23,11 @@ from specgen.types import EMPTY_TREE, Constraint, TokenTree
 
 log = Log("specgen.constraint")
 
+WELL_KNOWN = frozenset({"json_object", "json_schema", "regex", "choice", "grammar", "tool_calls"})
+"""Kinds that OpenAI's and vLLM's fields ask for."""
+
+_HINT = "the plugin specgen-grammar has it: pip install specgen-grammar"
+
 
 class Matcher(ABC):
     """Where one sequence stands in a grammar. Built on the thread that submits the request, then the engine's alone.
@@ -95,7 +100,8 @@ class Constraints:
         """
         factory = self._offered.get(constraint.kind)
         if factory is None:
-            raise UnknownName("constraint", constraint.kind, self._offered, param=constraint.param)
+            hint = _HINT if constraint.kind in WELL_KNOWN else None
+            raise UnknownName("constraint", constraint.kind, self._offered, param=constraint.param, hint=hint)
         try:
             return factory(self._setup, constraint.value)
         except InvalidRequest as error:

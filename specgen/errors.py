@@ -27,9 +27,12 @@ class ContextLengthExceeded(InvalidRequest):
 class UnknownName(InvalidRequest):
     """A name that nothing offers: a drafter, a context stage, an option."""
 
-    def __init__(self, kind: str, name: object, known: Iterable[str], *, param: str | None = None) -> None:
+    def __init__(
+        self, kind: str, name: object, known: Iterable[str], *, param: str | None = None, hint: str | None = None
+    ) -> None:
         choices = ", ".join(sorted(known)) or "none"
-        super().__init__(f"unknown {kind} {name!r}; choices: {choices}", param=param)
+        message = f"unknown {kind} {name!r}; choices: {choices}"
+        super().__init__(f"{message}; {hint}" if hint else message, param=param)
 
 
 class AdapterRefused(InvalidRequest):

@@ -20,7 +20,7 @@ from aiohttp import ClientSession
 
 from specgen import Chat, Engine
 from tests.lora import save_adapter
-from tests.server.worlds import World, engine, model, serving
+from tests.server.worlds import SCHEMA, World, engine, model, serving
 
 CLIENTS = 32
 ABORTED = 0.2
@@ -59,7 +59,8 @@ class Findings:
 
 
 def question(number: int) -> dict[str, Any]:
-    """The fields of one of the questions: greedy and seeded, drafted in several ways, with and without stops."""
+    """The fields of one of the questions: greedy and seeded, drafted in several ways, with and without stops, some
+    held to a schema, some under an adapter."""
     found: dict[str, Any] = {
         "messages": [{"role": "user", "content": f"{'the same beginning ' * (number % 5)}{number}"}],
         "max_tokens": 6 + number % 30,
@@ -73,6 +74,9 @@ def question(number: int) -> dict[str, Any]:
         found["speculation"] = {"adaptive": False, "max_nodes": 1 + number % 30}
     if number % 5 == 3:
         found["prediction"] = {"type": "content", "content": "the same beginning again"}
+    if number % 8 == 3:
+        found["structured_outputs"] = {"json": SCHEMA}
+        found["max_tokens"] = 60
     return found
 
 
@@ -82,6 +86,8 @@ def answer(own: Engine, number: int) -> str:
     options = {name: asked[name] for name in ("max_tokens", "temperature", "seed", "stop") if name in asked}
     if asked["model"] == "mine":
         options["adapter"] = "mine"
+    if "structured_outputs" in asked:
+        options["constraint"] = {"json_schema": SCHEMA}
     text: str = own.generate(Chat(asked["messages"]), speculation="off", **options).text
     return text
 

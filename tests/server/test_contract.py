@@ -16,16 +16,11 @@ from openapi_spec_validator import validate
 
 from specgen import Chat, Engine
 from tests.lora import save_adapter
-from tests.server.worlds import HELLO, World, engine, model, serving
+from tests.server.worlds import HELLO, SCHEMA, World, engine, model, serving
+from tests.test_adapters import cut, pickled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SCHEMA = {
-    "type": "object",
-    "properties": {"kind": {"enum": ["a", "b"]}, "count": {"type": "integer", "minimum": 0, "maximum": 999}},
-    "required": ["kind", "count"],
-    "additionalProperties": False,
-}
 TEXTS = ("one two three, one two three", "hello", "the same the same the same", "a,b,a,b,a,b,a,")
 
 
@@ -116,6 +111,8 @@ async def test_adapters_are_models_loaded_from_below_their_root_alone(tmp_path: 
     for folder in (root / "good", outside):
         save_adapter(model(), folder)
     (root / "link").symlink_to(outside)
+    for fault in (pickled, cut):
+        fault(save_adapter(model(), root / fault.__name__))
     with engine(adapters={"root": root}) as own:
         async with serving(own, admin_key="boss") as world:
 
@@ -126,8 +123,9 @@ async def test_adapters_are_models_loaded_from_below_their_root_alone(tmp_path: 
                     assert str(root) not in await answer.text()
                     return answer.status
 
-            for path in ("../outside", str(outside), "link", ".", "good/../..", "~", "missing"):
+            for path in ("../outside", str(outside), "link", ".", "good/../..", "~", "missing", "pickled", "cut"):
                 assert await post("load", lora_path=path) == 400, path
+            assert not (root / "pickled" / "trace").exists()
             assert await post("load", lora_path="good", lora_name="tiny") == 400
             assert await post("unload") == 400
             assert await post("load", lora_path="good") == 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gzip
 import json
 import os
@@ -10,8 +11,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -20,12 +21,16 @@ import torch
 from aiohttp import web
 from structlog.testing import capture_logs
 
-from specgen import Chat, hookimpl
+from specgen import Chat, Engine, hookimpl
 from specgen.context.stage import Context
 from specgen.errors import UnknownName
+from specgen.plugins import load_plugins
 from specgen.server.app import build_app
 from specgen.server.config import ServerConfig
-from tests.server.worlds import HELLO, SLOW, World, engine, plugins, serving, until
+from specgen.server.logs import configure
+from tests.engines import evict
+from tests.server.worlds import HELLO, SLOW, TEMPLATE, World, doors, engine, model, plugins, serving, tokenizer, until
+from tests.test_disk_faults import FULL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,6 +46,21 @@ def chat(**fields: Any) -> bytes:
 def completion(**fields: Any) -> bytes:
     return json.dumps({"model": "tiny", "prompt": "ab", "max_tokens": 4, **fields}).encode()
 
+
+def form(kind: str, value: Any) -> bytes:
+    return chat(structured_outputs={kind: value})
+
+
+def schema(value: Any) -> bytes:
+    return chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": value}})
+
+
+LAG = 0.05
+"""Seconds for which the event loop may stand still at most."""
+WIDE = {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(20_000)}}
+NESTED: dict[str, Any] = {"type": "string"}
+for _ in range(400):
+    NESTED = {"type": "array", "items": NESTED}
 
 # Bodies: (path, body, statuses that are right).
 BODIES: dict[str, tuple[str, bytes, tuple[int, ...]]] = {
@@ -87,6 +107,27 @@ BODIES: dict[str, tuple[str, bytes, tuple[int, ...]]] = {
         chat(messages=[{"role": "user", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{"}}]}]),
         (400,),
     ),
+    "a bad schema": (PATH, schema({"type": 7}), (400,)),
+    "no schema": (PATH, schema("x"), (400,)),
+    "a schema elsewhere": (PATH, schema({"$ref": "http://127.0.0.1:1/schema"}), (400,)),
+    "a wide schema": (PATH, schema(WIDE), (400,)),
+    "a deep schema": (PATH, schema(NESTED), (400,)),
+    "a long list": (PATH, schema({"type": "array", "minItems": 10**8}), (200, 400)),
+    "an exponential expression": (PATH, form("regex", "((a{1,200}){1,200}){1,200}"), (200, 400)),
+    "an expression that looks ahead": (PATH, form("regex", "(?=a)b"), (400,)),
+    "a long expression": (PATH, form("regex", "a" * 200_000), (400,)),
+    "a grammar without end": (PATH, form("grammar", "start: start"), (400,)),
+    "no choice": (PATH, form("choice", []), (400,)),
+    "odd tools": (PATH, chat(tools=[{"type": "function"}]), (400,)),
+    "penalties and drafts": (
+        PATH,
+        chat(speculation={"adaptive": False}, repetition_penalty=1.5, presence_penalty=1, min_p=0.1, top_k=3, n=2),
+        (200,),
+    ),
+    "a template of one's own": (PATH, chat(chat_template="{% for i in range(10**9) %}{% endfor %}"), (400,)),
+    "a template's options": (PATH, chat(chat_template_kwargs={"chat_template": "x"}), (400,)),
+    "tensors": (COMPLETIONS, completion(prompt_embeds="AAAA"), (400,)),
+    "an unknown adapter": (PATH, chat(model="../../etc"), (404,)),
     "empty prompt": (COMPLETIONS, completion(prompt=""), (400,)),
     "no prompts": (COMPLETIONS, completion(prompt=[]), (400,)),
     "empty ids": (COMPLETIONS, completion(prompt=[[]]), (400,)),
@@ -105,23 +146,28 @@ BODIES: dict[str, tuple[str, bytes, tuple[int, ...]]] = {
 }  # fmt: skip
 
 
-@asynccontextmanager
-async def responsive(limit: float) -> AsyncIterator[None]:
-    """The event loop must never stand still for longer."""
-    lags: list[float] = []
+async def standstill(during: Callable[[], Awaitable[object]], *, most: float, tries: int = 6) -> float:
+    """The longest time, in seconds, for which the event loop stood still: of several tries the best, until one is
+    below `most`. What the server does itself it does each time; what else the machine is busy with, it does not."""
+    best = float("inf")
+    for _ in range(tries):
+        gaps = [0.0]
 
-    async def tick() -> None:
-        while True:
-            before = time.perf_counter()
-            await asyncio.sleep(0.001)
-            lags.append(time.perf_counter() - before)
+        async def tick() -> None:
+            while True:
+                before = time.perf_counter()
+                await asyncio.sleep(0.001)
+                gaps.append(time.perf_counter() - before)  # noqa: B023
 
-    ticking = asyncio.create_task(tick())
-    try:
-        yield
-    finally:
+        ticking = asyncio.create_task(tick())
+        await asyncio.sleep(0.002)
+        await during()
+        await asyncio.sleep(0.002)
         ticking.cancel()
-    assert max(lags, default=0.0) < limit
+        best = min(best, max(gaps))
+        if best < most:
+            break
+    return best
 
 
 def memory() -> int:
@@ -152,19 +198,29 @@ async def test_a_bad_body_is_an_answer(world: World, name: str, stream: bool) ->
         assert answer.headers["x-request-id"]
 
 
+async def send(world: World, path: str, body: bytes, **headers: str) -> int:
+    """The status of the answer, which is read to its end."""
+    kinds = {"Content-Type": "application/json", **headers}
+    async with world.http.post(f"{world.url}{path}", data=body, headers=kinds) as answer:
+        await answer.read()
+        return answer.status
+
+
 async def test_bad_bodies_take_no_memory_and_no_time(world: World) -> None:
-    """All of them once more; others get their answers meanwhile."""
-    headers = {"Content-Type": "application/json"}
-
-    async def send(path: str, body: bytes) -> None:
-        async with world.http.post(f"{world.url}{path}", data=body, headers=headers) as answer:
-            await answer.read()
-
-    for path, body, _ in BODIES.values():
-        await send(path, body)
+    """Once more, all of them: none holds up the event loop, and who is served meanwhile gets what is right."""
+    asked: dict[str, Any] = {"max_tokens": 60, "temperature": 0.0}
+    expected = world.engine.generate(Chat(HELLO), **asked).text
+    neighbour = asyncio.create_task(
+        world.http.post(f"{world.url}{PATH}", json={**LONG, **asked, "plugin_processors": {"slow": {"seconds": 0.02}}})
+    )
+    slowest = {}
+    for name, (path, body, _) in BODIES.items():
+        slowest[name] = await standstill(lambda: send(world, path, body), most=LAG)  # noqa: B023
+    assert {name: gap for name, gap in slowest.items() if gap >= LAG} == {}
+    assert (await (await neighbour).json())["choices"][0]["message"]["content"] == expected
     before = memory()
     for path, body, _ in BODIES.values():
-        await send(path, body)
+        await send(world, path, body)
     assert memory() - before < 64 << 20
     await world.idle()
 
@@ -178,11 +234,23 @@ async def test_what_is_no_json_is_not_read(world: World) -> None:
 
 async def test_a_body_that_unpacks_to_much_more_is_refused(world: World) -> None:
     bomb = gzip.compress(b'{"messages": "' + b"x" * (64 << 20) + b'"}')
-    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
     before = memory()
-    async with world.http.post(f"{world.url}{PATH}", data=bomb, headers=headers) as answer:
-        assert answer.status in (400, 413)
+
+    async def throw() -> None:
+        assert await send(world, PATH, bomb, **{"Content-Encoding": "gzip"}) in (400, 413)
+
+    assert await standstill(throw, most=LAG) < LAG
     assert memory() - before < 48 << 20
+
+
+async def test_large_heads_are_refused(world: World) -> None:
+    """A long header, many of them, a long path: none of them is held in memory, and the server goes on."""
+    wide = {f"x-{number}": "y" for number in range(200)}
+    for headers in ({"x-long": "y" * 100_000}, wide, {"Authorization": f"Bearer {'y' * 100_000}"}):
+        assert await send(world, PATH, chat(), **headers) == 400
+    async with world.http.get(f"{world.url}/{'x' * 100_000}") as answer:
+        assert answer.status == 400
+    assert await send(world, PATH, chat()) == 200
 
 
 async def test_paths_and_methods_that_are_not_there(world: World) -> None:
@@ -471,6 +539,70 @@ async def test_an_engine_that_stands_still_is_unwell(monkeypatch: pytest.MonkeyP
             await until(lambda: world.service.health.trouble is None)
 
 
+@pytest.mark.parametrize("where", FULL)
+async def test_a_full_disk_costs_the_cache_and_nothing_else(where: str, tmp_path: Path) -> None:
+    """Whatever fails of what is written there: the answers are the same, and nobody is told."""
+    texts = [f"{number} is where this prompt of some pages begins, and here it ends" for number in range(4)]
+    with engine(disk_cache=tmp_path, kv_tokens=2048, plugins=plugins()) as own:
+        expected = [result.text for result in own.generate(texts, max_tokens=8, temperature=0.0, cache_salt="other")]
+        async with serving(own) as world:
+
+            async def said(text: str) -> str:
+                asked = {"model": "tiny", "prompt": text, "max_tokens": 8, "temperature": 0}
+                async with world.http.post(f"{world.url}{COMPLETIONS}", json=asked) as answer:
+                    found: str = (await answer.json())["choices"][0]["text"]
+                    return found
+
+            with FULL[where](), capture_logs() as logs:
+                for _ in range(2):
+                    assert await asyncio.gather(*map(said, texts)) == expected
+                    await asyncio.to_thread(evict, own)
+            assert any(line["log_level"] == "warning" for line in logs)
+            assert await asyncio.gather(*map(said, texts)) == expected
+            async with world.http.get(f"{world.url}/health") as answer:
+                assert answer.status == 200
+
+
+async def test_a_log_that_takes_no_more_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk behind stderr, for the server's lines and for those of a step that fails."""
+    full = open("/dev/full", "w")  # noqa: SIM115
+    with engine() as own:
+        monkeypatch.setattr(sys, "stderr", full)
+        configure(ServerConfig())
+        async with serving(own) as world:
+            assert await send(world, PATH, chat()) == 200
+            with monkeypatch.context() as patch:
+                patch.setattr(own.target, "score", lambda segments: 1 / 0)
+                assert await send(world, PATH, chat()) == 500
+            assert await send(world, PATH, chat()) == 200
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
+
+
+async def test_a_chat_template_that_raises_refuses_its_chat_alone() -> None:
+    """And holds nobody up (vllm#44793)."""
+    picky = copy.copy(tokenizer())
+    picky.chat_template = "{% if 'boom' in messages[0].content %}{{ 1 // 0 }}{% endif %}" + TEMPLATE
+    with Engine(model(), picky, plugins=plugins(), kv_tokens=1024) as own:
+        async with serving(own) as world:
+            bad = chat(messages=[{"role": "user", "content": "boom"}])
+            assert await asyncio.gather(*(send(world, PATH, each) for each in [bad, chat()] * 8)) == [400, 200] * 8
+
+
+async def test_what_the_missing_plugin_is_called_is_said() -> None:
+    with engine(plugins=load_plugins(only=[])) as own:
+        async with serving(own) as world:
+            for field, asked in (
+                ("response_format", {"response_format": {"type": "json_object"}}),
+                ("structured_outputs", {"extra_body": {"structured_outputs": {"regex": "a"}}}),
+                ("guided_choice", {"extra_body": {"guided_choice": ["a"]}}),
+                ("tools", {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"}),
+            ):
+                with pytest.raises(openai.BadRequestError, match="pip install specgen-grammar") as caught:
+                    await world.client().chat.completions.create(**SHORT, **asked)
+                assert caught.value.param == field
+
+
 class Chaos:
     """A stage that raises for some prompts, and observers that always do."""
 
@@ -568,6 +700,7 @@ async def test_routes_of_plugins_are_served_where_the_config_names_them() -> Non
 
 FILES = ("/", "/page/page.css", "/page/page.js", "/page/tree.js")
 """The playground, which holds no secrets and asks for a key itself."""
+ADMIN = {"POST /v1/load_lora_adapter", "POST /v1/unload_lora_adapter"}
 OPEN = {"GET /health", "GET /ready", *(f"{method} {path}" for path in FILES for method in ("GET", "HEAD"))}
 
 
@@ -575,28 +708,30 @@ OPEN = {"GET /health", "GET /ready", *(f"{method} {path}" for path in FILES for 
 async def test_every_route_needs_a_key(shared_engine: Any, key: str | None) -> None:
     """All that there are, found by asking the app."""
     async with serving(shared_engine, api_keys=("onekey",), admin_key="admin") as world:
-        assert await world.open_routes(key) == OPEN
+        assert {name for name, status in (await world.statuses(key)).items() if status != 401} == OPEN
+
+
+DOORS = {"open": sorted(OPEN), "admin": sorted(ADMIN), "shut": []}
+
+
+async def test_the_adapters_routes_need_the_admins_key(shared_engine: Any) -> None:
+    """They alone answer 403 to another key, and nothing is shut to the admin."""
+    assert await doors(shared_engine) == DOORS
 
 
 def test_every_route_needs_a_key_without_assertions_too() -> None:
     """`python -O` takes asserts away; none of them may be what keeps people out."""
-    script = "import asyncio; from tests.server.worlds import open_to_nobody; print(asyncio.run(open_to_nobody()))"
+    script = "import asyncio, json; from tests.server.worlds import doors; print(json.dumps(asyncio.run(doors())))"
     command = [sys.executable, "-O", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.stdout == f"{sorted(OPEN)}\n", done.stderr
+    assert json.loads(done.stdout or "{}") == DOORS, done.stderr
 
 
-async def test_adapters_need_the_admins_key(shared_engine: Any) -> None:
-    for admin_key, key, status in ((None, "one", 403), ("boss", "one", 403), ("boss", "boss", 403), ("boss", "x", 401)):
-        async with serving(shared_engine, api_keys=("one",), admin_key=admin_key) as world:
-            for path in ("load", "unload"):
-                headers = {"Authorization": f"Bearer {key}"}
-                body = {"lora_name": "a", "lora_path": "b"}
-                url = f"{world.url}/v1/{path}_lora_adapter"
-                async with world.http.post(url, json=body, headers=headers) as answer:
-                    expected = (403, 501, 400) if key == "boss" else (status,)
-                    assert answer.status in expected
-                    assert key != "boss" or (await answer.json())["error"]["code"] != "admin_only" or path == "load"
+@pytest.mark.parametrize("keys", [(), ("one",)])
+async def test_without_an_admins_key_nobody_is_admin(shared_engine: Any, keys: tuple[str, ...]) -> None:
+    """Not even where everybody is let in."""
+    async with serving(shared_engine, api_keys=keys) as world:
+        assert {name for name, status in (await world.statuses("one")).items() if status == 403} == ADMIN
 
 
 async def test_keys_share_no_cache(shared_engine: Any) -> None:

@@ -32,6 +32,12 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
+SCHEMA = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["a", "b"]}, "count": {"type": "integer", "minimum": 0, "maximum": 999}},
+    "required": ["kind", "count"],
+    "additionalProperties": False,
+}
 SECONDS = 30
 
 
@@ -155,15 +161,15 @@ class World:
         """All that the app serves, those of sub-applications too."""
         return list(self.app.router.routes())
 
-    async def open_routes(self, key: str | None) -> set[str]:
-        """The routes, found by asking the app, that are not answered 401 with this key. A path that is none counts."""
+    async def statuses(self, key: str | None) -> dict[str, int]:
+        """What each route, found by asking the app, answers to this key and no body. A path that is none counts."""
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         names = [f"{route.method} {getattr(route.resource, 'canonical', '')}" for route in self.routes()]
-        found = set()
+        found = {}
         for name in [*names, "GET /nowhere"]:
             method, path = name.replace("{model}", "tiny").split(" ")
             async with self.http.request(method, f"{self.url}{path}", headers=headers) as answer:
-                found |= set() if answer.status == 401 else {name}
+                found[name] = answer.status
         return found
 
     async def metrics(self) -> dict[str, float]:
@@ -210,10 +216,15 @@ async def until(condition: Callable[[], object], seconds: float = SECONDS) -> No
         await asyncio.sleep(0.005)
 
 
-async def open_to_nobody() -> list[str]:
-    """The open routes of a server with keys, for a process of its own."""
-    async with serving(api_keys=("onekey",), admin_key="admin") as world:
-        return sorted(await world.open_routes(None))
+async def doors(own: Engine | None = None) -> dict[str, list[str]]:
+    """The routes of a server with keys, by who is let in: everybody, and the admin alone."""
+    async with serving(own, api_keys=("onekey",), admin_key="admin") as world:
+        nobody, user, admin = [await world.statuses(key) for key in (None, "onekey", "admin")]
+    return {
+        "open": sorted(name for name, status in nobody.items() if status != 401),
+        "admin": sorted(name for name, status in user.items() if status == 403),
+        "shut": sorted(name for name in admin if 401 in (user[name], admin[name]) or admin[name] == 403),
+    }
 
 
 def answered_by_curl(command: str, path: Path) -> str:
