@@ -23,7 +23,7 @@ from specgen.types import EMPTY_TREE, Constraint, TokenTree
 
 log = Log("specgen.constraint")
 
-WELL_KNOWN = frozenset({"json_object", "json_schema", "regex", "choice", "grammar", "tool_calls"})
+_WELL_KNOWN = frozenset({"json_object", "json_schema", "regex", "choice", "grammar", "tool_calls"})
 """Kinds that OpenAI's and vLLM's fields ask for."""
 
 _HINT = "the plugin specgen-grammar has it: pip install specgen-grammar"
@@ -100,7 +100,7 @@ class Constraints:
         """
         factory = self._offered.get(constraint.kind)
         if factory is None:
-            hint = _HINT if constraint.kind in WELL_KNOWN else None
+            hint = _HINT if constraint.kind in _WELL_KNOWN else None
             raise UnknownName("constraint", constraint.kind, self._offered, param=constraint.param, hint=hint)
         try:
             return factory(self._setup, constraint.value)

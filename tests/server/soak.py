@@ -20,7 +20,7 @@ from aiohttp import ClientSession
 
 from specgen import Chat, Engine
 from tests.lora import save_adapter
-from tests.server.worlds import SCHEMA, World, engine, model, serving
+from tests.server.worlds import SCHEMA, World, engine, model, serving, until
 
 CLIENTS = 32
 ABORTED = 0.2
@@ -93,19 +93,21 @@ def answer(own: Engine, number: int) -> str:
 
 
 async def soak(seconds: float, seed: int = 0) -> Findings:
-    """Run it. Raises RuntimeError if pages, leases or sessions are held at the end."""
+    """Run it. Raises RuntimeError if pages, leases or sessions are held at the end, TimeoutError if tasks are left."""
     findings, dice = Findings(), random.Random(seed)
     with TemporaryDirectory() as folder, engine() as own:
         own.adapters.load("mine", save_adapter(model(), Path(folder)))
         answers = [answer(own, number) for number in range(QUESTIONS)]
         async with serving(own) as world:
             findings.count()
+            tasks = len(asyncio.all_tasks())
             end = time.monotonic() + seconds
             clients = [_client(world, dice, answers, end, findings) for _ in range(CLIENTS)]
             looking = asyncio.create_task(_look_when_warm(findings, seconds))
             await asyncio.gather(*clients, _swap(own, end, findings))
             await looking
             await world.idle()
+            await until(lambda: len(asyncio.all_tasks()) <= tasks)
             findings.look()
             findings.count()
     return findings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import gzip
+import hmac
 import json
 import os
 import socket
@@ -12,7 +13,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -146,20 +149,21 @@ BODIES: dict[str, tuple[str, bytes, tuple[int, ...]]] = {
 }  # fmt: skip
 
 
+async def tick(gaps: list[float]) -> None:
+    """Note how long a millisecond takes, again and again."""
+    while True:
+        before = time.perf_counter()
+        await asyncio.sleep(0.001)
+        gaps.append(time.perf_counter() - before)
+
+
 async def standstill(during: Callable[[], Awaitable[object]], *, most: float, tries: int = 6) -> float:
     """The longest time, in seconds, for which the event loop stood still: of several tries the best, until one is
     below `most`. What the server does itself it does each time; what else the machine is busy with, it does not."""
     best = float("inf")
     for _ in range(tries):
         gaps = [0.0]
-
-        async def tick() -> None:
-            while True:
-                before = time.perf_counter()
-                await asyncio.sleep(0.001)
-                gaps.append(time.perf_counter() - before)  # noqa: B023
-
-        ticking = asyncio.create_task(tick())
+        ticking = asyncio.create_task(tick(gaps))
         await asyncio.sleep(0.002)
         await during()
         await asyncio.sleep(0.002)
@@ -215,7 +219,7 @@ async def test_bad_bodies_take_no_memory_and_no_time(world: World) -> None:
     )
     slowest = {}
     for name, (path, body, _) in BODIES.items():
-        slowest[name] = await standstill(lambda: send(world, path, body), most=LAG)  # noqa: B023
+        slowest[name] = await standstill(partial(send, world, path, body), most=LAG)
     assert {name: gap for name, gap in slowest.items() if gap >= LAG} == {}
     assert (await (await neighbour).json())["choices"][0]["message"]["content"] == expected
     before = memory()
@@ -313,6 +317,19 @@ async def test_a_stream_of_the_client_library_that_is_closed_ends_its_request(wo
     assert (await world.metrics())[
         'specgen:http_requests_total{model_name="tiny",route="/v1/chat/completions",status="499"}'
     ] == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_waits_no_longer_ends_its_request(world: World, stream: bool) -> None:
+    """OpenAI's own timeout: of the whole answer, or between two events."""
+    asked = {name: value for name, value in LONG.items() if name != "plugin_processors"}
+    waits: Any = world.client(timeout=0.3).chat.completions.create(
+        **asked, extra_body={"plugin_processors": {"slow": {"seconds": 0.5 if stream else 0.02}}}, stream=stream
+    )
+    with pytest.raises(openai.APITimeoutError):
+        await waits
+    await until(lambda: not world.engine.load.running)
+    await world.idle()
 
 
 async def test_a_client_that_leaves_while_its_prompt_is_prepared(shared_engine: Any) -> None:
@@ -725,6 +742,25 @@ def test_every_route_needs_a_key_without_assertions_too() -> None:
     command = [sys.executable, "-O", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert json.loads(done.stdout or "{}") == DOORS, done.stderr
+
+
+@pytest.mark.parametrize("key", ["first", "second", "third", "", "firs", "f" * 5000])
+async def test_the_time_that_a_key_takes_tells_nothing(
+    shared_engine: Any, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is compared with all that there are, in constant time, as digests of one length."""
+    seen: list[tuple[int, int]] = []
+
+    def compared(known: bytes, given: bytes) -> bool:
+        seen.append((len(known), len(given)))
+        return hmac.compare_digest(known, given)
+
+    monkeypatch.setattr("specgen.server.auth.hmac", SimpleNamespace(compare_digest=compared))
+    async with serving(shared_engine, api_keys=("first", "second", "third")) as world:
+        headers = {"Authorization": f"Bearer {key}"}
+        async with world.http.get(f"{world.url}/version", headers=headers) as answer:
+            assert answer.status == (200 if key in ("first", "second", "third") else 401)
+    assert seen == [(32, 32)] * 3
 
 
 @pytest.mark.parametrize("keys", [(), ("one",)])

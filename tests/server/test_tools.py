@@ -1,0 +1,69 @@
+"""Calls in what a model says: whatever it says, however it comes in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specgen.server.tools import CallParser
+
+PIECES = (
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_",
+    "call>",
+    "</",
+    "<",
+    '{"name": "f", "arguments": {}}',
+    '{"name": "f"',
+    "}",
+    " ",
+    "\n",
+    "é",
+    "well",
+)
+Parsed = tuple[str, list[tuple[str, str]]]
+
+
+def parsed(pieces: Sequence[str]) -> Parsed:
+    """What is said and what is called."""
+    parser, said, calls = CallParser(), "", []
+    for place, piece in enumerate(pieces):
+        text, found = parser.parts(piece, last=place == len(pieces) - 1)
+        said += text
+        calls += [(call.function.name, call.function.arguments or "") for call in found]
+    return said, calls
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=14))
+def test_how_a_text_is_cut_changes_nothing(pieces: list[str]) -> None:
+    whole = "".join(pieces)
+    assert parsed(pieces) == parsed([whole]) == parsed(list(whole))
+    said, calls = parsed([whole])
+    assert calls or said == whole
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        "__import__('os').mkdir('trace')",
+        '{"name": "f", "arguments": __import__("os").mkdir("trace")}',
+        '{"name": "f", "arguments": "{}"}',
+        '{"name": 1}',
+        "[" * 100_000,
+        '{"name": "f", "arguments": {"a": ' + "9" * 10_000 + "}}",
+        '{"name": "f", "arguments": {"a": NaN}}',
+        '{"name": "f", "arguments": {"a": "\\ud800"}}',
+        "",
+    ],
+)
+def test_what_is_no_call_is_text_and_never_run(inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = f"<tool_call>{inside}</tool_call>"
+    assert parsed([text]) == (text, [])
+    assert not list(tmp_path.iterdir())
