@@ -25,7 +25,7 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_obfuscation: bool = False
 
 
-class TextPart(msgspec.Struct):
+class TextPart(msgspec.Struct, gc=False):
     """A part of a message; `type` is "text"."""
 
     type: str
@@ -55,14 +55,14 @@ class Tool(msgspec.Struct):
     type: Literal["function"] = "function"
 
 
-class CalledFunction(msgspec.Struct):
+class CalledFunction(msgspec.Struct, gc=False):
     """A call that the model made; `arguments` is JSON."""
 
     name: str
-    arguments: str
+    arguments: Annotated[str, Meta(max_length=128 << 10)]
 
 
-class ToolCall(msgspec.Struct):
+class ToolCall(msgspec.Struct, gc=False):
     """A call in an earlier message."""
 
     id: str
@@ -70,7 +70,7 @@ class ToolCall(msgspec.Struct):
     type: Literal["function"] = "function"
 
 
-class Message(msgspec.Struct, omit_defaults=True):
+class Message(msgspec.Struct, omit_defaults=True, gc=False):
     """One message of a conversation. What else a client's message object holds is passed over."""
 
     role: Annotated[str, Meta(min_length=1, max_length=64)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 from aiohttp import web
@@ -55,6 +55,14 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 }
 """Fields of others that are not served: taken with the values that ask for nothing, refused by name with others."""
 
+_LONG = frozenset(
+    {"messages", "prompt", "input", "instructions", "tokens", "prediction", "allowed_token_ids", "banned_token_ids"}
+)
+"""Fields of a known form, which may fill a body; in others a value may hold anything, and a million empty lists take
+seconds to build."""
+
+_LONGEST_BYTES = 128 << 10
+
 
 async def read(request: web.Request, kind: type[StructT]) -> StructT:
     """The body of a request. Raises ApiError naming the field, the value's fault and what is expected."""
@@ -63,32 +71,31 @@ async def read(request: web.Request, kind: type[StructT]) -> StructT:
         raise ApiError(415, f"the content type is {request.content_type!r}; it must be 'application/json'")
     body = await request.read()
     try:
-        found = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise invalid(f"the body is not JSON: {_reason(error)}", code="invalid_json") from None
-    if not isinstance(found, dict):
-        raise invalid(f"the body is {type(found).__name__}; it must be an object", code="invalid_json")
-    return convert(_without_neutral(found, kind), kind)
-
-
-def convert(found: Mapping[str, Any], kind: type[StructT]) -> StructT:
-    """Fields as a struct. Raises ApiError naming the field."""
-    try:
-        return msgspec.convert(found, kind)
-    except (msgspec.ValidationError, RecursionError) as error:
-        expected, _, place = _reason(error).partition(" - at `$")
+        # Nothing is built of a value before it is known what it has to be.
+        found = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        kept = {name: value for name, value in found.items() if _is_kept(name, value, kind)}
+        return msgspec.json.decode(msgspec.json.encode(kept), type=kind)
+    except msgspec.ValidationError as error:
+        expected, _, place = str(error).partition(" - at `$")
         param = place.removesuffix("`").lstrip(".") or None
         raise invalid(f"{param}: {expected}" if param else expected, param) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise invalid(f"the body is not JSON: {_reason(error)}", code="invalid_json") from None
 
 
-def _without_neutral(found: Mapping[str, Any], kind: type[msgspec.Struct]) -> dict[str, Any]:
-    kept = {}
-    for name, value in found.items():
-        if name in kind.__struct_fields__ or (name not in WITHOUT_EFFECT and name not in NEUTRAL):
-            kept[name] = value
-        elif name in NEUTRAL and not any(_alike(value, choice) for choice in NEUTRAL[name]):
-            raise invalid(f"{name} is not supported; leave it out", name, "unsupported_parameter")
-    return kept
+def _is_kept(name: str, value: msgspec.Raw, kind: type[msgspec.Struct]) -> bool:
+    """Whether a field counts. Raises ApiError for one that is too long, or asks for what there is not."""
+    if name in WITHOUT_EFFECT and name not in kind.__struct_fields__:
+        return False
+    size = len(memoryview(value))
+    if size > _LONGEST_BYTES and name not in _LONG:
+        raise invalid(f"{name[:256]} has {size} bytes; at most {_LONGEST_BYTES}", name[:256])
+    if name in kind.__struct_fields__ or name not in NEUTRAL:
+        return True
+    asked = msgspec.json.decode(value)
+    if not any(_alike(asked, choice) for choice in NEUTRAL[name]):
+        raise invalid(f"{name} is not supported; leave it out", name, "unsupported_parameter")
+    return False
 
 
 def _alike(value: object, choice: object) -> bool:

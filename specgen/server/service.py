@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from aiohttp import web
 
@@ -17,6 +19,10 @@ from specgen.server.health import Health
 from specgen.server.metrics import Metrics
 from specgen.server.runner import Runner
 from specgen.server.texts import Texts
+
+T = TypeVar("T")
+
+_SMALL_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,11 @@ class Service:
         if name is not None and name not in (known := self.models()):
             message = f"the model {name[:256]!r} does not exist; choices: {', '.join(known)}"
             raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def aside(self, request: web.Request, function: Callable[[], T]) -> T:
+        """What `function` makes of a request that was read: on a thread where it is large, so that nobody waits."""
+        small = len(await request.read()) <= _SMALL_BYTES
+        return function() if small else await self.runner.in_thread(function)
 
     def models(self) -> list[str]:
         """The names that requests may use: the model's and its adapters'."""

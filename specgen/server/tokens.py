@@ -20,9 +20,7 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
     asked = await read(request, TokenizeRequest)
     service.check_model(asked.model)
     _check_tokenizer(service)
-    ids = await service.runner.in_thread(lambda: _ids(service, asked))
-    strings = service.engine.tokenizer.convert_ids_to_tokens(ids) if asked.return_token_strs else None
-    return json_response(TokenizeAnswer(len(ids), service.engine.context_length, ids, strings))
+    return json_response(await service.runner.in_thread(lambda: _answer(service, asked)))
 
 
 async def detokenize(request: web.Request) -> web.StreamResponse:
@@ -31,9 +29,19 @@ async def detokenize(request: web.Request) -> web.StreamResponse:
     asked = await read(request, DetokenizeRequest)
     service.check_model(asked.model)
     _check_tokenizer(service)
+    return json_response(await service.runner.in_thread(lambda: DetokenizeAnswer(_text(service, asked))))
+
+
+def _answer(service: Service, asked: TokenizeRequest) -> TokenizeAnswer:
+    ids = _ids(service, asked)
+    strings = service.engine.tokenizer.convert_ids_to_tokens(ids) if asked.return_token_strs else None
+    return TokenizeAnswer(len(ids), service.engine.context_length, ids, strings)
+
+
+def _text(service: Service, asked: DetokenizeRequest) -> str:
     check_ids(asked.tokens, service.engine.target.vocab_size, "tokens")
-    text = await service.runner.in_thread(lambda: service.engine.tokenizer.decode(asked.tokens))
-    return json_response(DetokenizeAnswer(text))
+    text: str = service.engine.tokenizer.decode(asked.tokens)
+    return text
 
 
 def _ids(service: Service, asked: TokenizeRequest) -> list[int]:
