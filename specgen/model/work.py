@@ -36,6 +36,11 @@ class Cut:
     partials: int
     by_path: bool = False
 
+    def most_items(self, rows: int) -> int:
+        """Of a forward over so many rows: a row is in one item or shares it, a tile of paths has one more for what they
+        share, and cutting along the keys makes no more than `programs`."""
+        return (1 + self.by_path) * rows + self.programs
+
 
 @dataclass(frozen=True, slots=True)
 class Cuttings:
@@ -122,6 +127,7 @@ class _Cutter:
         self._how = how
         self._rows = rows
         self._whole: list[_Tile] = []
+        self._shared: list[_Tile] = []
         self._pieces: list[_Tile] = []
         self._partials = 0
 
@@ -167,7 +173,7 @@ class _Cutter:
         together = alone > span and self._leave(sum(stops) - span * len(rows))
         tile = _Tile(first_row + rows.start, len(rows), low, common, places.pages(segment), span, alone)
         if together:
-            self._pieces += _pieces(tile, alone - span)
+            self._shared.append(tile)
         for row, length, stop in zip(rows, lengths, stops, strict=True):
             self._see(first_row + row, int(sight.first[row]), length, 0)
             own = replace(tile, row=first_row + row, rows=1, high=length, stop=stop)
@@ -182,8 +188,9 @@ class _Cutter:
 
     def finish(self, idle: range) -> Cuttings:
         """All items. `idle`: where tiles of rows begin that belong to nobody."""
-        room = self._how.programs // max(1, len(self._whole))
-        items = [_item(tile, whole=False) for tile in self._pieces]
+        room = self._how.programs // max(1, len(self._whole) + len(self._shared))
+        pieces = [piece for tile in self._shared for piece in _pieces(tile, max(1, room))] + self._pieces
+        items = [_item(piece, whole=False) for piece in pieces]
         for tile in self._whole:
             spans = tile.stop - tile.span
             if room > 1 and spans > 1 and self._leave(spans * tile.rows):

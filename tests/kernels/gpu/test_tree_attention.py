@@ -51,6 +51,7 @@ class GpuWorld(World):
         places = Places()
         how = replace(self.cut, tile_rows=TILE.lanes // (self.heads // self.shape.kv_heads))
         found = cut(segments, reach, how, places, rows)
+        assert len(found.items) <= how.most_items(rows)
         self.cuttings.append(found)
         numbers = torch.tensor([*places.numbers, 0], dtype=torch.int32)
         items, table = (torch.from_numpy(side) for side in (found.items, found.rows))
