@@ -233,6 +233,7 @@ class Engine:
             invariant=invariant,
             cpu_kernels=self.config.cpu_kernels,
             gpu_kernels=self.config.gpu_kernels,
+            gpu_graphs=self.config.gpu_graphs,
         )
 
     def _invariant(self) -> bool | None:

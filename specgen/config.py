@@ -55,6 +55,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cache folder. A forward that cannot be compiled runs as it is, with a line in the log.
     cpu_kernels: False computes in plain torch what specgen's kernels for CPUs do.
     gpu_kernels: likewise for GPUs; None takes them where there is one and triton, True refuses to run without.
+    gpu_graphs: False launches every kernel of a step through them by itself; by default a GPU replays steps as graphs.
     max_running: sequences in one forward. max_prompt_rows: prompt tokens in one forward.
     adapters: where LoRA adapters may lie and how many bytes they may take; see `AdapterOptions`.
 
@@ -80,6 +81,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     compile: bool | Literal["background"] = False
     cpu_kernels: bool = True
     gpu_kernels: bool | None = None
+    gpu_graphs: bool = True
     max_running: int = 16
     max_prompt_rows: int = 512
     adapters: AdapterOptions = AdapterOptions()
@@ -119,8 +121,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if self.compile == "background" and self.invariant:
             message = "compile is 'background' and invariant is True: bits would change when the compiled forward comes"
             raise InvalidRequest(f"{message}; take compile=True", param="compile")
-        if not isinstance(self.cpu_kernels, bool):
-            raise InvalidRequest(f"cpu_kernels is {self.cpu_kernels!r}; choices: True, False", param="cpu_kernels")
+        for name in ("cpu_kernels", "gpu_graphs"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise InvalidRequest(f"{name} is {value!r}; choices: True, False", param=name)
         if not isinstance(self.gpu_kernels, bool | None):
             message = f"gpu_kernels is {self.gpu_kernels!r}; choices: True, False, None"
             raise InvalidRequest(message, param="gpu_kernels")

@@ -15,10 +15,12 @@ from specgen import Engine
 from specgen.errors import InvalidRequest, UnsupportedModel
 from specgen.kernels import gpu_kernels
 from specgen.kv.formats import FORMATS
+from specgen.model.target import Target
 from specgen.types import Speculation
 from tests.engines import watched
 from tests.lora import save_adapter
 from tests.models.tiny import VOCABULARY, build
+from tests.tape import Tapes, at
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GREEDY: dict[str, Any] = {"temperature": 0}
@@ -44,6 +46,15 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 def imitated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter passes for a GPU, so that all kernels are used that a GPU would use."""
     monkeypatch.setattr(gpu_kernels, "available", lambda device, dtype: gpu_kernels.why_not(device, dtype) is None)
+
+
+@pytest.fixture
+def taped(monkeypatch: pytest.MonkeyPatch) -> Tapes:
+    """Forwards are captured, whatever the device, in few sizes, so that short texts come back to them."""
+    tapes = Tapes()
+    monkeypatch.setattr("specgen.model.executor.SIZES", (4, 16, 64))
+    monkeypatch.setattr("specgen.model.executor.capture_on", lambda device: tapes)
+    return tapes
 
 
 def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
@@ -81,8 +92,9 @@ def texts(engine: Engine, count: int, tokens: int, **way: Any) -> list[tuple[int
     return [tuple(result.ids) for result in results]
 
 
-def check(family: str, kind: str, *, count: int = 3, tokens: int = 10) -> None:
-    """Plain torch, one after another and without drafts, is the truth for the kernels, drafted and in a batch."""
+def check(family: str, kind: str, *, count: int = 3, tokens: int = 10) -> Target:
+    """Plain torch, one after another and without drafts, is the truth for the kernels, drafted and in a batch. Returns
+    the target that ran through them."""
     with engine(family, kind, gpu=False) as plain:
         truth = {}
         for name, way in (("greedy", GREEDY), ("seeded", SEEDED)):
@@ -96,6 +108,19 @@ def check(family: str, kind: str, *, count: int = 3, tokens: int = 10) -> None:
         assert texts(fast, count, tokens, speculation=ON, **GREEDY) == truth["greedy"]
         assert fast.counters.drafted, "nothing was drafted, so nothing is proven"
         assert texts(fast, count, tokens, speculation=ON, **SEEDED) == truth["seeded"]
+        return fast.target
+
+
+def check_replayed(tapes: Tapes, target: Target) -> None:
+    """Steps were replayed, and graphs look at nothing but the weights, the pool and the buffer."""
+    assert target._gpu is not None
+    assert target._gpu._buffer is not None
+    centres = [store.kept.centre for store in target.pool.layers if store.kept and store.kept.centre is not None]
+    lasting = [*target.model.parameters(), *target.model.buffers(), *target.pool.stacks, *centres, target._gpu._buffer]
+    assert tapes.replays > len(tapes.kept) > 0
+    for tape in tapes.kept:
+        assert tape.launches
+        assert not tape.outside.keys() - {at(tensor) for tensor in lasting}
 
 
 @pytest.mark.usefixtures("imitated")
@@ -108,30 +133,81 @@ def test_the_kernels_say_what_plain_torch_says(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.usefixtures("imitated")
 def test_a_step_launches_and_copies_no_more_than_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """See `GpuForward`: the bounds of a step of greedy decoding, whatever the number of sequences."""
-    from specgen.model import gpu
-
-    copies: Counter[str] = Counter()
-    for module, name in ((gpu, "_copied"), (specgen.engine, "on_host")):
-        there = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, name=name, there=there: copies.update([name]) or there(*args))
+    copies = copied(monkeypatch)
     with engine("llama", "native", gpu=True) as fast:
         core, layers = fast._core, len(fast.target.architecture.shapes)
-        for prompt in prompts(3):
-            params = fast._base.of({"max_tokens": 4, "temperature": 0, "speculation": "off", "ignore_eos": True})
-            core.add(*fast._builder.build(prompt, params, copies=False))
+        begin_three(fast)
         core.step()
         counts = launched(monkeypatch)
         copies.clear()
         outputs = core.step()
     assert len(outputs) == 3
-    assert copies == {"_copied": 1, "on_host": 1}
+    assert copies == {"sent": 1, "on_host": 1}
     assert counts == {"_attend": layers, "_write": layers, "_take_parts": 1, "_take_all": 1}
+
+
+@pytest.mark.usefixtures("imitated")
+def test_a_captured_step_is_one_copy_one_replay_and_one_copy_back(
+    taped: Tapes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """See `Executor`. A size of one row was met, captured and replayed while the engine measured what rows cost."""
+    copies = copied(monkeypatch)
+    with engine("llama", "native", gpu=True) as fast:
+        begin_three(fast)
+        (tape,) = taped.kept
+        before = tape.replays
+        fast._core.step()
+        assert tape.replays == before, "the prompts are of another size"
+        counts = launched(monkeypatch)
+        copies.clear()
+        outputs = fast._core.step()
+    assert len(outputs) == 3
+    assert taped.kept == [tape]
+    assert tape.replays == before + 1
+    assert copies == {"sent": 1, "on_host": 1}
+    assert counts == {"_take_parts": 1, "_take_all": 1}
+
+
+def copied(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts copies to the device and back from now on."""
+    from specgen.model import gpu
+
+    copies: Counter[str] = Counter()
+    for module, name in ((gpu, "sent"), (specgen.engine, "on_host")):
+        there = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, name=name, there=there: copies.update([name]) or there(*args))
+    return copies
+
+
+def begin_three(fast: Engine) -> None:
+    """Three greedy requests that nobody drafts for."""
+    for prompt in prompts(3):
+        params = fast._base.of({"max_tokens": 6, "temperature": 0, "speculation": "off", "ignore_eos": True})
+        fast._core.add(*fast._builder.build(prompt, params, copies=False))
+
+
+@pytest.mark.usefixtures("imitated")
+def test_replays_say_what_plain_torch_says(taped: Tapes) -> None:
+    """Drafted, in a batch, greedy and seeded."""
+    check_replayed(taped, check("llama", "native", count=2, tokens=6))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 def test_every_kv_format(kind: str) -> None:
     check("llama", kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_kv_format_replayed(kind: str, taped: Tapes) -> None:
+    check_replayed(taped, check("llama", kind, count=2, tokens=6))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen3", "gemma3n_text"])
+def test_every_way_to_attend_replayed(family: str, taped: Tapes) -> None:
+    check_replayed(taped, check(family, "native", count=2, tokens=6))
 
 
 @pytest.mark.slow
@@ -142,8 +218,9 @@ def test_every_way_to_attend(family: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("imitated")
+@pytest.mark.usefixtures("imitated", "taped")
 def test_rows_of_several_adapters_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those steps are not captured, those of base rows alone are."""
     model = build("llama")
     folders = [save_adapter(model, tmp_path / name, seed=n, r=2 + 3 * n) for n, name in enumerate(("a", "b"))]
     said: dict[bool, list[tuple[int, ...]]] = {}
@@ -173,3 +250,21 @@ def test_what_they_cannot_do_is_refused_by_name() -> None:
         Engine(build("llama").to(DEVICE, torch.float64), kv_tokens=64, gpu_kernels=True)
     with pytest.raises(InvalidRequest, match="gpu_kernels is 'yes'; choices: True, False, None"):
         Engine(build("llama"), gpu_kernels="yes")
+    with pytest.raises(InvalidRequest, match="gpu_graphs is None; choices: True, False"):
+        Engine(build("llama"), gpu_graphs=None)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "why"),
+    [
+        ("llama", {"gpu_graphs": False}, "gpu_graphs is False"),
+        ("llama", {"gpu_kernels": False}, "no GPU kernels carry the forward"),
+        ("gpt_oss", {}, "model.layers.0.mlp asks the device which experts have rows"),
+    ],
+)
+def test_forwards_that_are_not_captured_are_so_by_name(
+    family: str, options: dict[str, Any], why: str, taped: Tapes
+) -> None:
+    target = Target(build(family).to(DEVICE), kv_tokens=64, **{"gpu_kernels": True, **options})
+    assert target.why_no_graphs() == why
+    assert target._gpu is None or target._gpu._pool is None

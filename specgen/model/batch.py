@@ -107,8 +107,11 @@ class Batch:
     @cached_property
     def offsets(self) -> Tensor:
         """int64[rows]: each row's position less its row number."""
-        positions = [p for s in self.segments for p in s.new_positions]
-        return (torch.tensor(positions) - torch.arange(self.rows)).to(self.pool.device)
+        if self.gpu is not None:
+            positions = self.gpu.positions[0]
+            return positions - torch.arange(len(positions), device=positions.device)
+        told = torch.tensor([p for s in self.segments for p in s.new_positions])
+        return (told - torch.arange(self.rows)).to(self.pool.device)
 
 
 class PlannedBatch:

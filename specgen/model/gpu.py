@@ -8,28 +8,27 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from specgen.errors import UnsupportedModel
 from specgen.kernels.gpu.kv_write import kv_write
+from specgen.kernels.gpu.spans import starts
 from specgen.kernels.gpu.tree_attention import Tile, Work, tile, tree_attention
 from specgen.kernels.layout import Kept
 from specgen.kv.formats import LayerStore
 from specgen.kv.pool import KVPool
 from specgen.kv.segment import Segment
 from specgen.model.batch import Reach
+from specgen.model.packed import Array, Packed, filled, sent
 from specgen.model.plan import wanted_rows
-from specgen.model.work import Cut, Cuttings, Places, cut
+from specgen.model.work import Cut, Places, cut
 
 _HOPPER = 9
 _PROGRAMS_PER_PROCESSOR = 2
 _INTERPRETED_PROGRAMS = 16
 _PARTIALS = 4096
-# Tensors begin where Triton may take it that vectors can be loaded: at multiples of 16 bytes.
-_ALIGNED = 4
-
-Array = NDArray[np.int32]
+# The slot of a row that is not kept.
+_NOWHERE = -1
 
 
 class LayerKind(NamedTuple):
@@ -59,8 +58,15 @@ class GpuKernels:
         return cls(device, {})
 
     def forward(self, segments: Sequence[Segment], pool: KVPool) -> GpuForward:
-        """What the layers of one forward need."""
-        return GpuForward(self, segments, pool)
+        """What the layers of one forward need, on the device."""
+        forward = GpuForward(self, segments, pool)
+        forward.send()
+        return forward
+
+    def tiles(self, segments: Sequence[Segment]) -> tuple[Tile, ...]:
+        """Of each kind of layer, in a forward over these segments."""
+        most = max(len(segment.tokens) for segment in segments)
+        return tuple(self.tile(kind, most) for kind in self.kinds)
 
     def tile(self, kind: LayerKind, rows: int) -> Tile:
         """For a forward whose largest segment has `rows` rows. Rows that must not know of one another get one tile in
@@ -90,35 +96,58 @@ class GpuKernels:
 
 
 class GpuForward:
-    """One forward's metadata on the device. ids, positions: int64[1, rows]; wanted: int64[n], rows with logits.
+    """One forward's metadata, on the device once it is sent; `specgen.model.executor` has the bounds of a step.
 
-    Bounds of a step, whatever the number of sequences and rows.
-    To the device: one copy, of all that is told here; one for each sequence whose accepted rows have to move; one if
-    rows are sampled; two for each layer under an adapter.
-    Back: one, `top.on_host`, the only time that the host waits for drafters and for requests that are greedy or warped
-    alone (`Sampler.warp`); one with other processors waits once a token that it draws.
-    Launches besides the model's own: `kv_write` and attention once a layer, the merging of spans once a layer where
-    contexts are cut, two for the likeliest tokens, one for all sampled rows, two for each layer under an adapter.
-    The first forward that meets a kind of layer copies once more for it.
+    size: rows that the forward is filled up to. They belong to nobody: their KV is not kept, they attend to nothing,
+    and logits are computed at `size` rows. What forwards of one size and the same `GpuKernels.tiles` are told then lies
+    alike, and their launches are the same.
     """
 
-    def __init__(self, kernels: GpuKernels, segments: Sequence[Segment], pool: KVPool) -> None:
+    def __init__(
+        self, kernels: GpuKernels, segments: Sequence[Segment], pool: KVPool, *, size: int | None = None
+    ) -> None:
         self._kernels = kernels
         self._segments = segments
         self._pool = pool
-        self._rows = sum(len(segment.tokens) for segment in segments)
-        self._works: dict[LayerKind, tuple[Work, Tile]] = {}
+        self._fixed = size is not None
         tokens = [token for segment in segments for token in segment.tokens]
         positions = [position for segment in segments for position in segment.new_positions]
         slots = np.concatenate([s.table.slots(s.end - len(s.tokens), s.end).numpy() for s in segments])
-        ids, places, self.slots, wanted = self._bring(
+        wanted = wanted_rows(segments)
+        self.rows, self.wanted_rows = len(tokens), len(wanted)
+        self.size = size or self.rows
+        self._works: dict[LayerKind, tuple[Work, Tile]] = {}
+        self._message = self._cut(
             list(kernels.kinds),
-            np.array(tokens, dtype=np.int32),
-            np.array(positions, dtype=np.int32),
-            slots.astype(np.int32),
-            np.array(wanted_rows(segments), dtype=np.int32),
+            filled(tokens, self.size),
+            filled(positions, self.size),
+            filled(slots, self.size, _NOWHERE),
+            filled(wanted, self.size if self._fixed else len(wanted)),
         )
-        self.ids, self.positions, self.wanted = ids.long()[None], places.long()[None], wanted.long()
+
+    @property
+    def length(self) -> int:
+        """Numbers to send."""
+        return len(self._message.packed.numbers)
+
+    def send(self, into: Tensor | None = None) -> None:
+        """Bring all of it to the device in one copy: to the beginning of `into`, int32, or to memory of its own."""
+        self._ids, self._positions, self.slots, self._wanted = self._told(self._message, into)
+
+    @property
+    def ids(self) -> Tensor:
+        """int64[1, size], computed on the device."""
+        return self._ids.long()[None]
+
+    @property
+    def positions(self) -> Tensor:
+        """int64[1, size], computed on the device."""
+        return self._positions.long()[None]
+
+    @property
+    def wanted(self) -> Tensor:
+        """int64: the rows with logits, computed on the device; filled up to `size` where the forward is."""
+        return self._wanted.long()
 
     def write(self, store: LayerStore, key: Tensor, value: Tensor) -> None:
         """Keep the new rows' key and value, [1, kv_heads, rows, dim] each."""
@@ -140,40 +169,51 @@ class GpuForward:
         head_bytes = max(layout.key_dim, layout.value_dim) * query.element_size()
         kind = LayerKind(reach, query.shape[1] // layout.kv_heads, layout.kv_heads, head_bytes)
         if kind not in self._works:
-            self._bring([kind])
+            self._told(self._cut([kind]))
             self._kernels.kinds[kind] = None
         work, chosen = self._works[kind]
         return tree_attention(_rows(query), kept, work, scale=scale, softcap=softcap, sinks=sinks, tile=chosen)[None]
 
-    def _bring(self, kinds: Sequence[LayerKind], *others: Array) -> list[Tensor]:
-        """Work for these kinds, and `others`, in one copy."""
+    def _cut(self, kinds: Sequence[LayerKind], *others: Array) -> _Message:
+        """How attention is cut in layers of these kinds, and `others`. Pages come last, for nobody knows how many."""
         most = max(len(segment.tokens) for segment in self._segments)
-        tiles = [self._kernels.tile(kind, most) for kind in kinds]
         places = Places()
-        cuttings: list[Cuttings] = [
-            cut(self._segments, kind.reach, self._kernels.cut(kind, chosen), places, self._rows)
-            for kind, chosen in zip(kinds, tiles, strict=True)
-        ]
-        tables = [side for found in cuttings for side in (found.items, found.rows)]
+        shares, tables = [], []
+        for kind in kinds:
+            chosen = self._kernels.tile(kind, most)
+            how = self._kernels.cut(kind, chosen)
+            if self._fixed:
+                spans = len(starts(self._pool.capacity)) - 1
+                how = replace(how, partials=min(how.partials, self.size * spans))
+            found = cut(self._segments, kind.reach, how, places, self.size)
+            items = filled(found.items, how.most_items(self.size)) if self._fixed else found.items
+            shares.append(_Share(kind, chosen, how.partials if self._fixed else found.partials))
+            tables += [items, found.rows]
         numbers = np.array([*places.numbers, 0], dtype=np.int32)
-        pages, *rest = _copied([numbers, *tables, *others], self._pool.device)
-        for kind, chosen, found in zip(kinds, tiles, cuttings, strict=True):
-            items, rows, *rest = rest
-            self._works[kind] = Work(items, rows, pages, found.partials, self._pool.page_size), chosen
-        return rest
+        return _Message(shares, Packed([*others, *tables, numbers]))
+
+    def _told(self, message: _Message, into: Tensor | None = None) -> list[Tensor]:
+        """Send a message, and keep what it says of kinds of layers; the others come back."""
+        *views, pages = message.packed.views(sent(message.packed.numbers, self._pool.device, into))
+        others = len(views) - 2 * len(message.shares)
+        for share, items, rows in zip(message.shares, views[others::2], views[others + 1 :: 2], strict=True):
+            self._works[share.kind] = Work(items, rows, pages, share.partials, self._pool.page_size), share.tile
+        return views[:others]
 
 
-def _copied(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
-    """The arrays on the device, views of one tensor."""
-    starts, length = [], 0
-    for array in arrays:
-        starts.append(length)
-        length += -(-array.size // _ALIGNED) * _ALIGNED
-    packed = np.zeros(length, dtype=np.int32)
-    for start, array in zip(starts, arrays, strict=True):
-        packed[start : start + array.size] = array.reshape(-1)
-    there = torch.from_numpy(packed).to(device)
-    return [there[s : s + array.size].view(array.shape) for s, array in zip(starts, arrays, strict=True)]
+class _Share(NamedTuple):
+    """Of a kind of layer: its tile, and room for so many partial sums."""
+
+    kind: LayerKind
+    tile: Tile
+    partials: int
+
+
+class _Message(NamedTuple):
+    """What is sent at once. shares: of whose tables, items and rows each, stand in it, before the pages."""
+
+    shares: list[_Share]
+    packed: Packed
 
 
 def _rows(x: Tensor) -> Tensor:

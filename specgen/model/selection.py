@@ -29,7 +29,7 @@ def selection(target: Target) -> list[Choice]:
     cpu_top = cpu_kernels.available(target.device, target.architecture.dtype)
     likeliest = "Triton kernel" if gpu_top else "CPU kernel" if cpu_top else _PLAIN
     moved = "Triton kernel" if gpu_top else _PLAIN
-    compiled = target.why_not_compiled()
+    compiled, eager = target.why_not_compiled(), target.why_no_graphs()
     return [
         Choice("device", _device(target.device), f"{target.architecture.dtype} weights lie there"),
         Choice("seam", target.seam.value, "the packed forward says there what the model says"),
@@ -38,6 +38,7 @@ def selection(target: Target) -> list[Choice]:
         Choice("likeliest tokens", likeliest, _no_kernel(target) or "one pass over the logits"),
         Choice("moved rows", moved, "a GPU's memory" if gpu_top else "one copy a stack"),
         Choice("rows invariant", "yes" if target.invariant else "no", _why_invariant(target)),
+        Choice("graphs", "no" if eager else "yes", eager or "all steps but large ones and those under an adapter"),
         Choice("compile=True", "no" if compiled else "possible", compiled or "the CPU kernels carry the forward"),
     ]
 

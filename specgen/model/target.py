@@ -31,7 +31,7 @@ from specgen.model.batch import Batch, dense_mask
 from specgen.model.calibration import centre_keys
 from specgen.model.compiled import CompiledForward, compile_forward, in_background
 from specgen.model.invariance_check import CHECK_PAGES, check_invariance
-from specgen.model.invariant import InvariantLayers
+from specgen.model.invariant import InvariantLayers, mixes_experts
 from specgen.model.lora import AdaptedLayers, Kernel, routed_layers, rows_counted
 from specgen.model.packed_linear import pack_linears
 from specgen.model.plan import wanted_rows
@@ -41,7 +41,8 @@ from specgen.model.seam_check import choose_seam
 from specgen.model.watched import WatchedLayers
 
 if TYPE_CHECKING:
-    from specgen.model.gpu import GpuKernels
+    from specgen.model.executor import Executor
+    from specgen.model.gpu import GpuForward
 
 log = Log("specgen.model")
 
@@ -68,6 +69,7 @@ class Target:
         step of the code, below float64.
     cpu_kernels: use them where they can be built; `False` is plain torch.
     gpu_kernels: `None` uses them on a GPU where triton is installed; `True` demands them, also of Triton's interpreter.
+    gpu_graphs: capture forwards through them as graphs, where that can be; see `why_no_graphs`.
     Raises UnsupportedModel, naming the layer and what to do instead, and InvalidRequest for sizes below 1.
     """
 
@@ -82,6 +84,7 @@ class Target:
         invariant: bool | None = None,
         cpu_kernels: bool = True,
         gpu_kernels: bool | None = None,
+        gpu_graphs: bool = True,
     ) -> None:
         for name, size in (("kv_tokens", kv_tokens), ("max_context", max_context)):
             if size is not None and size < 1:
@@ -96,7 +99,8 @@ class Target:
         self.rows = 0
         self._kernel: Kernel | None = None
         self._packs = cpu_kernels
-        self._gpu = self._gpu_kernels(gpu_kernels)
+        self._gpu = self._gpu_executor(gpu_kernels)
+        self._gpu_graphs = gpu_graphs
         if self._gpu is not None:
             self._kernel = "gpu"
         elif cpu_kernels and available(self.device, self.architecture.dtype):
@@ -123,6 +127,8 @@ class Target:
         self.context_length = min(context, self.pool.capacity)
         if kv_format.centred:
             centre_keys(self.pool, model, calibration, self.architecture)
+        if self._gpu and self.why_no_graphs() is None:
+            self._gpu.capture_over(self.pool)
         self.forwards = self.rows = 0
 
     def watch(self, layers: Sequence[int]) -> None:
@@ -147,27 +153,31 @@ class Target:
         self.rows += len(tokens)
         if self._compiled is not None:
             return self._compiled(segments, tokens, positions)
-        logits = self._forward(segments, tokens, positions)
-        return Scores(logits.float() if logits.dtype == torch.float64 else logits, self._watched.take())
+        return self._forward(segments, tokens, positions)
 
-    def _forward(self, segments: Sequence[Segment], tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+    def _forward(self, segments: Sequence[Segment], tokens: Sequence[int], positions: Sequence[int]) -> Scores:
         """The model's own code, layer by layer."""
+        if self._gpu and self.why_no_gpu(self.pool.kind) is None:
+
+            def run(forward: GpuForward) -> Scores:
+                batch = Batch(segments, self.pool, gpu=forward)
+                return self._run(batch, forward.ids, forward.positions, forward.wanted)
+
+            return self._gpu(segments, self.pool, run)
         direct = self.seam is Seam.DIRECT
         kernel = self._kernel == "cpu" and direct and self.pool.kind.lossless
-        forward = None
-        if self._gpu and self.why_no_gpu(self.pool.kind) is None:
-            forward = self._gpu.forward(segments, self.pool)
-            ids, position_ids, wanted = forward.ids, forward.positions, forward.wanted
-        else:
-            wanted = torch.tensor(wanted_rows(segments), dtype=torch.int64)
-            ids, position_ids = torch.tensor([[tokens], [positions]], device=self.device)
-        batch = Batch(segments, self.pool, gathered=not direct, kernel=kernel, gpu=forward)
-        adapted = any(segment.adapter for segment in segments)
+        wanted = torch.tensor(wanted_rows(segments), dtype=torch.int64)
+        ids, position_ids = torch.tensor([[tokens], [positions]], device=self.device)
+        return self._run(Batch(segments, self.pool, gathered=not direct, kernel=kernel), ids, position_ids, wanted)
+
+    def _run(self, batch: Batch, ids: Tensor, position_ids: Tensor, wanted: Tensor) -> Scores:
+        """ids, position_ids: [1, rows]. wanted: int64, the rows whose logits are."""
+        adapted = any(segment.adapter for segment in batch.segments)
         dense = self.seam is Seam.DENSE
         with (
             nullcontext() if dense else self._attention.over(batch),
             self._layers.active() if self._layers else nullcontext(),
-            self.adapted.over(segments) if adapted else nullcontext(),
+            self.adapted.over(batch.segments) if adapted else nullcontext(),
         ):
             logits: Tensor = self.model(
                 input_ids=ids,
@@ -177,7 +187,8 @@ class Target:
                 use_cache=True,
                 **({"logits_to_keep": wanted} if self._keeps_logits else {}),
             ).logits[0]
-        return logits if self._keeps_logits else logits[wanted]
+        logits = logits if self._keeps_logits else logits[wanted]
+        return Scores(logits.float() if logits.dtype == torch.float64 else logits, self._watched.take())
 
     @cached_property
     def adapted(self) -> AdaptedLayers:
@@ -319,15 +330,16 @@ class Target:
         self._kernel = None
         return choose_seam(self)
 
-    def _gpu_kernels(self, asked: bool | None) -> GpuKernels | None:
+    def _gpu_executor(self, asked: bool | None) -> Executor | None:
         """The GPU kernels if they can run here. Raises UnsupportedModel where they are asked for and cannot."""
         if asked is False or not (asked or gpu.available(self.device, self.architecture.dtype)):
             return None
         if reason := gpu.why_not(self.device, self.architecture.dtype):
             raise UnsupportedModel(f"gpu_kernels=True cannot be kept: {reason}")
+        from specgen.model.executor import Executor
         from specgen.model.gpu import GpuKernels
 
-        return GpuKernels.on(self.device)
+        return Executor(GpuKernels.on(self.device))
 
     def why_no_gpu(self, kv_format: KVFormat) -> str | None:
         """Why the GPU kernels are not used, where they could run; `None` if they are."""
@@ -339,6 +351,19 @@ class Target:
             return f"kv_format is {kv_format.name!r}, which the kernels do not know"
         return None
 
+    def why_no_graphs(self) -> str | None:
+        """Why forwards are not captured as graphs; `None` if they are, but those of `Executor` that are not."""
+        if not self._gpu_graphs:
+            return "gpu_graphs is False"
+        if self._gpu is None:
+            return "no GPU kernels carry the forward"
+        if reason := self.why_no_gpu(self.pool.kind):
+            return reason
+        blocks = (name for name, module in self.model.named_modules() if mixes_experts(module))
+        if block := next(blocks, None):
+            return f"{block} asks the device which experts have rows"
+        return self._gpu.why_not
+
     def _make_invariant(self, kv_format: KVFormat, asked: bool | None) -> None:
         """Compute rows that do not depend on their neighbours, if that is asked for, needed, or costs little."""
         rounds = not kv_format.lossless and self.architecture.dtype != torch.float64
@@ -348,7 +373,7 @@ class Target:
             self._layers = InvariantLayers(self.model)
             self._attention.invariant = True
             if self._gpu:
-                self._gpu.by_path = True
+                self._gpu.kernels.by_path = True
             self._check_invariance(kv_format, asked=asked is True)
             self.invariant = True
         except UnsupportedModel:
@@ -356,7 +381,7 @@ class Target:
                 raise
             self._layers, self._attention.invariant = None, False
             if self._gpu:
-                self._gpu.by_path = False
+                self._gpu.kernels.by_path = False
 
     def _check_invariance(self, kv_format: KVFormat, *, asked: bool) -> None:
         """With KV as it is, where a difference cannot hide behind rounding, and as it will be kept."""

@@ -35,6 +35,10 @@ def test_attention_is_named_with_its_reason(family: str, options: dict[str, Any]
     assert choices["attention"].chosen == attention
     assert why in choices["attention"].why
     assert choices["device"].chosen == "cpu"
+    assert choices["graphs"].chosen == "no"
+    assert choices["graphs"].why == (
+        "the device is 'cpu', which has none" if attention == "Triton kernel" else "no GPU kernels carry the forward"
+    )
     assert (choices["compile=True"].chosen == "possible") == (attention == "CPU kernel")
 
 
@@ -46,7 +50,7 @@ def test_the_command_prints_a_line_for_each_part(tmp_path: Any) -> None:
     build("llama").save_pretrained(tmp_path)
     done = CliRunner().invoke(app, ["doctor", "-m", str(tmp_path), "--kv-format", "int4"])
     assert done.exit_code == 0, done.output
-    for part in ("torch ", "triton ", "device ", "attention ", "KV ", "rows invariant ", "compile=True "):
+    for part in ("torch ", "triton ", "device ", "attention ", "KV ", "rows invariant ", "graphs ", "compile=True "):
         assert f"\n{part}" in done.output
     assert "int4" in done.output
     refused = CliRunner().invoke(app, ["doctor", "-m", str(tmp_path), "--kv-format", "int5"])
