@@ -15,7 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -226,12 +226,12 @@ class LayerStore:
         """Whether `read` answers rotated heads: then turn the query before attention and the output after it."""
         return self.kind.rotated
 
-    @property
-    def kept(self) -> Kept | None:
-        """The planes as kernels know them; `None` where a coder is none of theirs."""
+    @cached_property
+    def kept(self) -> Kept:
+        """The planes as kernels know them. Raises UnsupportedModel where a coder is none of theirs."""
         kind, (keys, values) = self.kind, (self.planes[: self._keys], self.planes[self._keys :])
         if kind.key.coding is None or kind.value.coding is None:
-            return None
+            raise UnsupportedModel(f"kv_format {kind.name!r} is none that the GPU kernels read")
         dims = self._shape.key_dim, self._shape.value_dim
         layout = Layout(self._shape.kv_heads, *dims, kind.key.coding, kind.value.coding, kind.rotated)
         key_sizes, value_sizes = (planes[1] if len(planes) > 1 else None for planes in (keys, values))

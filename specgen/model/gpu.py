@@ -10,11 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specgen.errors import UnsupportedModel
 from specgen.kernels.gpu.kv_write import kv_write
 from specgen.kernels.gpu.spans import starts
 from specgen.kernels.gpu.tree_attention import Tile, Work, tile, tree_attention
-from specgen.kernels.layout import Kept
 from specgen.kv.formats import LayerStore
 from specgen.kv.pool import KVPool
 from specgen.kv.segment import Segment
@@ -151,7 +149,7 @@ class GpuForward:
 
     def write(self, store: LayerStore, key: Tensor, value: Tensor) -> None:
         """Keep the new rows' key and value, [1, kv_heads, rows, dim] each."""
-        kv_write(_rows(key), _rows(value), _kept(store), self.slots)
+        kv_write(_rows(key), _rows(value), store.kept, self.slots)
 
     def attend(
         self,
@@ -164,15 +162,15 @@ class GpuForward:
         sinks: Tensor | None,
     ) -> Tensor:
         """Query [1, heads, rows, key_dim]; returns [1, rows, heads, value_dim]. The new rows are written already."""
-        kept = _kept(store)
-        layout = kept.layout
+        layout = store.kept.layout
         head_bytes = max(layout.key_dim, layout.value_dim) * query.element_size()
         kind = LayerKind(reach, query.shape[1] // layout.kv_heads, layout.kv_heads, head_bytes)
         if kind not in self._works:
             self._told(self._cut([kind]))
             self._kernels.kinds[kind] = None
         work, chosen = self._works[kind]
-        return tree_attention(_rows(query), kept, work, scale=scale, softcap=softcap, sinks=sinks, tile=chosen)[None]
+        output = tree_attention(_rows(query), store.kept, work, scale=scale, softcap=softcap, sinks=sinks, tile=chosen)
+        return output[None]
 
     def _cut(self, kinds: Sequence[LayerKind], *others: Array) -> _Message:
         """How attention is cut in layers of these kinds, and `others`. Pages come last, for nobody knows how many."""
@@ -220,10 +218,3 @@ def _rows(x: Tensor) -> Tensor:
     """[1, heads, rows, dim] as [rows, heads, dim], the dims side by side."""
     rows = x[0].transpose(0, 1)
     return rows if rows.stride(2) == 1 else rows.contiguous()
-
-
-def _kept(store: LayerStore) -> Kept:
-    kept = store.kept
-    if kept is None:
-        raise UnsupportedModel(f"kv_format {store.kind.name!r} is none that the GPU kernels read")
-    return kept

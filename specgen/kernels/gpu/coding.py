@@ -11,14 +11,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specgen.kernels.layout import Coding
+from specgen.kernels.layout import Coding, Kept
 
 PLAIN, SCALED, AFFINE4 = (tl.constexpr(int(coding)) for coding in Coding)
 _MIDDLE = tl.constexpr(8)
 _E4M3_TO_HALF = tl.constexpr(256.0)
 
 
-def as_bytes(plane: Tensor) -> Tensor:
+def operands(kept: Kept, nothing: Tensor) -> tuple[Tensor, ...]:
+    """What kernels are given of a layer: codes of keys and values, sizes of both, centre. `nothing` stands for what
+    there is not."""
+    sizes = (nothing if there is None else there for there in (kept.key_sizes, kept.value_sizes, kept.centre))
+    return _as_bytes(kept.key), _as_bytes(kept.value), *sizes
+
+
+def _as_bytes(plane: Tensor) -> Tensor:
     """A plane as the kernels take it: e4m3, which not every processor knows, as its bits."""
     return plane.view(torch.uint8) if plane.dtype == torch.float8_e4m3fn else plane
 

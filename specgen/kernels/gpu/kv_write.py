@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specgen.kernels.gpu.coding import AFFINE4, PLAIN, as_bytes, tile_width
+from specgen.kernels.gpu.coding import AFFINE4, PLAIN, operands, tile_width
 from specgen.kernels.gpu.turn import turned
 from specgen.kernels.layout import Coding, Kept
 
@@ -203,15 +203,10 @@ def kv_write(key: Tensor, value: Tensor, kept: Kept, slots: Tensor) -> None:
     """
     layout = kept.layout
     blocks = triton.cdiv(len(key) * layout.kv_heads, _VECTORS)
-    nothing = slots
     _write[(blocks, 2)](
         key,
         value,
-        as_bytes(kept.key),
-        as_bytes(kept.value),
-        nothing if kept.key_sizes is None else kept.key_sizes,
-        nothing if kept.value_sizes is None else kept.value_sizes,
-        nothing if kept.centre is None else kept.centre,
+        *operands(kept, nothing=slots),
         slots,
         len(key),
         key.stride(0),

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specgen.kernels.gpu.coding import AFFINE4, PLAIN, as_bytes, load_codes, load_sizes, tile_width
+from specgen.kernels.gpu.coding import AFFINE4, PLAIN, load_codes, load_sizes, operands, tile_width
 from specgen.kernels.gpu.product import product
 from specgen.kernels.gpu.spans import start_of
 from specgen.kernels.gpu.turn import turned
@@ -81,6 +81,12 @@ class Work:
     places: Tensor
     partials: int
     page_size: int
+
+
+@triton.jit
+def _nothing_seen(LANES: tl.constexpr, BLOCK: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Largest score, sum and weighted values of a softmax over nothing."""
+    return tl.full([LANES], _NOTHING, tl.float32), tl.zeros([LANES], tl.float32), tl.zeros([LANES, BLOCK], tl.float32)
 
 
 @triton.jit
@@ -188,13 +194,9 @@ def _attend(
     if KEY_CODING == AFFINE4:
         asked_sum = tl.sum(asked.to(tl.float32), axis=1)
 
-    best = tl.full([LANES], _NOTHING, tl.float32)
-    total = tl.zeros([LANES], tl.float32)
-    sums = tl.zeros([LANES, VALUE_BLOCK], tl.float32)
+    best, total, sums = _nothing_seen(LANES, VALUE_BLOCK)
     for span in range(first_span, first_span + tl.load(item + 9)):
-        span_best = tl.full([LANES], _NOTHING, tl.float32)
-        span_total = tl.zeros([LANES], tl.float32)
-        span_sums = tl.zeros([LANES, VALUE_BLOCK], tl.float32)
+        span_best, span_total, span_sums = _nothing_seen(LANES, VALUE_BLOCK)
         start, stop = tl.maximum(start_of(span), low // KEYS * KEYS), tl.minimum(start_of(span + 1), high)
         for block in range(start, stop, KEYS):
             key = block + tl.arange(0, KEYS)
@@ -278,9 +280,7 @@ def _merge_spans(
     lane, dims = tl.arange(0, LANES), tl.arange(0, VALUE_BLOCK)
     live, head = lane < GROUP, kv_head * GROUP + lane
     there = live[:, None] & (dims < VALUE_DIM)[None, :]
-    best = tl.full([LANES], _NOTHING, tl.float32)
-    total = tl.zeros([LANES], tl.float32)
-    sums = tl.zeros([LANES, VALUE_BLOCK], tl.float32)
+    best, total, sums = _nothing_seen(LANES, VALUE_BLOCK)
     for span in range(spans):
         place = (partial + span).to(tl.int64) * HEADS + head
         span_best = tl.load(partial_best + place, mask=live, other=_NOTHING)
@@ -322,15 +322,10 @@ def tree_attention(
         "LANES": tile.lanes,
         "VALUE_BLOCK": value_block,
     }
-    nothing = output
-    sinks = nothing if sinks is None else sinks
+    sinks = output if sinks is None else sinks
     _attend[(len(work.items), layout.kv_heads)](
         query,
-        as_bytes(kept.key),
-        as_bytes(kept.value),
-        nothing if kept.key_sizes is None else kept.key_sizes,
-        nothing if kept.value_sizes is None else kept.value_sizes,
-        nothing if kept.centre is None else kept.centre,
+        *operands(kept, nothing=output),
         sinks,
         output,
         best,
