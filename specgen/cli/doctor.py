@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
+from specgen.cli.loading import open_engine
 from specgen.cli.options import Device, Dtype, Model
-from specgen.cli.terminal import note, quiet_libraries, write
+from specgen.cli.terminal import write
 from specgen.cli.version import version
 
 
@@ -21,15 +22,10 @@ def doctor(
 
     A model that is refused says so as in any other command.
     """
-    quiet_libraries()
-    from specgen.api import Engine
-    from specgen.model.demo import demo_model
-    from specgen.model.selection import selection
-
     version()
-    with Engine.from_pretrained(
-        model or demo_model(progress=note), dtype=dtype, device=device, kv_format=kv_format, drafters=[]
-    ) as engine:
+    with open_engine(model, dtype=dtype, device=device, draft_model=None, drafters="", kv_format=kv_format) as engine:
+        from specgen.model.selection import selection
+
         choices = selection(engine.target)
     part, chosen = (
         max(len(text) for text in side) for side in zip(*((c.part, c.chosen) for c in choices), strict=True)

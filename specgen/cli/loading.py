@@ -12,9 +12,15 @@ if TYPE_CHECKING:
 
 
 def open_engine(
-    model: str | None, *, dtype: str, device: str | None, draft_model: str | None, drafters: str | None
+    model: str | None,
+    *,
+    dtype: str,
+    device: str | None,
+    draft_model: str | None,
+    drafters: str | None,
+    **options: Any,
 ) -> Engine:
-    """Load the model and wrap it; the demo model if `model` is None.
+    """Load the model and wrap it; the demo model if `model` is None. options: others of the engine.
 
     Raises InvalidRequest, UnsupportedModel, DrafterMismatch or PluginError.
     """
@@ -22,7 +28,7 @@ def open_engine(
     from specgen.api import Engine
     from specgen.model.demo import demo_model
 
-    chosen: dict[str, Any] = {"draft_model": draft_model}
+    chosen: dict[str, Any] = {"draft_model": draft_model, **options}
     if (names := drafter_list(drafters)) is not None:
         chosen["drafters"] = names
     return Engine.from_pretrained(model or demo_model(progress=note), dtype=dtype, device=device, **chosen)
