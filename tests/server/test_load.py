@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from specgen.cli.app import app
+from specgen.cli.bench import _dealt, _read
 from specgen.load.arrivals import closed_loop, open_loop
 from specgen.load.client import Sample
 from specgen.load.report import percentiles, report
@@ -43,6 +44,19 @@ async def test_it_measures_a_server_in_closed_and_open_loop(world: World, tmp_pa
     assert found['specgen:generation_tokens_total{model_name="tiny"}'] == 9 * 9
     done = await invoke(world, "--rate", 200, *options)
     assert "200/s: 4 requests, 0 errors" in done.stdout
+
+
+def test_no_run_asks_what_another_asked_while_there_are_other_prompts(tmp_path: Path) -> None:
+    """A server that remembers its answers would look faster than it is."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": f"number {n}"}) for n in range(6)))
+    orders = []
+    for seed in (0, 0, 1):
+        runs = _dealt(_read(str(prompts), seed), 2, 3)
+        assert {*runs[0], *runs[1]} == {f"number {n}" for n in range(6)}
+        orders.append(runs)
+    assert orders[0] == orders[1] != orders[2]
+    assert _dealt(["a", "b"], 2, 3) == [["a", "b", "a"], ["b", "a", "b"]]
 
 
 async def test_errors_are_counted_and_told(shared_engine: Any, tmp_path: Path) -> None:
