@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from benchmarks import decode, drafting, harness, invariance, kv, lora, step
+from benchmarks import decode, drafting, harness, invariance, kv, lora, serving, step
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import assembly, foreign, results
 
@@ -317,3 +317,24 @@ def test_a_system_is_meant_by_the_first_words_of_its_name() -> None:
     assert assembly.means("specgen", "specgen eager off")
     assert assembly.means("specgen eager off", "specgen eager off")
     assert not assembly.means("specgen e", "specgen eager off")
+
+
+def test_serving_compares_two_servers_with_one_client(tiny: Path, tmp_path: Path) -> None:
+    """The peer is our own server without drafting."""
+    file = tmp_path / "serving.json"
+    peer = "{python} -m specgen serve {model} --port {port} --dtype {dtype} --speculation off"
+    options = ["--peer", peer, "--clients", "1", "3", "--requests", "4", "--engine", '{"kv_tokens": 4096}']
+    serving.main(["--quick", "--model", str(tiny), "--dtype", "float32", "--json", str(file), *options])
+    bars = _bars(file)
+    assert set(bars) == {"ours_vs_tf_c1", "ours_vs_tf_c3", "errors"}
+    assert bars["errors"] == 0
+    assert bars["ours_vs_tf_c3"] > 0
+    runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
+    assert [(run["system"], run["clients"], run["errors"]) for run in runs] == [
+        (name, clients, 0) for clients in (1, 3) for name in (serving.OURS, serving.PEER)
+    ]
+
+
+def test_no_server_is_asked_the_same_twice() -> None:
+    deck = serving._deck(["a", "b"])
+    assert [next(deck) for _ in range(5)] == ["a", "b", "2. a", "2. b", "3. a"]
