@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.add_argument("--clients", nargs="+", type=int, metavar="N", default=list(_CLIENTS), help="default: 1 8 32")
     options.add_argument("--requests", type=int, metavar="N", default=32, help="of each run; default: 32")
     args = harness.parse(options, argv, full=FULL, quick=QUICK)
+    args.model = args.model or str(demo_model())
     prompts = _texts(args.prompts)
     with ExitStack() as stack:
         places = {name: stack.enter_context(_server(name, command)) for name, command in _commands(args).items()}
@@ -106,7 +107,7 @@ async def _measure(
     deck = _deck(prompts)
     found: dict[tuple[str, int], list[Report]] = defaultdict(list)
     async with ClientSession(connector=TCPConnector(limit=0), timeout=ClientTimeout(total=3600)) as session:
-        clients = {name: await _client(session, url, args.tokens) for name, url in places.items()}
+        clients = {name: await _client(session, url, args) for name, url in places.items()}
         for client in clients.values():
             for _ in range(_WARM_UP):
                 await client.ask(next(deck))
@@ -120,14 +121,14 @@ async def _measure(
     return found
 
 
-async def _client(session: ClientSession, url: str, tokens: int) -> Client:
-    """A client of a server that answers by now."""
+async def _client(session: ClientSession, url: str, args: argparse.Namespace) -> Client:
+    """A client of a server that answers by now. One that lists no models is asked for the path of the model."""
     end = time.monotonic() + _READY_SECONDS
     while True:
         try:
             async with session.get(f"{url}/models") as answer:
-                model = (await answer.json())["data"][0]["id"]
-                return Client(session, url, {"model": model, "max_tokens": tokens, "temperature": 0.0})
+                model = (await answer.json())["data"][0]["id"] if answer.status == 200 else args.model
+                return Client(session, url, {"model": model, "max_tokens": args.tokens, "temperature": 0.0})
         except (ClientError, KeyError, IndexError, ValueError) as error:
             if time.monotonic() > end:
                 raise SystemExit(f"{url} does not answer: {error!r}") from None
@@ -135,8 +136,7 @@ async def _client(session: ClientSession, url: str, tokens: int) -> Client:
 
 
 def _commands(args: argparse.Namespace) -> dict[str, str]:
-    model = args.model or str(demo_model())
-    fields = {"python": sys.executable, "model": model, "dtype": args.dtype}
+    fields = {"python": sys.executable, "model": args.model, "dtype": args.dtype}
     ours = "{python} -m specgen serve {model} --port {port} --dtype {dtype} --config {config}"
     engine = {"compile": not args.quick, **json.loads(args.engine)}
     return {

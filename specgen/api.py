@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from specgen.engine import Counters, EngineCore, Load
 from specgen.errors import UnknownName
 from specgen.kv.stored import CacheOptions
 from specgen.model.calibration import calibration_ids
+from specgen.model.compiled import compile_rows
 from specgen.model.loading import load_model, load_tokenizer
 from specgen.model.target import Target
 from specgen.params import SamplingParams
@@ -207,6 +209,8 @@ class Engine:
             setup = DrafterSetup(
                 self.target.vocab_size, self.tokenizer, options, self._load_draft_model, self.target.model
             )
+            if self.config.compile is True and self.target.why_not_compiled() is None:
+                setup = replace(setup, compile_rows=compile_rows)
             built[name] = offered[name](setup)
         return built
 

@@ -1314,6 +1314,15 @@ def test_new_sequences_know_that_a_drafter_did_not_pay() -> None:
     assert asked(Pace(everyone), gained=4, seconds=0.01, steps=20) == 20
 
 
+def test_a_drafter_that_pays_in_some_sequences_is_tried_in_each() -> None:
+    """Two of three are no place for it; in the third it is asked in nearly every step all the same."""
+    everyone = Pace()
+    for number in range(60):
+        good = number % 3 == 0
+        count = asked(Pace(everyone), gained=3 if good else 0, seconds=0.01, steps=50)
+        assert count >= 45 if good else count <= 8
+
+
 def test_an_answer_that_takes_longer_than_its_tree_could_save_is_one_trial_too_many() -> None:
     assert asked(Pace(), gained=0, seconds=0.7, steps=8) == 1
 

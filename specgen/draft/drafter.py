@@ -11,6 +11,8 @@ from specgen.adapter import Adapter
 from specgen.draft.features import Features, Wanted
 from specgen.types import TokenTree
 
+CompiledRows: TypeAlias = Callable[..., tuple[Any, ...]]
+
 
 @dataclass(frozen=True, slots=True)
 class DraftHints:
@@ -87,6 +89,8 @@ class DrafterSetup:
     load_model: turns a path or a model into a packed model that the drafter may own, with `kv_tokens` of KV, and its
         tokenizer, None where there is none.
     target: the target's model, to read its config and weights; not to be run or changed.
+    compile_rows: compiles a function of packed rows where the engine compiles the target's forward, and else gives it
+        back; see `specgen.model.compiled.compile_rows`.
     """
 
     vocab_size: int
@@ -94,6 +98,9 @@ class DrafterSetup:
     options: Mapping[str, Any] = field(default_factory=dict)
     load_model: Callable[[Any], tuple[Any, Any]] | None = None
     target: Any = None
+    compile_rows: Callable[[CompiledRows, Sequence[tuple[Any, int]]], CompiledRows] = lambda function, examples: (
+        function
+    )
 
 
 DrafterFactory: TypeAlias = Callable[[DrafterSetup], Drafter]

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from specgen.draft.budget import likeliest, survivals
+from specgen.draft.budget import likeliest
 from specgen.tree import path, select
 from specgen.types import TokenTree
 
@@ -35,6 +35,7 @@ class Growth:
         self.parents: list[int] = []
         self.confidence: list[float] = []
         self.depth: list[int] = []
+        self.survival: list[float] = []
         self.row: dict[int, int] = {}
         self.picked = [-1]
         self.hope = 1.0
@@ -52,13 +53,16 @@ class Growth:
                 self.parents.append(parent)
                 self.confidence.append(min(1.0, chance))
                 self.depth.append(self.depth[parent] + 1 if parent >= 0 else 1)
+                self.survival.append(self.confidence[-1] * (self.survival[parent] if parent >= 0 else 1.0))
 
     def pick(self, width: int, least: float = _LEAST_SURVIVAL) -> list[int]:
         """Choose the likeliest `width` nodes of the deepest level to grow next, those that survive with a chance of
         `least` or more."""
-        survival = survivals(self.tree)
-        previous = set(self.picked)
-        level = [node for node, parent in enumerate(self.parents) if parent in previous and node not in self.row]
+        survival = self.survival
+        if not self.picked:
+            return []
+        below = self.depth[self.picked[0]] + 1 if self.picked[0] >= 0 else 1
+        level = [node for node, depth in enumerate(self.depth) if depth == below and node not in self.row]
         level.sort(key=lambda node: (-survival[node], node))
         self.picked = sorted(node for node in level[:width] if survival[node] >= least)
         self.hope = sum(survival[node] for node in self.picked)

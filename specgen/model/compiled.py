@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -45,6 +46,10 @@ _EXAMPLE_ROWS = 16
 # A size of 0 or 1 would be compiled for itself.
 _LEAST = 2
 _FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+_CLOSE = 0.1
+
+Rows: TypeAlias = Callable[..., tuple[Tensor, ...]]
+"""A function of tensors whose rows belong to any number of sequences."""
 
 
 class CompiledForward:
@@ -63,20 +68,8 @@ class CompiledForward:
         self._stores = architecture.stores
         self._attention = PackedAttention(model, architecture.reaches, architecture.stores)
         self._attention.install()
-        self._graph = torch.compile(
-            self._run,
-            fullgraph=True,
-            options={
-                "cpp_wrapper": True,
-                "size_asserts": False,
-                # What several read is computed once: rotary angles would be computed in every layer and head.
-                "realize_opcount_threshold": 2,
-                "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
-                "post_grad_custom_pre_pass": GroupLinears(),
-            },
-        )
-        with _kept(), _uncollected():
-            self._warm_up()
+        self._graph = _compiled(self._run)
+        self._warm_up()
 
     def __call__(self, segments: Sequence[Segment], tokens: Sequence[int], positions: Sequence[int]) -> Scores:
         """Score all rows and write their KV."""
@@ -103,10 +96,57 @@ class CompiledForward:
         """Compile, on rows that belong to no sequence."""
         rows = torch.zeros(1, _EXAMPLE_ROWS, dtype=torch.int64)
         inputs = rows, rows.clone(), torch.zeros(_EXAMPLE_ROWS, dtype=torch.int32), torch.arange(_EXAMPLE_ROWS)
-        for tensor in inputs:
-            torch._dynamo.mark_dynamic(tensor, tensor.ndim - 1)
+        _first_call(self._graph, [(tensor, tensor.ndim - 1) for tensor in inputs])
+
+
+def compile_rows(function: Rows, examples: Sequence[tuple[Tensor, int]]) -> Rows:
+    """Compile a function of packed rows, for any number of them.
+
+    examples: an argument each, of several rows, and the dimension in which they lie. Arguments must be contiguous, as
+    these are. The compiled function is tried on them, on two rows and on one; where it cannot be compiled or does not
+    say what `function` says, that is what is returned, and the log says why.
+    """
+    graph = _compiled(function)
+    try:
+        _first_call(graph, examples)
         with torch.inference_mode():
-            self._graph(*inputs)
+            for rows in (_EXAMPLE_ROWS, _LEAST, 1):
+                some = [tensor.narrow(dim, 0, min(rows, tensor.shape[dim])).contiguous() for tensor, dim in examples]
+                _check_same(graph(*some), function(*some), rows)
+    except Exception as error:  # a compiler, a plugin's code, a full disk
+        log.warning("not compiled", function=function.__qualname__, reason=str(error)[:500])
+        return function
+    return graph
+
+
+def _check_same(found: Sequence[Tensor], wanted: Sequence[Tensor], rows: int) -> None:
+    """Whole numbers may differ: the places of two that are nearly equal."""
+    for one, other in zip(found, wanted, strict=True):
+        if other.is_floating_point() and not torch.allclose(one.float(), other.float(), rtol=_CLOSE, atol=_CLOSE):
+            raise UnsupportedModel(f"compiled, {rows} rows differ by {(one.float() - other.float()).abs().max():.3g}")
+
+
+def _compiled(function: Rows) -> Rows:
+    return torch.compile(
+        function,
+        fullgraph=True,
+        options={
+            "cpp_wrapper": True,
+            "size_asserts": False,
+            # What several read is computed once: rotary angles would be computed in every layer and head.
+            "realize_opcount_threshold": 2,
+            "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+            "post_grad_custom_pre_pass": GroupLinears(),
+        },
+    )
+
+
+def _first_call(graph: Rows, examples: Sequence[tuple[Tensor, int]]) -> None:
+    """Compile for these arguments, whose size in the dimension given may be any in later calls."""
+    for tensor, dim in examples:
+        torch._dynamo.mark_dynamic(tensor, dim)
+    with _kept(), _uncollected(), torch.inference_mode():
+        graph(*(tensor for tensor, _ in examples))
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from specgen import Engine
 from specgen.errors import InvalidRequest
 from specgen.kernels.cpu_kernels import why_not
 from specgen.model import compiled
+from specgen.model.compiled import compile_rows
 from specgen.model.target import Target
 from tests.models.test_architectures import REFUSED
 from tests.models.tiny import MODELS, build
@@ -183,6 +184,36 @@ def test_what_cannot_be_compiled_is_served_as_it_is(
     logged = capsys.readouterr().err
     assert "forwards are not compiled" in logged
     assert "no such instruction" in logged
+
+
+def _double(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return ((rows.tanh() * 2).contiguous(),)
+
+
+def _twice(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (rows.tanh() * (2 if torch.compiler.is_compiling() else 3),)
+
+
+def test_a_function_of_rows_is_compiled_for_any_number_of_them() -> None:
+    quick = compile_rows(_double, [(torch.ones(16, 3), 0)])
+    assert quick is not _double
+    for count in (1, 2, 3, 5, 16, 31):
+        rows = torch.randn(count, 3)
+        torch.testing.assert_close(quick(rows), _double(rows))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_function_that_compiled_says_something_else_is_given_back(capsys: pytest.CaptureFixture[str]) -> None:
+    assert compile_rows(_twice, [(torch.ones(16, 3), 0)]) is _twice
+    assert "16 rows differ by" in capsys.readouterr().err
+
+
+def test_a_function_that_cannot_be_compiled_is_given_back(capsys: pytest.CaptureFixture[str]) -> None:
+    def waits(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (rows + 1,) if rows.sum().item() > 0 else (rows,)
+
+    assert compile_rows(waits, [(torch.ones(16, 3), 0)]) is waits
+    assert "not compiled" in capsys.readouterr().err
 
 
 def test_a_compiled_forward_that_says_something_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

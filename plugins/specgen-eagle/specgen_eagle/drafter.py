@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import torch
@@ -31,9 +33,12 @@ from specgen_eagle.head import EagleHead
 
 _ROWS_PER_FORWARD = 512
 _FIRST_ROOM = 256
+_EXAMPLE_ROWS = 16
 # A level costs little beside a step of the target: grow what is unlikely too, the budget may leave it out.
 _LEAST_SURVIVAL = 0.02
 _EMPTY = TokenTree((), (), ())
+
+T = TypeVar("T")
 
 
 class EagleOptions(msgspec.Struct, frozen=True):
@@ -53,18 +58,58 @@ def eagle(setup: DrafterSetup) -> Eagle:
         raise InvalidRequest("drafter 'eagle' needs the target's model, to share its embeddings", param="path")
     head = load_head(Path(options.path), setup.target)
     pack_linears(head)
-    return Eagle(head, setup.target.get_input_embeddings().weight, options.depth, options.width)
+    halves = Halves(head, setup.target.get_input_embeddings().weight, options.width)
+    halves.compile(setup.compile_rows)
+    return Eagle(halves, options.depth)
+
+
+class Halves:
+    """What the head does before its attention, and behind it, for rows of any sequences.
+
+    embeddings: the target's, [vocabulary, width]. children: guesses for each row.
+    """
+
+    def __init__(self, head: EagleHead, embeddings: Tensor, children: int) -> None:
+        self.head = head
+        self.children = min(children, head.config.vocabulary)
+        self._embeddings = embeddings.detach()
+        self._tokens = head.tokens
+        self.before, self.behind = self._before, self._behind
+
+    def compile(self, compile_rows: Callable[..., Any]) -> None:
+        """Compile both."""
+        rows, like = _EXAMPLE_ROWS, self._embeddings
+        tokens = torch.zeros(rows, dtype=torch.int64, device=like.device)
+        positions = torch.arange(rows, device=like.device)
+        states = torch.randn(rows, self.head.fc.out_features, dtype=like.dtype, device=like.device)
+        attended = torch.randn(self.head.heads, rows, self.head.head_dim, dtype=like.dtype, device=like.device)
+        self.before = compile_rows(self._before, [(tokens, 0), (positions, 0), (states, 0)])
+        self.behind = compile_rows(self._behind, [(attended, 1), (states.clone(), 0), (positions.clone(), 0)])
+
+    def _before(self, tokens: Tensor, positions: Tensor, states: Tensor) -> tuple[Tensor, ...]:
+        """Query [heads, rows, head_dim], key and value [kv_heads, rows, head_dim], and the residual path.
+
+        states: [rows, width], the target's or the head's own before each token.
+        """
+        return self.head.project(F.embedding(tokens, self._embeddings), states, positions)
+
+    def _behind(self, attended: Tensor, residual: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
+        """The head's states [rows, width]; for each of the rows `wanted` the chances of its likeliest tokens, and
+        these, [wanted, children] both."""
+        states = self.head.finish(attended, residual)
+        logits = self.head.logits(states[wanted]).float()
+        top, places = logits.topk(self.children)
+        return states, (top - logits.logsumexp(dim=-1, keepdim=True)).exp(), self._tokens[places]
 
 
 class Eagle(Drafter):
-    """Drafts with `head`. embeddings: the target's, [vocabulary, width]."""
+    """Drafts with the head of `halves`, trees of up to `depth` levels."""
 
-    def __init__(self, head: EagleHead, embeddings: Tensor, depth: int, width: int) -> None:
-        self.head, self.depth, self.width = head, depth, width
-        self.layers = head.config.layers
+    def __init__(self, halves: Halves, depth: int) -> None:
+        self.halves, self.head = halves, halves.head
+        self.depth, self.width = depth, halves.children
+        self.layers = self.head.config.layers
         self.wanted = Wanted(layers=self.layers)
-        self._embeddings = embeddings.detach()
-        self._tokens = head.tokens
         self._levels = Levels()
         self.open_sessions = 0
 
@@ -80,16 +125,15 @@ class Eagle(Drafter):
         ready = [session for session, most in zip(asked, max_nodes, strict=True) if most and session.is_ready]
         self._read(ready)
         growths = [(session, session.grow()) for session in ready]
-        self._extend(growths, [session.reading.root for session in ready])
         for _ in range(1, self.depth):
             growths = [(session, growth) for session, growth in growths if growth.pick(self.width, _LEAST_SURVIVAL)]
             if not growths or not self._levels.pay([growth for _, growth in growths], self.token_seconds):
                 break
             with self._levels.timed():
-                answers = self._forward([session.level(growth) for session, growth in growths])
-                for (session, _), answer in zip(growths, answers, strict=True):
-                    session.keep(answer)
-                self._extend(growths, answers)
+                parts = [session.level(growth) for session, growth in growths]
+                for (session, growth), answer in zip(growths, self._forward(parts, every=True), strict=True):
+                    session.keep(answer.states)
+                    growth.extend(answer.chances, answer.tokens)
         return [session.tree(most) for session, most in zip(asked, max_nodes, strict=True)]
 
     def check(self) -> None:
@@ -107,33 +151,49 @@ class Eagle(Drafter):
                 session.advance(answer)
             behind = [session for session in behind if session.reading.unread]
 
-    def _forward(self, parts: Sequence[Part]) -> list[Tensor]:
-        """The head's states of the rows of all parts, whose keys and values are written to their caches."""
-        head = self.head
+    def _forward(self, parts: Sequence[Part], *, every: bool = False) -> list[Answer]:
+        """What the head says of the rows of all parts, whose keys and values are written to their caches; it guesses
+        behind `every` row, or behind the last one of each part."""
         rows = [len(part.tokens) for part in parts]
-        tokens = torch.tensor([token for part in parts for token in part.tokens], device=self._embeddings.device)
-        positions = torch.tensor([place for part in parts for place in part.positions], device=tokens.device)
-        states = torch.cat([part.states for part in parts])
-        query, key, value, residual = head.project(F.embedding(tokens, self._embeddings), states, positions)
+        ends = list(accumulate(rows))
+        asked = rows if every else [1] * len(parts)
+        device = parts[0].states.device
+        tokens = torch.tensor([token for part in parts for token in part.tokens], device=device)
+        positions = torch.tensor([place for part in parts for place in part.positions], device=device)
+        wanted = torch.arange(ends[-1], device=device) if every else torch.tensor(ends, device=device) - 1
+        query, key, value, residual = self.halves.before(tokens, positions, _joined([part.states for part in parts]))
         attended = [
             part.cache.attend(q, k, v, part.visible)
             for part, q, k, v in zip(
                 parts, query.split(rows, dim=1), key.split(rows, dim=1), value.split(rows, dim=1), strict=True
             )
         ]
-        return list(head.finish(torch.cat(attended, dim=1), residual).split(rows))
+        states, chances, guesses = self.halves.behind(_joined(attended, dim=1), residual, wanted)
+        return [
+            Answer(mine, some, guessed)
+            for mine, some, guessed in zip(
+                states.split(rows), _dealt(chances.tolist(), asked), _dealt(guesses.tolist(), asked), strict=True
+            )
+        ]
 
-    def _extend(self, growths: Sequence[tuple[EagleSession, Growth]], states: Sequence[Tensor]) -> None:
-        """Children for the picked nodes, from their states."""
-        if not growths:
-            return
-        chances, places = torch.softmax(self.head.logits(torch.cat(list(states))).float(), dim=-1).topk(
-            min(self.width, len(self._tokens))
-        )
-        rows = [len(part) for part in states]
-        tokens = self._tokens[places]
-        for (_, growth), shares, ids in zip(growths, chances.split(rows), tokens.split(rows), strict=True):
-            growth.extend(shares.tolist(), ids.tolist())
+
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(list(parts), dim=dim)
+
+
+def _dealt(rows: Sequence[T], counts: Sequence[int]) -> list[Sequence[T]]:
+    """The first count, then the next, and so on."""
+    return [rows[end - count : end] for count, end in zip(counts, accumulate(counts), strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the head says of a part. states: [rows, width]; of the rows that it was to guess behind, the likeliest
+    tokens and the chance of each."""
+
+    states: Tensor
+    chances: Sequence[Sequence[float]]
+    tokens: Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +227,13 @@ class Cache:
         self._make_room(key, end)
         span = slice(end - key.shape[1], end)
         self._keys[:, span], self._values[:, span] = key, value
-        groups = query.shape[0] // key.shape[0]
-        grouped = query.reshape(key.shape[0], -1, query.shape[-1])
-        mask = torch.cat([visible.new_ones(len(visible), self.length), visible], dim=1).repeat(groups, 1)
-        keys, values = self._keys[:, :end], self._values[:, :end]
-        attended = F.scaled_dot_product_attention(grouped[None], keys[None], values[None], attn_mask=mask[None])
+        grouped = query.reshape(key.shape[0], -1, query.shape[-1]) * query.shape[-1] ** -0.5
+        scores = grouped @ self._keys[:, :end].transpose(1, 2)
+        # All see what stays, so the mask is as small as the tree.
+        behind = scores.view(-1, len(visible), end)[..., self.length :]
+        behind.masked_fill_(~visible, -math.inf)
+        weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+        attended: Tensor = weights @ self._values[:, :end]
         return attended.reshape(query.shape)
 
     def _make_room(self, like: Tensor, end: int) -> None:
@@ -188,14 +250,14 @@ class Reading:
     """What a session's head has taken in since `start`, and what it has not.
 
     states: the target's, fused, of entries that are `unread`. cache: keys and values of the others. root: the head's
-    own states of the last of them, [1, width]; empty if there is none.
+    own states of the last of them, [1, width], and its guesses; `None` if there is none.
     """
 
     def __init__(self, start: int) -> None:
         self.start = self.stop = start
         self.states: list[Tensor] = []
         self.cache = Cache()
-        self.root = torch.empty(0)
+        self.root: Answer | None = None
 
     @property
     def unread(self) -> int:
@@ -253,7 +315,7 @@ class EagleSession(DraftSession):
     @property
     def is_ready(self) -> bool:
         """Whether there is a root. Not before the first commit: the first token does not wait for the head."""
-        return len(self._ids) > self._prompt and (self.reading.unread > 0 or len(self.reading.root) > 0)
+        return len(self._ids) > self._prompt and (self.reading.unread > 0 or self.reading.root is not None)
 
     def entries(self, most: int) -> Part:
         """The next `most` of them as rows, each of which sees those before it."""
@@ -262,20 +324,23 @@ class EagleSession(DraftSession):
         visible = torch.ones(len(states), len(states), dtype=torch.bool, device=states.device).tril()
         return Part(self.reading.cache, self._ids[first + 1 : first + 1 + len(states)], positions, states, visible)
 
-    def advance(self, answer: Tensor) -> None:
+    def advance(self, answer: Answer) -> None:
         """The rows of `entries` are done."""
-        self.reading.cache.length += len(answer)
-        self.reading.root = answer[-1:]
+        self.reading.cache.length += len(answer.states)
+        self.reading.root = replace(answer, states=answer.states[-1:])
 
     def grow(self) -> Growth:
-        """A new tree under the last id."""
+        """A new tree under the last id, with the root's children."""
         growth = self._growth = Growth()
         self._level.clear()
+        if self.reading.root is not None:
+            growth.extend(self.reading.root.chances, self.reading.root.tokens)
+            self._level.append(self.reading.root.states)
         return growth
 
     def level(self, growth: Growth) -> Part:
         """The picked nodes as rows, each with its parent's states."""
-        computed = torch.cat([self.reading.root, *self._level])
+        computed = torch.cat(self._level)
         parents = [growth.parents[node] for node in growth.picked]
         states = computed[[0 if parent < 0 else 1 + growth.row[parent] for parent in parents]]
         last = len(self._ids) - 2

@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from specgen_eagle.checkpoint import load_head, save_head
 from specgen_eagle.corpus import Conversation
-from specgen_eagle.drafter import Eagle, EagleSession, eagle
+from specgen_eagle.drafter import Eagle, EagleSession, Halves, eagle
 from specgen_eagle.head_student import new_head
 from specgen_eagle.recipe import HeadRecipe, Recipe
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from specgen import DrafterMismatch, DrafterSetup, Engine, Features, InvalidRequest, Speculation
+from specgen.kernels.cpu_kernels import why_not
+from specgen.model.compiled import compile_rows
 from specgen.testing import DrafterContract
 
 VOCABULARY = 64
@@ -65,10 +67,13 @@ SETTINGS = [{"temperature": 0}, {"temperature": 1.0, "seed": 7}]
 
 
 @pytest.mark.parametrize("options", SETTINGS)
-def test_the_text_is_the_targets(model: PreTrainedModel, folder: Path, options: dict[str, float]) -> None:
+@pytest.mark.parametrize("compile", [False, True])
+def test_the_text_is_the_targets(
+    model: PreTrainedModel, folder: Path, options: dict[str, float], compile: bool
+) -> None:
     """Alone, in a batch, behind a cached prefix, beside prompt lookup."""
     drafters = {"eagle": {"path": folder}, "prompt-lookup": {}}
-    with Engine(model, drafters=drafters, kv_tokens=2048) as engine:
+    with Engine(model, drafters=drafters, kv_tokens=2048, compile=compile) as engine:
         plain = [engine.generate(p, max_tokens=40, speculation="off", **options).ids for p in PROMPTS]
         for names in (("eagle",), ("eagle", "prompt-lookup")):
             speculation = Speculation(adaptive=False, max_nodes=24, drafters=names)
@@ -119,11 +124,28 @@ class TestContract(DrafterContract):
 
         head = load_head(self.folder, self.model)
         head.lm_head.weight.mul_(8)  # so that it is sure enough to draft on
-        return FedEagle(head, self.model.get_input_embeddings().weight, 4, 3)
+        return FedEagle(Halves(head, self.model.get_input_embeddings().weight, 3), 4)
 
     def test_it_drafts(self) -> None:
         with self.session((1, 2, 3)) as session:
             assert len(self.ask(session)) > 3
+
+
+@pytest.mark.skipif(why_not() is not None, reason=f"no CPU kernels: {why_not()}")
+def test_compiled_the_head_says_the_same(model: PreTrainedModel, folder: Path) -> None:
+    head, embeddings = load_head(folder, model), model.get_input_embeddings().weight
+    plain, quick = Halves(head, embeddings, 3), Halves(head, embeddings, 3)
+    quick.compile(compile_rows)
+    assert quick.before is not plain.before
+    assert quick.behind is not plain.behind
+    for rows in (1, 2, 5, 17):
+        ids = torch.arange(rows) * 3 % VOCABULARY, torch.arange(rows) + 9, torch.randn(rows, 32)
+        with torch.inference_mode():
+            for one, other in zip(quick.before(*ids), plain.before(*ids), strict=True):
+                torch.testing.assert_close(one, other)
+            behind = torch.randn(4, rows, 8), torch.randn(rows, 32), torch.arange(rows)[-2:].contiguous()
+            for one, other in zip(quick.behind(*behind), plain.behind(*behind), strict=True):
+                torch.testing.assert_close(one, other)
 
 
 def test_both_layouts_are_read(model: PreTrainedModel, folder: Path, tmp_path: Path) -> None:
