@@ -81,8 +81,9 @@ class Halves:
         rows, like = _EXAMPLE_ROWS, self._embeddings
         tokens = torch.zeros(rows, dtype=torch.int64, device=like.device)
         positions = torch.arange(rows, device=like.device)
-        states = torch.randn(rows, self.head.fc.out_features, dtype=like.dtype, device=like.device)
-        attended = torch.randn(self.head.heads, rows, self.head.head_dim, dtype=like.dtype, device=like.device)
+        random = torch.Generator().manual_seed(0)
+        states = torch.randn(rows, self.head.fc.out_features, generator=random).to(like)
+        attended = torch.randn(self.head.heads, rows, self.head.head_dim, generator=random).to(like)
         self.before = compile_rows(self._before, [(tokens, 0), (positions, 0), (states, 0)])
         self.behind = compile_rows(self._behind, [(attended, 1), (states.clone(), 0), (positions.clone(), 0)])
 
