@@ -213,7 +213,10 @@ class Part:
 
 
 class Cache:
-    """A session's keys and values, [kv_heads, room, head_dim]: `length` entries that stay, and a tree behind them."""
+    """A session's keys and values, [kv_heads, room, head_dim]: `length` entries that stay, and a tree behind them.
+
+    They are float32: a CPU's products of bfloat16 are compiled anew for each length.
+    """
 
     def __init__(self) -> None:
         self.length = 0
@@ -228,20 +231,21 @@ class Cache:
         self._make_room(key, end)
         span = slice(end - key.shape[1], end)
         self._keys[:, span], self._values[:, span] = key, value
-        grouped = query.reshape(key.shape[0], -1, query.shape[-1]) * query.shape[-1] ** -0.5
+        grouped = query.reshape(key.shape[0], -1, query.shape[-1]).to(self._keys.dtype) * query.shape[-1] ** -0.5
         scores = grouped @ self._keys[:, :end].transpose(1, 2)
         # All see what stays, so the mask is as small as the tree.
         behind = scores.view(-1, len(visible), end)[..., self.length :]
         behind.masked_fill_(~visible, -math.inf)
-        weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
-        attended: Tensor = weights @ self._values[:, :end]
-        return attended.reshape(query.shape)
+        attended: Tensor = scores.softmax(dim=-1) @ self._values[:, :end]
+        return attended.reshape(query.shape).to(query.dtype)
 
     def _make_room(self, like: Tensor, end: int) -> None:
         room = self._keys.shape[1] if self._keys.ndim > 1 else 0
         if room >= end:
             return
-        grown = [like.new_zeros(like.shape[0], max(_FIRST_ROOM, 2 * end), like.shape[2]) for _ in range(2)]
+        shape = like.shape[0], max(_FIRST_ROOM, 2 * end), like.shape[2]
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        grown = [like.new_zeros(shape, dtype=dtype) for _ in range(2)]
         if room:
             grown[0][:, :room], grown[1][:, :room] = self._keys, self._values
         self._keys, self._values = grown
