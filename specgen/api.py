@@ -202,16 +202,16 @@ class Engine:
 
     def _drafters(self) -> dict[str, Drafter]:
         offered = self.plugins.collect("drafters")
+        setup = DrafterSetup(
+            self.target.vocab_size, self.tokenizer, load_model=self._load_draft_model, target=self.target.model
+        )
+        if self.config.compile is True and self.target.why_not_compiled() is None:
+            setup = replace(setup, compile_rows=compile_rows)
         built = {}
         for name, options in self.config.drafters.items():
             if name not in offered:
                 raise UnknownName("drafter", name, offered, param="drafters")
-            setup = DrafterSetup(
-                self.target.vocab_size, self.tokenizer, options, self._load_draft_model, self.target.model
-            )
-            if self.config.compile is True and self.target.why_not_compiled() is None:
-                setup = replace(setup, compile_rows=compile_rows)
-            built[name] = offered[name](setup)
+            built[name] = offered[name](replace(setup, options=options))
         return built
 
     def _load_draft_model(self, source: str | Path | PreTrainedModel) -> tuple[Target, Any]:

@@ -59,10 +59,8 @@ class Growth:
         """Choose the likeliest `width` nodes of the deepest level to grow next, those that survive with a chance of
         `least` or more."""
         survival = self.survival
-        if not self.picked:
-            return []
-        below = self.depth[self.picked[0]] + 1 if self.picked[0] >= 0 else 1
-        level = [node for node, depth in enumerate(self.depth) if depth == below and node not in self.row]
+        previous = set(self.picked)
+        level = [node for node, parent in enumerate(self.parents) if parent in previous and node not in self.row]
         level.sort(key=lambda node: (-survival[node], node))
         self.picked = sorted(node for node in level[:width] if survival[node] >= least)
         self.hope = sum(survival[node] for node in self.picked)

@@ -85,7 +85,7 @@ class Halves:
         states = torch.randn(rows, self.head.fc.out_features, generator=random).to(like)
         attended = torch.randn(self.head.heads, rows, self.head.head_dim, generator=random).to(like)
         self.before = compile_rows(self._before, [(tokens, 0), (positions, 0), (states, 0)])
-        self.behind = compile_rows(self._behind, [(attended, 1), (states.clone(), 0), (positions.clone(), 0)])
+        self.behind = compile_rows(self._behind, [(attended, 1), (states, 0), (positions, 0)])
 
     def _before(self, tokens: Tensor, positions: Tensor, states: Tensor) -> tuple[Tensor, ...]:
         """Query [heads, rows, head_dim], key and value [kv_heads, rows, head_dim], and the residual path.
