@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _eagle(setup: DrafterSetup) -> Drafter:
-    from specgen_eagle.drafter import eagle
+    from specgen_eagle.factory import eagle
 
     return eagle(setup)
 

@@ -31,6 +31,8 @@ _LAYER_FIELDS = (
 )
 _PREFIXES = ("midlayer.self_attn.", "midlayer.", "layers.0.self_attn.", "layers.0.", "model.")
 _UNUSED = {"t2d", "embed_tokens.weight"}
+_PARALLEL = "specgen_parallel"
+"""The model type of parallel heads, which other engines do not know. Rows of the target's own head are not in them."""
 
 
 def load_head(folder: Path, target: Any) -> EagleHead:
@@ -47,6 +49,8 @@ def load_head(folder: Path, target: Any) -> EagleHead:
     if "d2t" not in weights and config.vocabulary == text.vocab_size:
         weights["d2t"] = torch.zeros(config.vocabulary, dtype=torch.int64)
     weights["d2t"] = weights.get("d2t", torch.empty(0)).to(torch.int64)
+    if config.parallel > 1 and len(weights["d2t"]) == config.vocabulary:
+        weights.setdefault("lm_head.weight", _own_rows(target, weights["d2t"]))
     for name in sorted(wanted.keys() | weights.keys()):
         if name not in weights:
             raise InvalidRequest(f"{folder}: the head has no {name}", param="path")
@@ -67,13 +71,16 @@ def save_head(head: EagleHead, folder: Path, target: Any, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = head.config
     weights = {_speculators_name(key): tensor.detach() for key, tensor in head.state_dict().items()}
+    if config.parallel > 1:
+        del weights["lm_head.weight"]
     said = torch.zeros(target.config.get_text_config(decoder=True).vocab_size, dtype=torch.bool)
     said[head.tokens] = True
     tensors = {key: t.to(torch.bfloat16) if t.is_floating_point() else t for key, t in weights.items()} | {"t2d": said}
     save_file({key: t.contiguous().cpu() for key, t in tensors.items()}, folder / "model.safetensors")
     written = {
         "architectures": ["Eagle3Speculator"],
-        "speculators_model_type": "eagle3",
+        "speculators_model_type": _PARALLEL if config.parallel > 1 else "eagle3",
+        "parallel_tokens": config.parallel,
         "draft_vocab_size": config.vocabulary,
         "target_hidden_size": config.target_width,
         "norm_before_residual": config.norm_first,
@@ -106,8 +113,8 @@ def _config(folder: Path) -> dict[str, Any]:
 def _parse(raw: Mapping[str, Any], target: Any) -> HeadConfig:
     """Either format's config."""
     kind = raw.get("speculators_model_type")
-    if kind not in (None, "eagle3"):
-        raise InvalidRequest(f"speculators_model_type is {kind!r}; it must be 'eagle3'", param="path")
+    if kind not in (None, "eagle3", _PARALLEL):
+        raise InvalidRequest(f"speculators_model_type is {kind!r}; it must be 'eagle3' or {_PARALLEL!r}", param="path")
     if kind is None and not any("eagle3" in name.lower() for name in raw.get("architectures") or ()):
         named = raw.get("architectures")
         raise InvalidRequest(f"architectures is {named!r}; an EAGLE-3 head's says so", param="path")
@@ -128,7 +135,23 @@ def _parse(raw: Mapping[str, Any], target: Any) -> HeadConfig:
         vocabulary=raw.get("draft_vocab_size") or inner.get("draft_vocab_size") or inner["vocab_size"],
         layer={key: inner[key] for key in _LAYER_FIELDS if inner.get(key) is not None},
         norm_first=bool(raw.get("norm_before_residual", False)),
+        parallel=_parallel(raw) if kind == _PARALLEL else 1,
     )
+
+
+def _parallel(raw: Mapping[str, Any]) -> int:
+    count = raw.get("parallel_tokens")
+    if not isinstance(count, int) or not 2 <= count <= 16:
+        raise InvalidRequest(f"parallel_tokens is {count!r}; it must be from 2 to 16", param="path")
+    return count
+
+
+def _own_rows(target: Any, d2t: Tensor) -> Tensor:
+    """The target's head's rows of what the draft head can say."""
+    rows = target.get_output_embeddings().weight.detach()
+    tokens = d2t.to(rows.device) + torch.arange(len(d2t), device=rows.device)
+    kept: Tensor = rows[tokens.clamp(0, len(rows) - 1)]
+    return kept
 
 
 def _check_target(config: HeadConfig, text: Any) -> None:

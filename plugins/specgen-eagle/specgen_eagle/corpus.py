@@ -58,7 +58,7 @@ def _write(
     engine: Engine, recipe: CorpusRecipe, numbers: Sequence[int], before: list[int], after: list[int]
 ) -> list[Conversation]:
     tokenizer: Any = engine.tokenizer
-    drawn = {"temperature": recipe.temperature, "top_p": recipe.top_p}
+    drawn = {"temperature": recipe.temperature, "top_k": recipe.top_k, "top_p": recipe.top_p}
     openers = [recipe.openers[number % len(recipe.openers)] for number in numbers]
     starts = [before + tokenizer(opener, add_special_tokens=False)["input_ids"] for opener in openers]
     turns = _generate(engine, starts, [{**drawn, "seed": recipe.seed + n} for n in numbers], recipe.turn_tokens)

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -20,13 +21,14 @@ from specgen import linears_together
 class HeadConfig(msgspec.Struct, frozen=True, kw_only=True):
     """layers: the hidden states it reads, as transformers counts them. target_width: their width. vocabulary: how many
     tokens it can say. layer: its decoder layer, as a LlamaConfig's fields. norm_first: whether the residual path of the
-    states begins behind their norm."""
+    states begins behind their norm. parallel: how many tokens it says in one forward."""
 
     layers: tuple[int, ...]
     target_width: int
     vocabulary: int
     layer: dict[str, Any]
     norm_first: bool = False
+    parallel: int = 1
 
 
 class EagleHead(nn.Module):
@@ -55,6 +57,9 @@ class EagleHead(nn.Module):
         self.norm = nn.RMSNorm(width, norm)
         self.lm_head = nn.Linear(width, config.vocabulary, bias=False)
         self.rotary = LlamaRotaryEmbedding(layer)
+        if config.parallel > 1:
+            self.ahead = nn.Linear(width, (config.parallel - 1) * width, bias=False)
+            self.transition = Transition(width, norm)
         self.register_buffer("d2t", torch.zeros(config.vocabulary, dtype=torch.int64))
 
     @property
@@ -66,6 +71,11 @@ class EagleHead(nn.Module):
         """[..., layers * target_width] of the target to [..., width] of the head."""
         fused: Tensor = self.fc(states)
         return fused
+
+    def look_ahead(self, states: Tensor) -> Tensor:
+        """[..., width] of entries to [..., parallel - 1, width]: what stands in for the states of those that follow."""
+        further: Tensor = self.ahead(states).unflatten(-1, (self.config.parallel - 1, -1))
+        return states[..., None, :] + further
 
     def project(self, embedded: Tensor, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Query [..., heads, rows, head_dim], key and value [..., kv_heads, rows, head_dim], and the residual path.
@@ -97,3 +107,22 @@ class EagleHead(nn.Module):
         """[..., vocabulary]."""
         scores: Tensor = self.lm_head(self.norm(states))
         return scores
+
+
+class Transition(nn.Module):
+    """What a parallel head's states become once the two tokens before are known, as in Hydra (Ankner et al. 2024)."""
+
+    def __init__(self, width: int, norm: float) -> None:
+        super().__init__()
+        inner = 2 * width // 3
+        self.norm = nn.RMSNorm(width, norm)
+        self.token_norm = nn.RMSNorm(width, norm)
+        self.states_proj = nn.Linear(width, inner, bias=False)
+        self.tokens_proj = nn.Linear(2 * width, inner, bias=False)
+        self.out_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, states: Tensor, last: Tensor, before: Tensor) -> Tensor:
+        """[..., width] all: states, embeddings of the token before, and of the one before that."""
+        tokens = torch.cat([self.token_norm(last), self.token_norm(before)], dim=-1)
+        changed: Tensor = self.out_proj(F.silu(self.states_proj(self.norm(states)) + self.tokens_proj(tokens)))
+        return states + changed

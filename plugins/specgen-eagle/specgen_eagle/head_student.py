@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
-from specgen_eagle.checkpoint import default_layers, save_head
+from specgen_eagle import parallel, unrolled
+from specgen_eagle.checkpoint import default_layers, load_head, save_head
 from specgen_eagle.corpus import Conversation
 from specgen_eagle.head import EagleHead, HeadConfig
 from specgen_eagle.recipe import Recipe
 from specgen_eagle.states import Padded
-from specgen_eagle.unrolled import Batch, hits, loss, make_batch
+from specgen_eagle.unrolled import Batch, make_batch
 
 _QUIET = 0.1
 
@@ -34,12 +36,18 @@ class HeadStudent:
         self._target_head = model.get_output_embeddings().weight.detach()[self.module.tokens]
 
     def loss(self, padded: Padded) -> Tensor:
-        """Cross-entropy with the target's distribution over what the head can say, unrolled."""
-        return loss(self.module, self._batch(padded), self._recipe.ahead, self._recipe.decay)
+        """Cross-entropy with the target's distribution over what the head can say, at all depths."""
+        batch = self._batch(padded)
+        if self.module.config.parallel > 1:
+            return parallel.loss(self.module, batch, self._recipe.decay)
+        return unrolled.loss(self.module, batch, self._recipe.ahead, self._recipe.decay)
 
     def hits(self, padded: Padded) -> tuple[list[int], list[int]]:
         """Each drafted position from the states that the head has in its place."""
-        return hits(self.module, self._batch(padded), self._recipe.ahead)
+        batch = self._batch(padded)
+        if self.module.config.parallel > 1:
+            return parallel.hits(self.module, batch)
+        return unrolled.hits(self.module, batch, self._recipe.ahead)
 
     def save(self, folder: Path) -> None:
         """As `load_head` reads it."""
@@ -53,6 +61,8 @@ def new_head(model: Any, recipe: Recipe, corpus: Sequence[Conversation]) -> Eagl
     """A head for `model` before training: the target's shapes, and its own rows of the language-model head, which stay
     as they are. What it can say are the most frequent tokens of `corpus`."""
     torch.manual_seed(recipe.training.seed)
+    if recipe.head.start:
+        return _continued(load_head(Path(recipe.head.start), model), recipe.head.parallel)
     config = model.config.get_text_config(decoder=True)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layer = {
@@ -69,12 +79,36 @@ def new_head(model: Any, recipe: Recipe, corpus: Sequence[Conversation]) -> Eagl
     }
     vocabulary = min(recipe.head.vocabulary, config.vocab_size)
     layers = recipe.head.layers or default_layers(config.num_hidden_layers)
-    head = EagleHead(HeadConfig(layers=layers, target_width=config.hidden_size, vocabulary=vocabulary, layer=layer))
+    head = EagleHead(
+        HeadConfig(
+            layers=layers,
+            target_width=config.hidden_size,
+            vocabulary=vocabulary,
+            layer=layer,
+            parallel=recipe.head.parallel,
+        )
+    )
     said = frequent(corpus, vocabulary, config.vocab_size)
     head.d2t.copy_(said - torch.arange(vocabulary))
     head.lm_head.weight.data.copy_(model.get_output_embeddings().weight[said].float())
-    head.lm_head.weight.requires_grad_(False)
     _begin_as(head, model)
+    return _as_student(head)
+
+
+def _continued(started: EagleHead, parallel: int) -> EagleHead:
+    """A head that says `parallel` tokens and has the weights of `started`, in float32 as they are trained."""
+    head = EagleHead(msgspec.structs.replace(started.config, parallel=parallel))
+    begun = {name: weight for name, weight in started.state_dict().items() if name in head.state_dict()}
+    head.load_state_dict(begun, strict=False)
+    return _as_student(head)
+
+
+def _as_student(head: EagleHead) -> EagleHead:
+    """Its own words stay the target's, and what looks ahead begins by changing nothing."""
+    head.lm_head.weight.requires_grad_(False)
+    if head.config.parallel > 1:
+        nn.init.zeros_(head.ahead.weight)
+        nn.init.zeros_(head.transition.out_proj.weight)
     return head
 
 

@@ -19,7 +19,8 @@ class CorpusRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     conversations: how many. batch: how many are written at once.
     openers: how user turns begin, in turns; "" leaves the turn to the target.
     turn_tokens, answer_tokens: most tokens of a user turn and of an answer.
-    greedy: share of the answers that are greedy; the others are drawn at `temperature` and `top_p`, as all turns are.
+    greedy: share of the answers that are greedy; the others are drawn at `temperature`, `top_k` (0: all) and `top_p`,
+    as all turns are. Over a large vocabulary `top_k` is much cheaper than `top_p`.
     held_out: share of the conversations that is kept for the evaluation.
     """
 
@@ -30,6 +31,7 @@ class CorpusRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     answer_tokens: Positive = 256
     greedy: Share = 0.7
     temperature: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    top_k: Annotated[int, msgspec.Meta(ge=0)] = 0
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.95
     held_out: Share = 0.03
     seed: int = 0
@@ -38,12 +40,15 @@ class CorpusRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class HeadRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An EAGLE-3 head. layers: hidden states it reads, as transformers counts them; the default is near the bottom, in
     the middle and near the top. vocabulary: how many of the tokens in the corpus, the most frequent ones, it can say.
-    intermediate: width of its feed-forward layer; the default is the target's.
+    intermediate: width of its feed-forward layer; the default is the target's. parallel: how many tokens it says in one
+    forward; more than 1 make it a parallel head. start: folder of a head whose weights and vocabulary it begins with.
     """
 
     layers: tuple[int, ...] = ()
     vocabulary: Positive = 8192
     intermediate: Positive | None = None
+    parallel: Annotated[int, msgspec.Meta(ge=1, le=16)] = 1
+    start: str = ""
 
 
 class PrunedRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

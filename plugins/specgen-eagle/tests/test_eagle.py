@@ -9,20 +9,27 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from specgen_eagle import parallel
 from specgen_eagle.checkpoint import load_head, save_head
 from specgen_eagle.corpus import Conversation
-from specgen_eagle.drafter import Eagle, EagleSession, Halves, eagle
+from specgen_eagle.drafter import Eagle, Halves
+from specgen_eagle.factory import eagle
+from specgen_eagle.head import EagleHead
 from specgen_eagle.head_student import new_head
+from specgen_eagle.parallel_drafter import ParallelEagle, ParallelHalves
 from specgen_eagle.recipe import HeadRecipe, Recipe
+from specgen_eagle.unrolled import make_batch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from specgen import DrafterMismatch, DrafterSetup, Engine, Features, InvalidRequest, Speculation
+from specgen import DrafterMismatch, DrafterSetup, DraftHints, Engine, Features, InvalidRequest, Speculation
 from specgen.kernels.cpu_kernels import why_not
 from specgen.model.compiled import compile_rows
 from specgen.testing import DrafterContract
+from specgen.tree import path
 
 VOCABULARY = 64
 LAYERS = (1, 2, 3)
+AHEAD = 4
 ALWAYS = Speculation(adaptive=False, max_nodes=24)
 
 
@@ -44,12 +51,26 @@ def tiny(seed: int = 0, **fields: int) -> PreTrainedModel:
     return model
 
 
-def head_of(model: PreTrainedModel, folder: Path, vocabulary: int = 48) -> Path:
-    """An untrained head: the target's last layer."""
+def untrained(model: PreTrainedModel, ahead: int = 1, vocabulary: int = 48) -> EagleHead:
+    """The target's last layer. What a parallel one begins as nothing is something."""
     corpus = [Conversation([i % vocabulary for i in range(200)], 1)]
-    recipe = Recipe(head=HeadRecipe(layers=LAYERS, vocabulary=vocabulary))
-    save_head(new_head(model, recipe, corpus), folder, model, "tiny")
+    head = new_head(model, Recipe(head=HeadRecipe(layers=LAYERS, vocabulary=vocabulary, parallel=ahead)), corpus)
+    if ahead > 1:
+        torch.nn.init.normal_(head.ahead.weight, std=0.1)
+        torch.nn.init.normal_(head.transition.out_proj.weight, std=0.2)
+    return head
+
+
+def head_of(model: PreTrainedModel, folder: Path, ahead: int = 1) -> Path:
+    save_head(untrained(model, ahead), folder, model, "tiny")
     return folder
+
+
+def drafting(head: EagleHead, model: PreTrainedModel, width: int = 3) -> Eagle:
+    embeddings = model.get_input_embeddings().weight
+    if head.config.parallel > 1:
+        return ParallelEagle(ParallelHalves(head, embeddings, width, AHEAD), AHEAD)
+    return Eagle(Halves(head, embeddings, width), AHEAD)
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +78,9 @@ def model() -> PreTrainedModel:
     return tiny()
 
 
-@pytest.fixture(scope="module")
-def folder(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return head_of(model, tmp_path_factory.mktemp("head"))
+@pytest.fixture(scope="module", params=[1, AHEAD], ids=["eagle3", "parallel"])
+def folder(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    return head_of(model, tmp_path_factory.mktemp("head"), request.param)
 
 
 PROMPTS = [[3, 17, 42, 9], list(range(40)), [5, 6, 5, 6, 5, 6], [60] * 20]
@@ -86,70 +107,113 @@ def test_the_text_is_the_targets(
         engine.check()
 
 
-class Fed(EagleSession):
-    """A session that is shown made-up states of its own history, as a target would."""
-
-    def __init__(self, drafter: Eagle, prompt: Sequence[int]) -> None:
-        super().__init__(drafter, prompt)
-        self._show(0, prompt)
-        super().commit([prompt[-1] % VOCABULARY])
-        self._at = len(prompt)
-
-    def commit(self, tokens: Sequence[int]) -> None:
-        self._show(self._at, [0] * len(tokens))
-        self._at += len(tokens)
-        super().commit(tokens)
-
-    def _show(self, position: int, rows: Sequence[int]) -> None:
-        generator = torch.Generator().manual_seed(position)
-        shape = (len(rows), 32)
-        states = {layer: torch.randn(shape, generator=generator, dtype=torch.float64) for layer in LAYERS}
-        self.observe(Features(position, states))
-
-
 class TestContract(DrafterContract):
     vocab_size = VOCABULARY
+    ahead = 1
 
     @pytest.fixture(autouse=True)
     def heads(self, tmp_path_factory: pytest.TempPathFactory) -> None:
         # In float32 a batch rounds otherwise than its parts, and the last digit of a confidence shows it.
         self.model = tiny().double()
-        self.folder = head_of(self.model, tmp_path_factory.mktemp("head"))
+        self.folder = head_of(self.model, tmp_path_factory.mktemp("head"), self.ahead)
 
     def drafter(self) -> Eagle:
-        class FedEagle(Eagle):
-            def open(self, prompt: Sequence[int], hints: object) -> Fed:
-                self.open_sessions += 1
-                return Fed(self, prompt)
-
         head = load_head(self.folder, self.model)
         head.lm_head.weight.mul_(8)  # so that it is sure enough to draft on
-        return FedEagle(Halves(head, self.model.get_input_embeddings().weight, 3), 4)
+        return fed(drafting(head, self.model))
 
     def test_it_drafts(self) -> None:
         with self.session((1, 2, 3)) as session:
             assert len(self.ask(session)) > 3
 
 
+class TestParallelContract(TestContract):
+    ahead = AHEAD
+
+
+def fed(drafter: Eagle) -> Eagle:
+    """Its sessions are shown made-up states of their own history, as a target would."""
+    plain = type(drafter.open((1,), DraftHints()))
+    drafter.open_sessions = 0
+
+    class Fed(plain):  # type: ignore[misc, valid-type]
+        def __init__(self, prompt: Sequence[int]) -> None:
+            super().__init__(drafter, prompt)
+            self._show(0, prompt)
+            super().commit([prompt[-1] % VOCABULARY])
+            self._at = len(prompt)
+
+        def commit(self, tokens: Sequence[int]) -> None:
+            self._show(self._at, [0] * len(tokens))
+            self._at += len(tokens)
+            super().commit(tokens)
+
+        def _show(self, position: int, rows: Sequence[int]) -> None:
+            generator = torch.Generator().manual_seed(position)
+            shape = (len(rows), 32)
+            states = {layer: torch.randn(shape, generator=generator, dtype=torch.float64) for layer in LAYERS}
+            self.observe(Features(position, states))
+
+    class FedDrafter(type(drafter)):  # type: ignore[misc]
+        def open(self, prompt: Sequence[int], hints: object) -> Fed:
+            self.open_sessions += 1
+            return Fed(prompt)
+
+    drafter.__class__ = FedDrafter
+    return drafter
+
+
 @pytest.mark.skipif(why_not() is not None, reason=f"no CPU kernels: {why_not()}")
-def test_compiled_the_head_says_the_same(model: PreTrainedModel, folder: Path) -> None:
-    head, embeddings = load_head(folder, model), model.get_input_embeddings().weight
-    plain, quick = Halves(head, embeddings, 3), Halves(head, embeddings, 3)
+@pytest.mark.parametrize("ahead", [1, AHEAD])
+def test_compiled_the_head_says_the_same(model: PreTrainedModel, ahead: int) -> None:
+    head = untrained(model, ahead).requires_grad_(False)
+    plain, quick = (drafting(head, model).halves for _ in range(2))
     quick.compile(compile_rows)
     assert quick.before is not plain.before
     assert quick.behind is not plain.behind
     for rows in (1, 2, 5, 17):
-        ids = torch.arange(rows) * 3 % VOCABULARY, torch.arange(rows) + 9, torch.randn(rows, 32)
+        tokens, positions = torch.arange(rows) * 3 % VOCABULARY, torch.arange(rows) + 9
+        last = torch.arange(rows)[-2:].contiguous()
+        asked = (last,) if ahead == 1 else (tokens, last[:, None].expand(-1, ahead).contiguous())
         with torch.inference_mode():
-            for one, other in zip(quick.before(*ids), plain.before(*ids), strict=True):
+            before = tokens, positions, torch.randn(rows, 32)
+            for one, other in zip(quick.before(*before), plain.before(*before), strict=True):
                 torch.testing.assert_close(one, other)
-            behind = torch.randn(4, rows, 8), torch.randn(rows, 32), torch.arange(rows)[-2:].contiguous()
+            behind = torch.randn(4, rows, 8), torch.randn(rows, 32), *asked
             for one, other in zip(quick.behind(*behind), plain.behind(*behind), strict=True):
                 torch.testing.assert_close(one, other)
 
 
-def test_both_layouts_are_read(model: PreTrainedModel, folder: Path, tmp_path: Path) -> None:
+def test_a_parallel_tree_has_the_chances_that_training_gives(model: PreTrainedModel) -> None:
+    """Node by node, along every path: the same entries, depths and tokens in between, in training and in drafting."""
+    head = untrained(model, AHEAD, VOCABULARY).eval().requires_grad_(False)
+    head.lm_head.weight.mul_(6)  # so that it is sure enough to draft on
+    embeddings = model.get_input_embeddings().weight.detach()
+    ids, root = [7, 3, 9, 30, 12, 5], 11
+    states = torch.randn(len(ids), len(LAYERS) + 1, 32)
+    session = drafting(head, model).open(ids, DraftHints())
+    session.observe(Features(0, {layer: states[:, place] for place, layer in enumerate(LAYERS)}))
+    session.commit([root])
+    tree = session.propose(60)
+    assert len(tree) > 10
+    assert {len(path(tree, node)) for node in range(len(tree))} == set(range(1, AHEAD + 1))
+    for node in range(len(tree)):
+        drafted = [tree.tokens[on_path] for on_path in path(tree, node)]
+        text = torch.tensor([[*ids, root, *drafted, 0]])
+        seen = torch.zeros(1, text.shape[1], *states.shape[1:])
+        seen[0, : len(ids)] = states
+        batch = make_batch(embeddings, torch.zeros(VOCABULARY, 32), (text, seen, torch.tensor([text.shape[1]])))
+        last = torch.tensor([len(ids) - 1])
+        anchors = [torch.arange(batch.valid.shape[1]), *[last] * (len(drafted) - 1)]
+        deepest = parallel.forward(head, batch, anchors)[-1]
+        row = deepest.seeing[0, last if len(drafted) == 1 else 0]
+        chance = head.logits(row).softmax(-1).flatten()[drafted[-1]]
+        assert tree.confidence[node] == pytest.approx(float(chance), abs=1e-3)
+
+
+def test_both_layouts_are_read(model: PreTrainedModel, tmp_path: Path) -> None:
     """`speculators`' names, and those of the public EAGLE-3 checkpoints."""
+    folder = head_of(model, tmp_path / "ours")
     raw = json.loads((folder / "config.json").read_text())
     public = {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": raw["draft_vocab_size"]}
     public |= raw["transformer_layer_config"] | {"eagle_config": {"eagle_aux_hidden_state_layer_ids": list(LAYERS)}}
@@ -168,6 +232,8 @@ BROKEN = [
     ({"draft_vocab_size": 50}, "d2t is"),
     ({"eagle_aux_hidden_state_layer_ids": [1, 2, 9]}, "the target has 4"),
     ({"eagle_aux_hidden_state_layer_ids": [1, 2]}, "fc.weight is"),
+    ({"speculators_model_type": "specgen_parallel", "parallel_tokens": 1}, "parallel_tokens is 1; it must be from 2"),
+    ({"speculators_model_type": "specgen_parallel", "parallel_tokens": 9}, "ahead.weight"),
 ]
 
 

@@ -1,0 +1,40 @@
+"""The drafter "eagle" from its options: the head says by itself whether it drafts level by level or all at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from specgen import DrafterSetup, InvalidRequest, pack_linears, read_options
+from specgen_eagle.checkpoint import load_head
+from specgen_eagle.drafter import Eagle, Halves
+from specgen_eagle.parallel_drafter import ParallelEagle, ParallelHalves
+
+
+class EagleOptions(msgspec.Struct, frozen=True):
+    """path: folder of the head, required. depth of the tree. width: nodes grown per depth, and children of each."""
+
+    path: Any = None
+    depth: Annotated[int, msgspec.Meta(ge=1, le=16)] = 6
+    width: Annotated[int, msgspec.Meta(ge=1, le=16)] = 6
+
+
+def eagle(setup: DrafterSetup) -> Eagle:
+    """The factory. Raises InvalidRequest or DrafterMismatch for a head that cannot draft for the target, by name."""
+    options = read_options("drafter 'eagle'", setup.options, EagleOptions)
+    if options.path is None:
+        raise InvalidRequest("drafter 'eagle' needs the option path: the folder of a head", param="path")
+    if setup.target is None:
+        raise InvalidRequest("drafter 'eagle' needs the target's model, to share its embeddings", param="path")
+    head = load_head(Path(options.path), setup.target)
+    pack_linears(head)
+    embeddings = setup.target.get_input_embeddings().weight
+    if head.config.parallel > 1:
+        parallel = ParallelHalves(head, embeddings, options.width, options.depth)
+        parallel.compile(setup.compile_rows)
+        return ParallelEagle(parallel, options.depth)
+    halves = Halves(head, embeddings, options.width)
+    halves.compile(setup.compile_rows)
+    return Eagle(halves, options.depth)
