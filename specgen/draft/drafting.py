@@ -15,11 +15,13 @@ from specgen.draft.merge import Merged
 from specgen.errors import UnknownName
 from specgen.log import Log
 from specgen.tree import check, depths, select
-from specgen.types import EMPTY_TREE, DrafterStats, Speculation, TokenTree
+from specgen.types import EMPTY_TREE, MAX_TREE_NODES, DrafterStats, Speculation, TokenTree
 
 log = Log("specgen.draft")
 
 _STALL_SECONDS = 5.0
+_FEWEST_ASKED, _FIRST_ASKED = 8, 32
+_SHRINK = 0.9
 
 
 @dataclass(slots=True)
@@ -46,10 +48,15 @@ class _Learned:
 
 @dataclass(slots=True)
 class Drafts:
-    """The drafting side of one sequence. Owned by the sequence, changed by `Drafting` alone."""
+    """The drafting side of one sequence. Owned by the sequence, changed by `Drafting` alone.
+
+    most: nodes that each drafter is asked for. Nodes that nobody verifies cost time to draft, merge and weigh, so where
+    the budget decides it is twice what was verified of late.
+    """
 
     speculation: Speculation
     constraint: Constrained | None = None
+    most: int = MAX_TREE_NODES
     active: dict[str, _Active] = field(default_factory=dict)
     unopened: dict[str, DrafterStats] = field(default_factory=dict)
 
@@ -86,7 +93,9 @@ class Drafting:
         """Sessions of all drafters that the request allows. What `constraint` forbids counts as never offered."""
         if constraint is not None:
             hints = replace(hints, forced=constraint.forced)
-        drafts = Drafts(speculation, constraint)
+        drafts = Drafts(speculation, constraint, speculation.max_nodes)
+        if speculation.adaptive:
+            drafts.most = min(drafts.most, _FIRST_ASKED)
         if not speculation.max_nodes:
             return drafts
         learned = self._learned_under(hints.adapter.name if hints.adapter else "")
@@ -152,6 +161,9 @@ class Drafting:
                 accepted=active.stats.accepted + accepted[name],
             )
         self._learn_pace(drafts, accepted)
+        if drafts.speculation.adaptive:
+            asked = max(_FEWEST_ASKED, 2 * len(verified), int(_SHRINK * drafts.most))
+            drafts.most = min(drafts.speculation.max_nodes, asked)
         for name, active in drafts.active.items():
             active.offer, active.shared = EMPTY_TREE, ()
             if active.stats.disabled:
@@ -211,7 +223,7 @@ class Drafting:
         if not asked:
             return 0.0
         sessions = [drafts.active[name].session for drafts in asked]
-        limits = [drafts.speculation.max_nodes for drafts in asked]
+        limits = [drafts.most for drafts in asked]
         drafter.token_seconds = self._token_seconds if all(d.speculation.adaptive for d in asked) else 0.0
         started = time.perf_counter()
         try:

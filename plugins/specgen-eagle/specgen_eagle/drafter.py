@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from specgen_eagle.session import Answer, EagleSession, Part
 
 _ROWS_PER_FORWARD = 512
 _EXAMPLE_ROWS = 16
+WINDOW = 256
 # A level costs little beside a step of the target: grow what is unlikely too, the budget may leave it out.
 _LEAST_SURVIVAL = 0.02
 
@@ -68,10 +70,11 @@ class Halves:
 
 
 class Eagle(Drafter):
-    """Drafts with the head of `halves`, trees of up to `depth` levels."""
+    """Drafts with the head of `halves`, trees of up to `depth` levels; of a text that it comes to late it reads the
+    last `window` entries."""
 
-    def __init__(self, halves: Halves, depth: int) -> None:
-        self.halves, self.head = halves, halves.head
+    def __init__(self, halves: Halves, depth: int, window: int = WINDOW) -> None:
+        self.halves, self.head, self.window = halves, halves.head, window
         self.depth, self.width = depth, halves.children
         self.layers = self.head.config.layers
         self.wanted = Wanted(layers=self.layers)
@@ -111,10 +114,15 @@ class Eagle(Drafter):
         behind = [session for session in sessions if session.reading.unread]
         while behind:
             room = max(1, _ROWS_PER_FORWARD // len(behind))
-            answers = self._forward([session.entries(room) for session in behind])
+            answers = self._forward(self._fused([session.entries(room) for session in behind]))
             for session, answer in zip(behind, answers, strict=True):
                 session.advance(answer)
             behind = [session for session in behind if session.reading.unread]
+
+    def _fused(self, parts: Sequence[Part]) -> list[Part]:
+        """The same with the head's states in place of the target's."""
+        fused = self.head.fuse(_joined([part.states for part in parts])).split([len(part.tokens) for part in parts])
+        return [replace(part, states=states) for part, states in zip(parts, fused, strict=True)]
 
     def _forward(self, parts: Sequence[Part], *, every: bool = False) -> list[Answer]:
         """What the head says of the rows of all parts, whose keys and values are written to their caches; it guesses

@@ -9,16 +9,18 @@ import msgspec
 
 from specgen import DrafterSetup, InvalidRequest, pack_linears, read_options
 from specgen_eagle.checkpoint import load_head
-from specgen_eagle.drafter import Eagle, Halves
+from specgen_eagle.drafter import WINDOW, Eagle, Halves
 from specgen_eagle.parallel_drafter import ParallelEagle, ParallelHalves
 
 
 class EagleOptions(msgspec.Struct, frozen=True):
-    """path: folder of the head, required. depth of the tree. width: nodes grown per depth, and children of each."""
+    """path: folder of the head, required. depth of the tree. width: nodes grown per depth, and children of each.
+    window: entries of a text, the last ones, that the head reads when it is first asked, or asked again after long."""
 
     path: Any = None
     depth: Annotated[int, msgspec.Meta(ge=1, le=16)] = 6
     width: Annotated[int, msgspec.Meta(ge=1, le=16)] = 6
+    window: Annotated[int, msgspec.Meta(ge=1)] = WINDOW
 
 
 def eagle(setup: DrafterSetup) -> Eagle:
@@ -34,7 +36,7 @@ def eagle(setup: DrafterSetup) -> Eagle:
     if head.config.parallel > 1:
         parallel = ParallelHalves(head, embeddings, options.width, options.depth)
         parallel.compile(setup.compile_rows)
-        return ParallelEagle(parallel, options.depth)
+        return ParallelEagle(parallel, options.depth, options.window)
     halves = Halves(head, embeddings, options.width)
     halves.compile(setup.compile_rows)
-    return Eagle(halves, options.depth)
+    return Eagle(halves, options.depth, options.window)

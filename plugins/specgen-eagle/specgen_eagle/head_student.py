@@ -25,8 +25,6 @@ _QUIET = 0.1
 class HeadStudent:
     """`module` is the head; see `Student`."""
 
-    kind = "eagle3"
-
     def __init__(self, model: Any, recipe: Recipe, corpus: Sequence[Conversation]) -> None:
         self.module = new_head(model, recipe, corpus)
         self.layers = self.module.config.layers
@@ -34,6 +32,11 @@ class HeadStudent:
         self._recipe = recipe.training
         self._embeddings = model.get_input_embeddings().weight.detach()
         self._target_head = model.get_output_embeddings().weight.detach()[self.module.tokens]
+
+    @property
+    def kind(self) -> str:
+        """Whether it is unrolled or says all at once."""
+        return "parallel" if self.module.config.parallel > 1 else "eagle3"
 
     def loss(self, padded: Padded) -> Tensor:
         """Cross-entropy with the target's distribution over what the head can say, at all depths."""

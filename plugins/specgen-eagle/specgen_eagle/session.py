@@ -86,8 +86,8 @@ class Cache:
 class Reading:
     """What a session's head has taken in since `start`, and what it has not.
 
-    states: the target's, fused, of entries that are `unread`. cache: keys and values of the others. root: the head's
-    own states of the last of them, [1, width], and its guesses; `None` if there is none.
+    states: the target's, of all layers side by side, of entries that are `unread`. cache: keys and values of the
+    others. root: the head's own states of the last of them, [1, width], and its guesses; `None` if there is none.
     """
 
     def __init__(self, start: int) -> None:
@@ -101,10 +101,14 @@ class Reading:
         """Entries that the head has not taken in."""
         return self.stop - self.start - self.cache.length
 
-    def add(self, states: Tensor) -> None:
-        """Entries that follow."""
+    def add(self, states: Tensor, window: int) -> None:
+        """Entries that follow. If nobody asked for so long that more than `window` are unread, the text begins anew so
+        many entries back: reading all would cost more than it helps."""
         self.states.append(states)
         self.stop += len(states)
+        if self.unread > window:
+            self.states = [torch.cat(self.states)[-window:]]
+            self.start, self.cache, self.root = self.stop - window, Cache(), None
 
     def take(self, most: int) -> tuple[int, Tensor]:
         """The position of the first unread entry, and the states of at most `most`."""
@@ -138,7 +142,7 @@ class EagleSession(DraftSession):
             self.reading = Reading(features.position)
         new = rows[self.reading.stop - features.position :]
         if len(new):
-            self.reading.add(self._drafter.head.fuse(new))
+            self.reading.add(new, self._drafter.window)
 
     def commit(self, tokens: Sequence[int]) -> None:
         """Take in ids; the tree under the last one is gone."""
@@ -155,7 +159,7 @@ class EagleSession(DraftSession):
         return len(self._ids) > self._prompt and (self.reading.unread > 0 or self.reading.root is not None)
 
     def entries(self, most: int) -> Part:
-        """The next `most` of them as rows, each of which sees those before it."""
+        """The next `most` of them as rows, each of which sees those before it; their states are still the target's."""
         first, states = self.reading.take(most)
         positions = range(first, first + len(states))
         visible = torch.ones(len(states), len(states), dtype=torch.bool, device=states.device).tril()

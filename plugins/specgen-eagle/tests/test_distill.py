@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from specgen_eagle.corpus import read_corpus
 from specgen_eagle.distill import distill
 from specgen_eagle.pruned_student import prune
-from specgen_eagle.recipe import SMOKE, PrunedRecipe, Recipe, read_recipe
+from specgen_eagle.recipe import SMOKE, HeadRecipe, PrunedRecipe, Recipe, read_recipe
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -133,6 +133,36 @@ def test_a_draft_model_of_some_layers_learns_to_say_what_the_target_says(
     pruned = prune(engine.model, (0, 3)).eval()
     trained_one = accepted(engine, {"draft-model": {"model": str(tmp_path / "student")}}, prompts)
     assert trained_one > accepted(engine, {"draft-model": {"model": pruned}}, prompts)
+
+
+def test_a_parallel_head_goes_on_from_an_unrolled_one(trained: tuple[Engine, Path], tmp_path: Path) -> None:
+    """It keeps what that can say, learns to say more at once, and ends the same when it is cut off."""
+    engine, folder = trained
+    recipe = msgspec.structs.replace(SMOKE, head=HeadRecipe(parallel=3, start=str(folder / "head")))
+    corpus = (folder / "work" / "corpus.jsonl").read_bytes()
+    prompts = [c.ids[: c.answer] for c in read_corpus(folder / "work" / "corpus.jsonl")[:12]]
+
+    def told(what: str, count: int, of: int) -> None:
+        if (what, count) == ("updates", 80):
+            raise Cut
+
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "corpus.jsonl").write_bytes(corpus)
+    curve = distill(engine, tmp_path / "head", tmp_path / "whole", recipe, lambda *_: None)
+    with pytest.raises(Cut):
+        distill(engine, tmp_path / "again", tmp_path / "cut", recipe, told)
+    distill(engine, tmp_path / "again", tmp_path / "cut", recipe, lambda *_: None)
+    once, twice, begun = (
+        load_file(path / "model.safetensors") for path in (tmp_path / "head", tmp_path / "again", folder / "head")
+    )
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+    assert torch.equal(once["d2t"], begun["d2t"])
+    assert json.loads((tmp_path / "head" / "manifest.json").read_text())["kind"] == "parallel"
+    assert curve[-1].survival[1] > curve[0].survival[1]
+    assert accepted(engine, {"eagle": {"path": tmp_path / "head"}}, prompts) > 1.05 * accepted(
+        engine, {"prompt-lookup": {}}, prompts
+    )
 
 
 def test_a_pruned_model_that_keeps_all_layers_is_the_target(trained: tuple[Engine, Path]) -> None:
