@@ -1183,7 +1183,8 @@ def test_sixty_wrong_nodes_a_step_cost_no_rows(model: PreTrainedModel) -> None:
     assert sum(first.per_step_drafted) < 100
     assert sum(first.per_step_drafted[20:]) == 0
     share = first.by_drafter["echo"]
-    assert share.offered > 50 * share.asked, "it goes on offering as long as it is asked"
+    assert share.offered >= 12 * share.asked, "it goes on offering as long as it is asked"
+    assert share.offered < 24 * share.asked, "but is asked for no more than might be taken"
     truths = [greedy(model, prompt, 40) for prompt in PROMPTS]
     names = [bench.add(prompt, max_tokens=40, prediction=truth) for prompt, truth in zip(PROMPTS, truths, strict=True)]
     bench.run()

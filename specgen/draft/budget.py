@@ -220,7 +220,8 @@ class Pace:
         return bool(self._calls) or self._parent is None or not self._waits or self._parent.ready()
 
     def observe(self, gained: int, seconds: float, token_seconds: float) -> None:
-        """`gained` tokens came of a proposal that took `seconds`; a token is worth `token_seconds`."""
+        """`gained` tokens came of a proposal that took `seconds`, some of them for its rows; a token is worth
+        `token_seconds`."""
         if self._parent:
             self._parent.observe(gained, seconds, token_seconds)
         weight = max(_SMOOTHING, 1.0 / (self._calls + self._known + 1))

@@ -1,5 +1,5 @@
 """Heads in files: the `speculators` format and the layout of the public EAGLE-3 checkpoints are read, the first is
-written. What does not fit is refused by name."""
+written, with fields and tensors of its own for parallel heads. What does not fit is refused by name."""
 
 from __future__ import annotations
 
@@ -72,6 +72,7 @@ def save_head(head: EagleHead, folder: Path, target: Any, name: str) -> None:
     config = head.config
     weights = {_speculators_name(key): tensor.detach() for key, tensor in head.state_dict().items()}
     if config.parallel > 1:
+        # Such heads are trained with the target's own rows.
         del weights["lm_head.weight"]
     said = torch.zeros(target.config.get_text_config(decoder=True).vocab_size, dtype=torch.bool)
     said[head.tokens] = True
@@ -80,7 +81,7 @@ def save_head(head: EagleHead, folder: Path, target: Any, name: str) -> None:
     written = {
         "architectures": ["Eagle3Speculator"],
         "speculators_model_type": _PARALLEL if config.parallel > 1 else "eagle3",
-        "parallel_tokens": config.parallel,
+        **({"parallel_tokens": config.parallel} if config.parallel > 1 else {}),
         "draft_vocab_size": config.vocabulary,
         "target_hidden_size": config.target_width,
         "norm_before_residual": config.norm_first,

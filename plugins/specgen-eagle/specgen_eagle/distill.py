@@ -69,10 +69,9 @@ def plot(curve: list[Point], path: Path) -> None:
 
 
 def _same_recipe(path: Path, recipe: Recipe) -> None:
-    written = msgspec.json.encode(recipe)
-    if path.exists() and path.read_bytes() != written:
+    if path.exists() and msgspec.json.decode(path.read_bytes(), type=Recipe) != recipe:
         raise InvalidRequest(f"{path.parent} was begun with another recipe; choose another folder", param="work")
-    path.write_bytes(written)
+    path.write_bytes(msgspec.json.encode(recipe))
 
 
 def _write_manifest(output: Path, kind: str, model: Any, recipe: Recipe, curve: list[Point]) -> None:

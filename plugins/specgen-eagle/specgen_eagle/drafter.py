@@ -35,7 +35,8 @@ class Halves:
         self.children = min(children, head.config.vocabulary)
         self._embeddings = embeddings.detach()
         self._tokens = head.tokens
-        self.before, self.behind = self._before, self._behind
+        self.before: Callable[..., tuple[Tensor, ...]] = self._before
+        self.behind: Callable[..., tuple[Tensor, ...]] = self._behind
 
     def compile(self, compile_rows: Callable[..., Any]) -> None:
         """Compile both."""
@@ -70,8 +71,13 @@ class Halves:
 
 
 class Eagle(Drafter):
-    """Drafts with the head of `halves`, trees of up to `depth` levels; of a text that it comes to late it reads the
-    last `window` entries."""
+    """Drafts with the head of `halves`, trees of up to `depth` levels.
+
+    Of a text that it comes to late, a long prompt or after not being asked for long, it reads the last `window` entries
+    alone: the more would cost more than they help.
+    """
+
+    session: type[EagleSession] = EagleSession
 
     def __init__(self, halves: Halves, depth: int, window: int = WINDOW) -> None:
         self.halves, self.head, self.window = halves, halves.head, window
@@ -84,7 +90,7 @@ class Eagle(Drafter):
     def open(self, prompt: Sequence[int], hints: DraftHints) -> DraftSession:
         """A session with keys and values of its own, empty until the target's first forward."""
         self.open_sessions += 1
-        return EagleSession(self, prompt)
+        return self.session(self, prompt)
 
     @torch.inference_mode()
     def propose(self, sessions: Sequence[DraftSession], max_nodes: Sequence[int]) -> list[TokenTree]:
@@ -111,6 +117,8 @@ class Eagle(Drafter):
 
     def _read(self, sessions: Sequence[EagleSession]) -> None:
         """Take in what the target has computed since the last time; the last entry is the tree's root."""
+        for session in sessions:
+            session.reading.cut(self.window)
         behind = [session for session in sessions if session.reading.unread]
         while behind:
             room = max(1, _ROWS_PER_FORWARD // len(behind))
@@ -149,14 +157,17 @@ def attend(halves: Halves, parts: Sequence[Part]) -> tuple[Tensor, Tensor, Tenso
     device = parts[0].states.device
     tokens = torch.tensor([token for part in parts for token in part.tokens], device=device)
     positions = torch.tensor([place for part in parts for place in part.positions], device=device)
-    query, key, value, residual = halves.before(tokens, positions, _joined([part.states for part in parts]))
+    *projected, residual = halves.before(tokens, positions, _joined([part.states for part in parts]))
+    # Once for all parts, not for each of many.
+    query, key, value = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in projected)
+    query = query * query.shape[-1] ** -0.5
     attended = [
         part.cache.attend(q, k, v, part.visible)
         for part, q, k, v in zip(
             parts, query.split(rows, dim=1), key.split(rows, dim=1), value.split(rows, dim=1), strict=True
         )
     ]
-    return tokens, _joined(attended, dim=1), residual
+    return tokens, _joined(attended, dim=1).to(residual.dtype), residual
 
 
 def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:

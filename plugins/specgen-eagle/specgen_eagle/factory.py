@@ -20,7 +20,7 @@ class EagleOptions(msgspec.Struct, frozen=True):
     path: Any = None
     depth: Annotated[int, msgspec.Meta(ge=1, le=16)] = 6
     width: Annotated[int, msgspec.Meta(ge=1, le=16)] = 6
-    window: Annotated[int, msgspec.Meta(ge=1)] = WINDOW
+    window: Annotated[int, msgspec.Meta(ge=64)] = WINDOW
 
 
 def eagle(setup: DrafterSetup) -> Eagle:
@@ -34,9 +34,8 @@ def eagle(setup: DrafterSetup) -> Eagle:
     pack_linears(head)
     embeddings = setup.target.get_input_embeddings().weight
     if head.config.parallel > 1:
-        parallel = ParallelHalves(head, embeddings, options.width, options.depth)
-        parallel.compile(setup.compile_rows)
-        return ParallelEagle(parallel, options.depth, options.window)
-    halves = Halves(head, embeddings, options.width)
-    halves.compile(setup.compile_rows)
-    return Eagle(halves, options.depth, options.window)
+        drafter: Eagle = ParallelEagle(ParallelHalves(head, embeddings, options.width, options.depth), options.window)
+    else:
+        drafter = Eagle(Halves(head, embeddings, options.width), options.depth, options.window)
+    drafter.halves.compile(setup.compile_rows)
+    return drafter

@@ -1,7 +1,8 @@
 """An EAGLE-3 head (Li et al. 2025): one decoder layer over the target's own hidden states, and a small vocabulary.
 
 Entry t pairs what the target computed at position t with the token at position t + 1 and says what comes at t + 2.
-Where the target has not been, the head's own output stands in for the target's states.
+Where the target has not been, the head's own output stands in for the target's states; a parallel head instead looks
+ahead from the last entry that the target has computed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class HeadConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EagleHead(nn.Module):
-    """Parameters under the names of the public EAGLE-3 checkpoints' layer; rows are packed, [rows, width]."""
+    """Parameters under the names of the public EAGLE-3 checkpoints' layer, and in a parallel head `ahead` and
+    `transition`; rows are packed, [rows, width]."""
 
     d2t: Tensor
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from specgen import InvalidRequest
 from specgen_eagle import parallel, unrolled
 from specgen_eagle.checkpoint import default_layers, load_head, save_head
 from specgen_eagle.corpus import Conversation
@@ -29,28 +31,26 @@ class HeadStudent:
         self.module = new_head(model, recipe, corpus)
         self.layers = self.module.config.layers
         self._model = model
-        self._recipe = recipe.training
+        training = recipe.training
+        self._loss: Callable[[EagleHead, Batch], Tensor]
+        self._hits: Callable[[EagleHead, Batch], tuple[list[int], list[int]]]
+        if self.module.config.parallel > 1:
+            self.kind = "parallel"
+            self._loss, self._hits = partial(parallel.loss, decay=training.decay), parallel.hits
+        else:
+            self.kind = "eagle3"
+            self._loss = partial(unrolled.loss, ahead=training.ahead, decay=training.decay)
+            self._hits = partial(unrolled.hits, ahead=training.ahead)
         self._embeddings = model.get_input_embeddings().weight.detach()
         self._target_head = model.get_output_embeddings().weight.detach()[self.module.tokens]
 
-    @property
-    def kind(self) -> str:
-        """Whether it is unrolled or says all at once."""
-        return "parallel" if self.module.config.parallel > 1 else "eagle3"
-
     def loss(self, padded: Padded) -> Tensor:
         """Cross-entropy with the target's distribution over what the head can say, at all depths."""
-        batch = self._batch(padded)
-        if self.module.config.parallel > 1:
-            return parallel.loss(self.module, batch, self._recipe.decay)
-        return unrolled.loss(self.module, batch, self._recipe.ahead, self._recipe.decay)
+        return self._loss(self.module, self._batch(padded))
 
     def hits(self, padded: Padded) -> tuple[list[int], list[int]]:
         """Each drafted position from the states that the head has in its place."""
-        batch = self._batch(padded)
-        if self.module.config.parallel > 1:
-            return parallel.hits(self.module, batch)
-        return unrolled.hits(self.module, batch, self._recipe.ahead)
+        return self._hits(self.module, self._batch(padded))
 
     def save(self, folder: Path) -> None:
         """As `load_head` reads it."""
@@ -65,7 +65,7 @@ def new_head(model: Any, recipe: Recipe, corpus: Sequence[Conversation]) -> Eagl
     as they are. What it can say are the most frequent tokens of `corpus`."""
     torch.manual_seed(recipe.training.seed)
     if recipe.head.start:
-        return _continued(load_head(Path(recipe.head.start), model), recipe.head.parallel)
+        return _continued(load_head(Path(recipe.head.start), model), recipe.head.parallel, model)
     config = model.config.get_text_config(decoder=True)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layer = {
@@ -94,25 +94,32 @@ def new_head(model: Any, recipe: Recipe, corpus: Sequence[Conversation]) -> Eagl
     said = frequent(corpus, vocabulary, config.vocab_size)
     head.d2t.copy_(said - torch.arange(vocabulary))
     head.lm_head.weight.data.copy_(model.get_output_embeddings().weight[said].float())
-    _begin_as(head, model)
-    return _as_student(head)
-
-
-def _continued(started: EagleHead, parallel: int) -> EagleHead:
-    """A head that says `parallel` tokens and has the weights of `started`, in float32 as they are trained."""
-    head = EagleHead(msgspec.structs.replace(started.config, parallel=parallel))
-    begun = {name: weight for name, weight in started.state_dict().items() if name in head.state_dict()}
-    head.load_state_dict(begun, strict=False)
-    return _as_student(head)
-
-
-def _as_student(head: EagleHead) -> EagleHead:
-    """Its own words stay the target's, and what looks ahead begins by changing nothing."""
     head.lm_head.weight.requires_grad_(False)
+    _begin_as(head, model)
+    _as_silent(head)
+    return head
+
+
+def _continued(started: EagleHead, ahead: int, model: Any) -> EagleHead:
+    """A head that says `ahead` tokens and begins with the weights of `started`, in float32 as they are trained."""
+    said = started.config.parallel
+    if said not in (1, ahead):
+        raise InvalidRequest(f"parallel is {ahead}; a head that says {said} at once goes on as one", param="recipe")
+    head = EagleHead(msgspec.structs.replace(started.config, parallel=ahead))
+    if said != ahead:
+        _as_silent(head)
+    head.load_state_dict(started.state_dict(), strict=said == ahead)
+    if ahead > 1:
+        head.lm_head.weight.data.copy_(model.get_output_embeddings().weight[head.tokens])
+    head.lm_head.weight.requires_grad_(False)
+    return head
+
+
+def _as_silent(head: EagleHead) -> None:
+    """What looks ahead begins by changing nothing."""
     if head.config.parallel > 1:
         nn.init.zeros_(head.ahead.weight)
         nn.init.zeros_(head.transition.out_proj.weight)
-    return head
 
 
 @torch.no_grad()

@@ -58,11 +58,14 @@ def forward(head: EagleHead, batch: Batch, anchors: list[Tensor]) -> list[Depth]
 
 
 def loss(head: EagleHead, batch: Batch, decay: float) -> Tensor:
-    """Cross-entropy with the target's distribution, mean over entries; depth d counts `decay` ** d."""
+    """Cross-entropy with the target's distribution, mean over entries; depth d counts `decay` ** d, and besides what it
+    says before it knows the tokens in between."""
     total = torch.zeros(())
     for d, depth in enumerate(forward(head, batch, _sampled(batch, head.config.parallel))):
         places = depth.anchors + d
         valid = batch.valid[:, places]
+        if not valid.any():
+            continue
         wanted = batch.wanted[:, places][valid]
         part = _cross_entropy(head.logits(depth.seeing[valid]), wanted)
         if d:
@@ -77,22 +80,23 @@ def hits(head: EagleHead, batch: Batch) -> tuple[list[int], list[int]]:
     count = batch.valid.shape[1]
     best = batch.wanted.argmax(dim=-1)
     alive = batch.valid
-    for d, depth in enumerate(forward(head, batch, [torch.arange(count - d) for d in range(head.config.parallel)])):
+    every = [torch.arange(max(0, count - d)) for d in range(head.config.parallel)]
+    for d, depth in enumerate(forward(head, batch, every)):
         valid = batch.valid[:, d:]
-        alive = alive[:, : count - d] & valid & (head.logits(depth.seeing).argmax(dim=-1) == best[:, d:])
+        alive = alive[:, : valid.shape[1]] & valid & (head.logits(depth.seeing).argmax(dim=-1) == best[:, d:])
         right.append(int(alive.sum()))
         asked.append(int(valid.sum()))
     return right, asked
 
 
 def _sampled(batch: Batch, depths: int) -> list[Tensor]:
-    """Anchors of each depth, drawn anew for every batch and the same whenever it comes again."""
+    """Anchors of each depth, drawn by the batch's shape: a run that is taken up again draws the same."""
     count = batch.valid.shape[1]
     generator = torch.Generator().manual_seed(int(batch.valid.sum()) * 1009 + count)
     anchors = [torch.arange(count)]
     for d in range(1, depths):
         kept = max(1, round(count * _KEPT**d))
-        anchors.append(torch.randperm(max(1, count - d), generator=generator)[:kept].sort().values)
+        anchors.append(torch.randperm(max(0, count - d), generator=generator)[:kept].sort().values)
     return anchors
 
 

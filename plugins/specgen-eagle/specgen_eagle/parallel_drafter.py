@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -11,16 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specgen import DraftHints, DraftSession, TokenTree
-from specgen_eagle.drafter import Eagle, Halves, attend
+from specgen import DraftSession, TokenTree
+from specgen.types import EMPTY_TREE, MAX_TREE_NODES
+from specgen_eagle.drafter import WINDOW, Eagle, Halves, attend
 from specgen_eagle.head import EagleHead
-from specgen_eagle.session import Answer, EagleSession, Part
+from specgen_eagle.session import Answer, EagleSession, Part, causal
 
 _CANDIDATES = 64
 """Tokens of each depth, the likeliest before those in between are known, among which a tree chooses."""
-_NODES = 64
 _LEAST_SURVIVAL = 0.02
-_NEARLY_ALL = 1.0 - 1e-6
 
 
 class ParallelHalves(Halves):
@@ -33,30 +32,32 @@ class ParallelHalves(Halves):
         super().__init__(head, embeddings, children)
         self.depth = min(depth, head.config.parallel)
         self._candidates = min(_CANDIDATES, head.config.vocabulary)
+        self.behind = self._trees
 
     def compile(self, compile_rows: Callable[..., Any]) -> None:
         """Compile both."""
         tokens, positions, states, attended = self._examples()
         self.before = compile_rows(self._before, [(tokens, 0), (positions, 0), (states, 0)])
-        wanted = positions[:, None].expand(-1, self.head.config.parallel).contiguous()
-        self.behind = compile_rows(self._behind, [(attended, 1), (states, 0), (tokens, 0), (wanted, 0)])
+        wanted = positions[:, None].expand(-1, self.depth).contiguous()
+        self.behind = compile_rows(self._trees, [(attended, 1), (states, 0), (tokens, 0), (wanted, 0)])
 
-    def _behind(self, attended: Tensor, residual: Tensor, tokens: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
-        """The likeliest nodes of a tree for each of several sequences, likeliest first.
+    def _trees(self, attended: Tensor, residual: Tensor, tokens: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
+        """The likeliest nodes of a tree for each of several sequences, likeliest first, parents before their children.
 
-        tokens: int64[rows]. wanted: int64[trees, parallel], the rows of each tree's root and of the depths behind it.
+        tokens: int64[rows]. wanted: int64[trees, depth], the rows of each tree's root and of the depths behind it.
         Returns, [trees, nodes] all, the chance of each node given its parent and that of its whole path, its token, its
         number and its parent's, which is -1 for children of the root.
         """
-        width = self.children
-        states = self.head.finish(attended, residual)[wanted.flatten()].unflatten(0, wanted.shape)[:, : self.depth]
-        logits = self.head.logits(states.flatten(0, 1)).float().unflatten(0, states.shape[:2])
+        width, rows = self.children, wanted.flatten()
+        states = self.head.finish(attended[:, rows], residual[rows])
+        logits = _exact(self.head.logits(states)).unflatten(0, wanted.shape)
+        states = states.unflatten(0, wanted.shape)
         top, places = logits.topk(self._candidates)
-        total = logits.logsumexp(dim=-1, keepdim=True)
-        # What is no candidate keeps the share that it had before the tokens in between were known.
-        rest = total + torch.log1p(-(top.logsumexp(dim=-1, keepdim=True) - total).exp().clamp(max=_NEARLY_ALL))
+        shares = (top - logits.logsumexp(dim=-1, keepdim=True)).exp()
+        # The candidates together keep the share that they had before the tokens in between were known.
+        kept = shares.sum(dim=-1, keepdim=True)
         first = min(width * width, self._candidates)
-        chance = (top[:, 0, :first] - total[:, 0]).exp()
+        chance = shares[:, 0, :first]
         said = self._tokens[places[:, 0, :first]]
         levels = [(chance, chance, said, torch.full_like(said, -1))]
         last = tokens[wanted[:, :1]]
@@ -67,9 +68,7 @@ class ParallelHalves(Halves):
             before = last.expand(-1, width) if depth == 1 else last.gather(1, picked // width)
             last = said.gather(1, picked)
             scores = self._seeing(states[:, depth], last, before, places[:, depth])
-            best, chosen = scores.topk(width)
-            whole = torch.logaddexp(scores.logsumexp(dim=-1, keepdim=True), rest[:, depth, None])
-            chance = (best - whole).exp()
+            chance, chosen = (scores.softmax(dim=-1) * kept[:, depth, None]).topk(width)
             levels.append(
                 (
                     chance.flatten(1),
@@ -80,9 +79,11 @@ class ParallelHalves(Halves):
             )
             numbers += said.shape[1]
         chances, survivals, every, parents = (torch.cat(part, dim=1) for part in zip(*levels, strict=True))
+        chances, survivals = (part.nan_to_num(0.0).clamp(max=1.0) for part in (chances, survivals))
         ordered, order = survivals.sort(dim=1, descending=True, stable=True)
-        order = order[:, :_NODES]
-        return chances.gather(1, order), ordered[:, :_NODES], every.gather(1, order), order, parents.gather(1, order)
+        order = order[:, :MAX_TREE_NODES]
+        ordered = ordered[:, :MAX_TREE_NODES]
+        return chances.gather(1, order), ordered, every.gather(1, order), order, parents.gather(1, order)
 
     def _seeing(self, states: Tensor, last: Tensor, before: Tensor, places: Tensor) -> Tensor:
         """Logits of the candidates `places` [trees, candidates] behind each beam, [trees, width, candidates].
@@ -94,29 +95,30 @@ class ParallelHalves(Halves):
             F.embedding(last.flatten(), self._embeddings),
             F.embedding(before.flatten(), self._embeddings),
         )
-        normed = self.head.norm(seeing).float().unflatten(0, last.shape)
-        return normed @ F.embedding(places, self.head.lm_head.weight).float().transpose(1, 2)
+        normed = _exact(self.head.norm(seeing)).unflatten(0, last.shape)
+        rows = _exact(F.embedding(places, self.head.lm_head.weight))
+        scores: Tensor = normed @ rows.transpose(1, 2)
+        return scores
 
 
-@dataclass(frozen=True, slots=True)
-class Grown(Answer):
-    """A whole tree under the last row, likeliest nodes first: `chances` and `tokens` have one row. Of each node also
-    the chance of its path, its number and its parent's."""
+class ParallelSession(EagleSession):
+    """A session whose tree is known once its entries are read."""
 
-    survival: Sequence[float]
-    numbers: Sequence[int]
-    parents: Sequence[int]
+    def tree(self, max_nodes: int) -> TokenTree:
+        """The likeliest nodes; the empty tree if nothing was read."""
+        # Nobody asks for nodes before all is read.
+        tree = self.reading.root.tree if self.reading.root and self.is_ready else None
+        return _cut(tree, max_nodes) if tree else EMPTY_TREE
 
 
 class ParallelEagle(Eagle):
     """Drafts with a parallel head: one forward for all trees."""
 
+    session = ParallelSession
     halves: ParallelHalves
 
-    def open(self, prompt: Sequence[int], hints: DraftHints) -> DraftSession:
-        """A session with keys and values of its own, empty until the target's first forward."""
-        self.open_sessions += 1
-        return ParallelSession(self, prompt)
+    def __init__(self, halves: ParallelHalves, window: int = WINDOW) -> None:
+        super().__init__(halves, halves.depth, window)
 
     @torch.inference_mode()
     def propose(self, sessions: Sequence[DraftSession], max_nodes: Sequence[int]) -> list[TokenTree]:
@@ -126,53 +128,43 @@ class ParallelEagle(Eagle):
         return [session.tree(most) for session, most in zip(asked, max_nodes, strict=True)]
 
     def _forward(self, parts: Sequence[Part], *, every: bool = False) -> list[Answer]:
-        """What the head says of the rows of all parts, and the tree behind each part's last."""
-        following = self.head.look_ahead(torch.stack([part.states[-1] for part in parts]))
+        """The tree behind the last row of each part."""
+        following = self.head.look_ahead(torch.stack([part.states[-1] for part in parts]))[:, : self.depth - 1]
         longer = [_longer(part, further) for part, further in zip(parts, following, strict=True)]
-        ends = list(accumulate(len(part.tokens) for part in longer))
-        count = self.head.config.parallel
         tokens, attended, residual = attend(self.halves, longer)
-        wanted = torch.tensor([range(end - count, end) for end in ends], device=tokens.device)
-        grown = self.halves.behind(attended, residual, tokens, wanted)
-        chances, survival, said, numbers, parents = (column.tolist() for column in grown)
-        return [
-            Grown(part.states, [chances[i]], [said[i]], survival[i], numbers[i], parents[i])
-            for i, part in enumerate(parts)
-        ]
+        ends = accumulate(len(part.tokens) for part in longer)
+        wanted = torch.tensor([range(end - self.depth, end) for end in ends], device=tokens.device)
+        columns = [column.tolist() for column in self.halves.behind(attended, residual, tokens, wanted)]
+        return [Answer(part.states, tree=_tree(*nodes)) for part, *nodes in zip(parts, *columns, strict=True)]
 
 
-class ParallelSession(EagleSession):
-    """A session whose tree is known once its entries are read."""
-
-    def tree(self, max_nodes: int) -> TokenTree:
-        """The likeliest nodes; the empty tree if nothing was read."""
-        root = self.reading.root
-        if not isinstance(root, Grown) or not self.is_ready or self.reading.unread:
-            return TokenTree((), (), ())
-        place = {-1: -1}
-        kept = 0
-        for number, survival in zip(root.numbers[:max_nodes], root.survival, strict=False):
-            if survival < _LEAST_SURVIVAL:
-                break
-            place[number] = kept
-            kept += 1
-        return TokenTree(
-            tuple(root.tokens[0][:kept]),
-            tuple(place[parent] for parent in root.parents[:kept]),
-            tuple(min(1.0, chance) for chance in root.chances[0][:kept]),
-        )
+def _exact(rows: Tensor) -> Tensor:
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def _longer(part: Part, following: Tensor) -> Part:
     """A part with rows for the entries behind its last one, which see what that sees and leave nothing behind."""
     count, rows = len(following), len(part.tokens)
-    visible = F.pad(part.visible, (0, count, 0, count))
-    visible[rows:, :rows] = part.visible[-1]
     last = part.positions[-1]
     return replace(
         part,
         tokens=[*part.tokens, *[part.tokens[-1]] * count],
         positions=[*part.positions, *range(last + 1, last + 1 + count)],
         states=torch.cat([part.states, following]),
-        visible=visible,
+        visible=causal(rows, following.device, count),
     )
+
+
+def _tree(
+    chances: list[float], survival: list[float], tokens: list[int], numbers: list[int], parents: list[int]
+) -> TokenTree:
+    """Of nodes in order of survival, those that may survive."""
+    kept = sum(chance >= _LEAST_SURVIVAL for chance in survival)
+    place = {number: node for node, number in enumerate(numbers[:kept])}
+    place[-1] = -1
+    return TokenTree(tuple(tokens[:kept]), tuple(map(place.__getitem__, parents[:kept])), tuple(chances[:kept]))
+
+
+def _cut(tree: TokenTree, count: int) -> TokenTree:
+    """The first nodes, whose parents are among them."""
+    return TokenTree(tree.tokens[:count], tree.parents[:count], tree.confidence[:count])

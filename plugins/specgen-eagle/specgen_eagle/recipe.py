@@ -41,7 +41,8 @@ class HeadRecipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """An EAGLE-3 head. layers: hidden states it reads, as transformers counts them; the default is near the bottom, in
     the middle and near the top. vocabulary: how many of the tokens in the corpus, the most frequent ones, it can say.
     intermediate: width of its feed-forward layer; the default is the target's. parallel: how many tokens it says in one
-    forward; more than 1 make it a parallel head. start: folder of a head whose weights and vocabulary it begins with.
+    forward; more than 1 make it a parallel head, for which `ahead` of the training has no meaning. start: folder of a
+    head whose weights, layers, vocabulary and width it begins with, in place of what is said here.
     """
 
     layers: tuple[int, ...] = ()

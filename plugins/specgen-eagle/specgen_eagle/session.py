@@ -5,28 +5,30 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from specgen import DraftSession, Features, Growth, TokenTree
+from specgen.types import EMPTY_TREE
 
 if TYPE_CHECKING:
     from specgen_eagle.drafter import Eagle
 
 _FIRST_ROOM = 256
-_EMPTY = TokenTree((), (), ())
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the head says of a part. states: [rows, width]; of the rows that it was to guess behind, the likeliest
-    tokens and the chance of each."""
+    """What the head says of a part. states: [rows, width], its own; of the rows that it was to guess behind, the
+    likeliest tokens and the chance of each. tree: what a parallel head says instead of these."""
 
     states: Tensor
-    chances: Sequence[Sequence[float]]
-    tokens: Sequence[Sequence[int]]
+    chances: Sequence[Sequence[float]] = ()
+    tokens: Sequence[Sequence[int]] = ()
+    tree: TokenTree = EMPTY_TREE
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,15 @@ class Part:
     visible: Tensor
 
 
+@lru_cache(maxsize=64)
+def causal(rows: int, device: torch.device, following: int = 0) -> Tensor:
+    """bool[rows + following, rows + following]: each row sees itself and those before it; the `following` ones see all
+    `rows`, and nobody sees them. Not to be changed."""
+    visible = torch.ones(rows + following, rows + following, dtype=torch.bool, device=device).tril()
+    visible[:, rows:] = False
+    return visible
+
+
 class Cache:
     """A session's keys and values, [kv_heads, room, head_dim]: `length` entries that stay, and a tree behind them.
 
@@ -57,27 +68,27 @@ class Cache:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
         """Write new rows at the end of what `visible` spans, and attend each row to what it sees and all that stays.
 
-        query: [heads, rows, head_dim]; key, value: [kv_heads, rows, head_dim]. Returns [heads, rows, head_dim].
+        query: [heads, rows, head_dim], scaled; key, value: [kv_heads, rows, head_dim]; all of the cache's dtype, as is
+        what is returned, [heads, rows, head_dim].
         """
         end = self.length + visible.shape[1]
         self._make_room(key, end)
         span = slice(end - key.shape[1], end)
         self._keys[:, span], self._values[:, span] = key, value
-        grouped = query.reshape(key.shape[0], -1, query.shape[-1]).to(self._keys.dtype) * query.shape[-1] ** -0.5
+        grouped = query.reshape(key.shape[0], -1, query.shape[-1])
         scores = grouped @ self._keys[:, :end].transpose(1, 2)
         # All see what stays, so the mask is as small as the tree.
         behind = scores.view(-1, len(visible), end)[..., self.length :]
         behind.masked_fill_(~visible, -math.inf)
         attended: Tensor = scores.softmax(dim=-1) @ self._values[:, :end]
-        return attended.reshape(query.shape).to(query.dtype)
+        return attended.reshape(query.shape)
 
     def _make_room(self, like: Tensor, end: int) -> None:
         room = self._keys.shape[1] if self._keys.ndim > 1 else 0
         if room >= end:
             return
         shape = like.shape[0], max(_FIRST_ROOM, 2 * end), like.shape[2]
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        grown = [like.new_zeros(shape, dtype=dtype) for _ in range(2)]
+        grown = [like.new_zeros(shape) for _ in range(2)]
         if room:
             grown[0][:, :room], grown[1][:, :room] = self._keys, self._values
         self._keys, self._values = grown
@@ -87,7 +98,7 @@ class Reading:
     """What a session's head has taken in since `start`, and what it has not.
 
     states: the target's, of all layers side by side, of entries that are `unread`. cache: keys and values of the
-    others. root: the head's own states of the last of them, [1, width], and its guesses; `None` if there is none.
+    others. root: what the head said of the last of them; `None` if there is none.
     """
 
     def __init__(self, start: int) -> None:
@@ -102,17 +113,21 @@ class Reading:
         return self.stop - self.start - self.cache.length
 
     def add(self, states: Tensor, window: int) -> None:
-        """Entries that follow. If nobody asked for so long that more than `window` are unread, the text begins anew so
-        many entries back: reading all would cost more than it helps."""
+        """Entries that follow. While nobody asks, at most two windows are kept."""
         self.states.append(states)
         self.stop += len(states)
+        if self.unread > 2 * window:
+            self.cut(window)
+
+    def cut(self, window: int) -> None:
+        """If more than `window` entries are unread, the text begins anew so many entries back."""
         if self.unread > window:
-            self.states = [torch.cat(self.states)[-window:]]
+            self.states = [torch.cat(self.states)[-window:].clone()]
             self.start, self.cache, self.root = self.stop - window, Cache(), None
 
     def take(self, most: int) -> tuple[int, Tensor]:
         """The position of the first unread entry, and the states of at most `most`."""
-        states = torch.cat(self.states)
+        states = self.states[0] if len(self.states) == 1 else torch.cat(self.states)
         states, rest = states[:most], states[most:]
         self.states = [rest] if len(rest) else []
         return self.start + self.cache.length, states
@@ -136,11 +151,11 @@ class EagleSession(DraftSession):
     @torch.inference_mode()
     def observe(self, features: Features) -> None:
         """Keep the states of positions that were not seen yet."""
-        rows = torch.cat([features.hidden[layer] for layer in self._drafter.layers], dim=-1)
         if not self.reading.stop or features.position > self.reading.stop:
             # A cached prefix has no states: the head sees the text from here on, as if it began there.
             self.reading = Reading(features.position)
-        new = rows[self.reading.stop - features.position :]
+        seen = self.reading.stop - features.position
+        new = torch.cat([features.hidden[layer][seen:] for layer in self._drafter.layers], dim=-1)
         if len(new):
             self.reading.add(new, self._drafter.window)
 
@@ -162,8 +177,8 @@ class EagleSession(DraftSession):
         """The next `most` of them as rows, each of which sees those before it; their states are still the target's."""
         first, states = self.reading.take(most)
         positions = range(first, first + len(states))
-        visible = torch.ones(len(states), len(states), dtype=torch.bool, device=states.device).tril()
-        return Part(self.reading.cache, self._ids[first + 1 : first + 1 + len(states)], positions, states, visible)
+        tokens = self._ids[first + 1 : first + 1 + len(states)]
+        return Part(self.reading.cache, tokens, positions, states, causal(len(states), states.device))
 
     def advance(self, answer: Answer) -> None:
         """The rows of `entries` are done."""
@@ -195,4 +210,4 @@ class EagleSession(DraftSession):
 
     def tree(self, max_nodes: int) -> TokenTree:
         """The likeliest nodes of the tree that was grown; the empty tree if none was."""
-        return self._growth.best(max_nodes) if self._growth and max_nodes else _EMPTY
+        return self._growth.best(max_nodes) if self._growth and max_nodes else EMPTY_TREE

@@ -153,9 +153,8 @@ def test_a_parallel_head_goes_on_from_an_unrolled_one(trained: tuple[Engine, Pat
     with pytest.raises(Cut):
         distill(engine, tmp_path / "again", tmp_path / "cut", recipe, told)
     distill(engine, tmp_path / "again", tmp_path / "cut", recipe, lambda *_: None)
-    once, twice, begun = (
-        load_file(path / "model.safetensors") for path in (tmp_path / "head", tmp_path / "again", folder / "head")
-    )
+    folders = tmp_path / "head", tmp_path / "again", folder / "head"
+    once, twice, begun = (load_file(path / "model.safetensors") for path in folders)
     assert all(torch.equal(once[name], twice[name]) for name in once)
     assert torch.equal(once["d2t"], begun["d2t"])
     assert json.loads((tmp_path / "head" / "manifest.json").read_text())["kind"] == "parallel"

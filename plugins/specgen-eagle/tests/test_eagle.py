@@ -69,7 +69,7 @@ def head_of(model: PreTrainedModel, folder: Path, ahead: int = 1) -> Path:
 def drafting(head: EagleHead, model: PreTrainedModel, width: int = 3) -> Eagle:
     embeddings = model.get_input_embeddings().weight
     if head.config.parallel > 1:
-        return ParallelEagle(ParallelHalves(head, embeddings, width, AHEAD), AHEAD)
+        return ParallelEagle(ParallelHalves(head, embeddings, width, AHEAD))
     return Eagle(Halves(head, embeddings, width), AHEAD)
 
 
