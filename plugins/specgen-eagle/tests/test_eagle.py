@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,20 @@ from specgen_eagle.recipe import HeadRecipe, Recipe
 from specgen_eagle.unrolled import make_batch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from specgen import DrafterMismatch, DrafterSetup, DraftHints, Engine, Features, InvalidRequest, Speculation
+from specgen import (
+    DrafterMismatch,
+    DrafterSetup,
+    DraftHints,
+    DraftSession,
+    Engine,
+    Features,
+    InvalidRequest,
+    Speculation,
+)
 from specgen.kernels.cpu_kernels import why_not
 from specgen.model.compiled import compile_rows
 from specgen.testing import DrafterContract
-from specgen.tree import path
+from specgen.tree import check, depths, path
 
 VOCABULARY = 64
 LAYERS = (1, 2, 3)
@@ -209,6 +219,103 @@ def test_a_parallel_tree_has_the_chances_that_training_gives(model: PreTrainedMo
         row = deepest.seeing[0, last if len(drafted) == 1 else 0]
         chance = head.logits(row).softmax(-1).flatten()[drafted[-1]]
         assert tree.confidence[node] == pytest.approx(float(chance), abs=1e-3)
+
+
+LONG = [(7 * place) % VOCABULARY for place in range(160)]
+
+
+def shown(drafter: Eagle, states: torch.Tensor, pieces: Sequence[int], ids: Sequence[int] = LONG) -> DraftSession:
+    """A session that is shown `states` [rows, layers, width] of `ids` piece by piece, and then has a root."""
+    session = drafter.open(ids, DraftHints())
+    for start, stop in pairwise([0, *pieces, len(ids)]):
+        session.observe(Features(start, {layer: states[start:stop, n] for n, layer in enumerate(LAYERS)}))
+    session.commit([3])
+    return session
+
+
+@pytest.mark.parametrize("ahead", [1, AHEAD])
+def test_of_a_long_text_the_last_entries_are_read(model: PreTrainedModel, ahead: int) -> None:
+    """As if it began there, and no matter in what pieces it came."""
+    head = untrained(model, ahead).requires_grad_(False)
+    head.lm_head.weight.mul_(6)
+    states = torch.randn(len(LONG), len(LAYERS), 32)
+    drafter = drafting(head, model)
+    drafter.window = 64
+    whole = shown(drafter, states, [])
+    tree = whole.propose(24)
+    assert len(tree) > 5
+    assert whole.reading.start == len(LONG) - 64
+    for pieces in ([40, 80, 120], [150], [1, 2, 130]):
+        again = shown(drafter, states, pieces).propose(24)
+        assert (again.tokens, again.parents) == (tree.tokens, tree.parents)
+        assert again.confidence == pytest.approx(tree.confidence, abs=1e-4)
+    drafter.window = 256
+    assert shown(drafter, states, []).propose(24).confidence != pytest.approx(tree.confidence, abs=1e-4)
+
+
+def test_a_session_that_was_not_asked_for_long_begins_anew(model: PreTrainedModel) -> None:
+    """It holds no more than two windows meanwhile, and goes on where it was asked in time."""
+    drafter = drafting(untrained(model, AHEAD).requires_grad_(False), model)
+    drafter.window = 64
+    session = shown(drafter, torch.randn(len(LONG), len(LAYERS), 32), [])
+    session.propose(4)
+    place = len(LONG)
+    for count in (60, 1, 100, 40):
+        before = session.reading.start
+        rows = torch.randn(count, 32)
+        session.observe(Features(place, dict.fromkeys(LAYERS, rows)))
+        session.commit([5] * count)
+        place += count
+        if count == 60:
+            session.propose(4)
+            assert session.reading.start == before
+    assert session.reading.unread <= 2 * 64
+    assert len(session.propose(4)) <= 4
+    assert session.reading.start == place - 64
+    assert session.reading.unread == 0
+
+
+@pytest.mark.parametrize(("width", "depth", "vocabulary"), [(1, 1, 48), (1, 9, 100), (16, 2, 100), (7, 3, 20)])
+def test_parallel_trees_of_any_shape_are_trees(width: int, depth: int, vocabulary: int) -> None:
+    model = tiny(vocab_size=100)
+    head = untrained(model, AHEAD, vocabulary).requires_grad_(False)
+    head.lm_head.weight.mul_(3)
+    drafter = ParallelEagle(ParallelHalves(head, model.get_input_embeddings().weight, width, depth))
+    ids = [3, 9, 27, 14]
+    tree = shown(drafter, torch.randn(4, len(LAYERS), 32), [2], ids).propose(63)
+    check(tree, 100)
+    assert len(tree) >= min(width, 3)
+    assert max(depths(tree)) == min(depth, AHEAD)
+    assert set(tree.tokens) <= set(head.tokens.tolist())
+    few = shown(drafter, torch.randn(4, len(LAYERS), 32), [], ids).propose(2)
+    check(few, 100, 2)
+
+
+@pytest.mark.parametrize("lengths", [[3], [3, 5], [4, 2], [7, 3, 3]])
+def test_short_texts_are_learned_from_as_far_as_they_go(model: PreTrainedModel, lengths: list[int]) -> None:
+    head = untrained(model, AHEAD)
+    shape = len(lengths), max(lengths)
+    padded = torch.ones(shape, dtype=torch.int64), torch.randn(*shape, 4, 32), torch.tensor(lengths)
+    batch = make_batch(model.get_input_embeddings().weight.detach(), torch.randn(48, 32), padded)
+    value = parallel.loss(head, batch, 0.8)
+    value.backward()
+    assert torch.isfinite(value)
+    assert all(torch.isfinite(p.grad).all() for p in head.parameters() if p.grad is not None)
+    right, asked = parallel.hits(head, batch)
+    assert asked == [sum(max(0, length - 2 - d) for length in lengths) for d in range(AHEAD)]
+    assert all(hit <= of for hit, of in zip(right, asked, strict=True))
+
+
+def test_a_head_goes_on_from_its_like(model: PreTrainedModel, tmp_path: Path) -> None:
+    """A parallel one keeps all that it learned; one that says another number at once is refused."""
+    saved = untrained(model, AHEAD)
+    save_head(saved, tmp_path, model, "tiny")
+    start = HeadRecipe(parallel=AHEAD, start=str(tmp_path))
+    again = new_head(model, Recipe(head=start), [])
+    for name, weight in saved.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], weight.bfloat16().to(weight.dtype))
+    with pytest.raises(InvalidRequest, match="parallel is 2; a head that says 4 at once goes on as one"):
+        new_head(model, Recipe(head=HeadRecipe(parallel=2, start=str(tmp_path))), [])
 
 
 def test_both_layouts_are_read(model: PreTrainedModel, tmp_path: Path) -> None:
