@@ -45,8 +45,8 @@ class ParallelHalves(Halves):
         """The likeliest nodes of a tree for each of several sequences, likeliest first, parents before their children.
 
         tokens: int64[rows]. wanted: int64[trees, depth], the rows of each tree's root and of the depths behind it.
-        Returns, [trees, nodes] all, the chance of each node given its parent and that of its whole path, its token, its
-        number and its parent's, which is -1 for children of the root.
+        Returns, [trees, nodes] all, the chance of each node's path, its token, its number and its parent's, which is -1
+        for children of the root.
         """
         width, rows = self.children, wanted.flatten()
         states = self.head.finish(attended[:, rows], residual[rows])
@@ -59,11 +59,11 @@ class ParallelHalves(Halves):
         first = min(width * width, self._candidates)
         chance = shares[:, 0, :first]
         said = self._tokens[places[:, 0, :first]]
-        levels = [(chance, chance, said, torch.full_like(said, -1))]
+        levels = [(chance, said, torch.full_like(said, -1))]
         last = tokens[wanted[:, :1]]
         numbers = 0
         for depth in range(1, self.depth):
-            _, survival, said, _ = levels[-1]
+            survival, said, _ = levels[-1]
             sure, picked = survival.topk(width)
             before = last.expand(-1, width) if depth == 1 else last.gather(1, picked // width)
             last = said.gather(1, picked)
@@ -71,19 +71,16 @@ class ParallelHalves(Halves):
             chance, chosen = (scores.softmax(dim=-1) * kept[:, depth, None]).topk(width)
             levels.append(
                 (
-                    chance.flatten(1),
                     (sure[..., None] * chance).flatten(1),
                     self._tokens[places[:, depth].gather(1, chosen.flatten(1))],
                     (numbers + picked).repeat_interleave(width, dim=1),
                 )
             )
             numbers += said.shape[1]
-        chances, survivals, every, parents = (torch.cat(part, dim=1) for part in zip(*levels, strict=True))
-        chances, survivals = (part.nan_to_num(0.0).clamp(max=1.0) for part in (chances, survivals))
-        ordered, order = survivals.sort(dim=1, descending=True, stable=True)
-        order = order[:, :MAX_TREE_NODES]
-        ordered = ordered[:, :MAX_TREE_NODES]
-        return chances.gather(1, order), ordered, every.gather(1, order), order, parents.gather(1, order)
+        survival, said, parents = (torch.cat(part, dim=1) for part in zip(*levels, strict=True))
+        ordered, order = survival.nan_to_num(0.0).sort(dim=1, descending=True, stable=True)
+        ordered, order = ordered[:, :MAX_TREE_NODES], order[:, :MAX_TREE_NODES]
+        return ordered, said.gather(1, order), order, parents.gather(1, order)
 
     def _seeing(self, states: Tensor, last: Tensor, before: Tensor, places: Tensor) -> Tensor:
         """Logits of the candidates `places` [trees, candidates] behind each beam, [trees, width, candidates].
@@ -155,14 +152,15 @@ def _longer(part: Part, following: Tensor) -> Part:
     )
 
 
-def _tree(
-    chances: list[float], survival: list[float], tokens: list[int], numbers: list[int], parents: list[int]
-) -> TokenTree:
+def _tree(survival: list[float], tokens: list[int], numbers: list[int], parents: list[int]) -> TokenTree:
     """Of nodes in order of survival, those that may survive."""
     kept = sum(chance >= _LEAST_SURVIVAL for chance in survival)
     place = {number: node for node, number in enumerate(numbers[:kept])}
     place[-1] = -1
-    return TokenTree(tuple(tokens[:kept]), tuple(map(place.__getitem__, parents[:kept])), tuple(chances[:kept]))
+    above = [place[parent] for parent in parents[:kept]]
+    survival = [*survival[:kept], 1.0]  # the last one is the root's
+    confidence = tuple(min(1.0, survival[node] / survival[parent]) for node, parent in enumerate(above))
+    return TokenTree(tuple(tokens[:kept]), tuple(above), confidence)
 
 
 def _cut(tree: TokenTree, count: int) -> TokenTree:

@@ -279,12 +279,12 @@ def test_a_session_that_was_not_asked_for_long_begins_anew(model: PreTrainedMode
 def test_parallel_trees_of_any_shape_are_trees(width: int, depth: int, vocabulary: int) -> None:
     model = tiny(vocab_size=100)
     head = untrained(model, AHEAD, vocabulary).requires_grad_(False)
-    head.lm_head.weight.mul_(3)
+    head.lm_head.weight.mul_(12)
     drafter = ParallelEagle(ParallelHalves(head, model.get_input_embeddings().weight, width, depth))
     ids = [3, 9, 27, 14]
     tree = shown(drafter, torch.randn(4, len(LAYERS), 32), [2], ids).propose(63)
     check(tree, 100)
-    assert len(tree) >= min(width, 3)
+    assert len(tree) >= min(width, 2)
     assert max(depths(tree)) == min(depth, AHEAD)
     assert set(tree.tokens) <= set(head.tokens.tolist())
     few = shown(drafter, torch.randn(4, len(LAYERS), 32), [], ids).propose(2)
@@ -313,7 +313,8 @@ def test_a_head_goes_on_from_its_like(model: PreTrainedModel, tmp_path: Path) ->
     start = HeadRecipe(parallel=AHEAD, start=str(tmp_path))
     again = new_head(model, Recipe(head=start), [])
     for name, weight in saved.state_dict().items():
-        torch.testing.assert_close(again.state_dict()[name], weight.bfloat16().to(weight.dtype))
+        kept = weight if name == "lm_head.weight" else weight.bfloat16().to(weight.dtype)
+        torch.testing.assert_close(again.state_dict()[name], kept)
     with pytest.raises(InvalidRequest, match="parallel is 2; a head that says 4 at once goes on as one"):
         new_head(model, Recipe(head=HeadRecipe(parallel=2, start=str(tmp_path))), [])
 
