@@ -189,7 +189,7 @@ def worthwhile(
 class Pace:
     """Whether a drafter that costs time is worth asking in one sequence, with back-off where it is not.
 
-    `parent` is the pace over all sequences: a new one begins with its mean, which counts as one answer. Where the
+    `parent` is the pace over all sequences: a new one begins with its mean, which counts as two answers. Where the
     drafter did not pay of late, two answers of its own are enough to judge by. If it pays in hardly any sequence, new
     ones together wait for the parent's back-off before one of them asks, and one answer is enough.
     """
@@ -199,11 +199,11 @@ class Pace:
         self._gain: float = parent._gain if parent else 0.0
         self._seconds: float = parent._seconds if parent else 0.0
         self._calls = 0
-        self._known = 1 if parent and parent._calls else 0
         self._pause = 0
         self._next_pause = _FIRST_PAUSE
         self._promise = 1.0
         doubted = parent is not None and parent.is_backing_off
+        self._known = min(parent._calls, _KNOWN) if parent else 0
         self._waits = doubted and parent is not None and parent._promise < _LEAST_PROMISE
         self._trials = 1 if self._waits else _TRIALS_IN_DOUBT if doubted else _TRIALS
 
@@ -220,11 +220,10 @@ class Pace:
         return bool(self._calls) or self._parent is None or not self._waits or self._parent.ready()
 
     def observe(self, gained: int, seconds: float, token_seconds: float) -> None:
-        """`gained` tokens came of a proposal that took `seconds`, some of them for its rows; a token is worth
-        `token_seconds`."""
+        """`gained` tokens came of a proposal that took `seconds`; a token is worth `token_seconds`."""
         if self._parent:
             self._parent.observe(gained, seconds, token_seconds)
-        weight = max(_SMOOTHING, 1.0 / (self._calls + self._known + 1))
+        weight = max(_STEADY if self._parent else _SMOOTHING, 1.0 / (self._calls + self._known + 1))
         self._calls += 1
         self._gain += weight * (gained - self._gain)
         self._seconds += weight * (seconds - self._seconds)
@@ -239,6 +238,9 @@ class Pace:
         self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, _LONGEST_PAUSE)
 
 
+_KNOWN = 2
+_STEADY = 0.05
+"""A drafter brings no token in many steps and several in others: its mean shows over some twenty."""
 _TRIALS = 4
 _TRIALS_IN_DOUBT = 2
 _LEAST_PROMISE = 0.1

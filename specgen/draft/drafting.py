@@ -73,7 +73,7 @@ class Drafting:
         self.cost = RowCost()
         self._vocab_size = vocab_size
         self._learned: dict[str, dict[str, _Learned]] = {}
-        self._token_seconds = self._row_seconds = 0.0
+        self._token_seconds = 0.0
         self._curious = [name for name, drafter in drafters.items() if drafter.wanted != Wanted()]
         self.wanted = Wanted.union(drafter.wanted for drafter in drafters.values())
 
@@ -136,9 +136,6 @@ class Drafting:
         chosen, rate = worthwhile(adaptive, rows, self.cost, most=most, spent=spent)
         if sequences:
             self._token_seconds = 1.0 / rate
-            nodes = sum(map(len, chosen))
-            more = self.cost.seconds(rows + nodes) - self.cost.seconds(rows)
-            self._row_seconds = more / nodes if nodes else 0.0
         _share(spent - asking, sequences)
         return [select(tree, [*all_of, *nodes]) for tree, all_of, nodes in zip(trees, fixed, chosen, strict=True)]
 
@@ -152,18 +149,18 @@ class Drafting:
 
     def commit(self, drafts: Drafts, verified: TokenTree, committed: Sequence[int]) -> None:
         """Tell the sessions what was committed, and learn what their offers were worth."""
-        accepted, verified_of = {}, {}
+        accepted = {}
         for name, active in drafts.active.items():
             held = active.calibration.observe(active.offer, committed, active.shared)
-            places = verified_of[name] = _common(active.offer, verified)
+            places = len(_common(active.offer, verified))
             accepted[name] = min(held, len(committed) - 1) if places else 0
             active.stats = replace(
                 active.stats,
                 offered=active.stats.offered + len(active.offer),
-                verified=active.stats.verified + len(places),
+                verified=active.stats.verified + places,
                 accepted=active.stats.accepted + accepted[name],
             )
-        self._learn_pace(drafts, accepted, verified_of)
+        self._learn_pace(drafts, accepted)
         if drafts.speculation.adaptive and any(active.offer for active in drafts.active.values()):
             asked = max(_FEWEST_ASKED, 2 * len(verified), int(_SHRINK * drafts.most))
             drafts.most = min(drafts.speculation.max_nodes, asked)
@@ -176,23 +173,17 @@ class Drafting:
             except Exception as error:  # a drafter is someone else's code: the request goes on without it
                 self._disable(name, [drafts], repr(error))
 
-    def _learn_pace(self, drafts: Drafts, accepted: Mapping[str, int], verified: Mapping[str, Sequence[int]]) -> None:
-        """Whoever was asked earns the tokens that no cheaper drafter had, and pays for the rows that none had: the
-        others would have come without it.
+    def _learn_pace(self, drafts: Drafts, accepted: Mapping[str, int]) -> None:
+        """Whoever was asked earns the tokens that no cheaper drafter had: the others would have come without it.
 
         A path stands in one drafter's tree as a whole, so the union accepts as many tokens as its best tree.
         """
         had = 0
-        rows: set[int] = set()
         asked = [(active.seconds, name) for name, active in drafts.active.items() if active.seconds]
         for seconds, name in sorted(asked):
-            # No more than its own time: rows that do not pay are not taken, which alone is no reason not to listen.
-            rows_seconds = self._row_seconds * len(set(verified[name]) - rows) if drafts.speculation.adaptive else 0.0
-            spent = seconds + min(seconds, rows_seconds)
-            drafts.active[name].pace.observe(max(0, accepted[name] - had), spent, self._token_seconds)
+            drafts.active[name].pace.observe(max(0, accepted[name] - had), seconds, self._token_seconds)
             drafts.active[name].seconds = 0.0
             had = max(had, accepted[name])
-            rows.update(verified[name])
 
     def wants(self, drafts: Drafts) -> bool:
         """Whether anyone in this sequence would look at features."""
