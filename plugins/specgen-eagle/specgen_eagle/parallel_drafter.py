@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specgen import DraftSession, TokenTree
-from specgen.types import EMPTY_TREE, MAX_TREE_NODES
+from specgen import DraftSession, Speculation, TokenTree
 from specgen_eagle.drafter import WINDOW, Eagle, Halves, attend
 from specgen_eagle.head import EagleHead
-from specgen_eagle.session import Answer, EagleSession, Part, causal
+from specgen_eagle.session import EMPTY, Answer, EagleSession, Part, causal
 
 _CANDIDATES = 64
 """Tokens of each depth, the likeliest before those in between are known, among which a tree chooses."""
 _LEAST_SURVIVAL = 0.02
+_MOST = Speculation().max_nodes
 
 
 class ParallelHalves(Halves):
@@ -79,7 +79,7 @@ class ParallelHalves(Halves):
             numbers += said.shape[1]
         survival, said, parents = (torch.cat(part, dim=1) for part in zip(*levels, strict=True))
         ordered, order = survival.nan_to_num(0.0).sort(dim=1, descending=True, stable=True)
-        ordered, order = ordered[:, :MAX_TREE_NODES], order[:, :MAX_TREE_NODES]
+        ordered, order = ordered[:, :_MOST], order[:, :_MOST]
         return ordered, said.gather(1, order), order, parents.gather(1, order)
 
     def _seeing(self, states: Tensor, last: Tensor, before: Tensor, places: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class ParallelSession(EagleSession):
         """The likeliest nodes; the empty tree if nothing was read."""
         # Nobody asks for nodes before all is read.
         tree = self.reading.root.tree if self.reading.root and self.is_ready else None
-        return _cut(tree, max_nodes) if tree else EMPTY_TREE
+        return _cut(tree, max_nodes) if tree else EMPTY
 
 
 class ParallelEagle(Eagle):

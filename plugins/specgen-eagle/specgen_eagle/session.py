@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from specgen import DraftSession, Features, Growth, TokenTree
-from specgen.types import EMPTY_TREE
 
 if TYPE_CHECKING:
     from specgen_eagle.drafter import Eagle
 
 _FIRST_ROOM = 256
+
+EMPTY = TokenTree((), (), ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Answer:
     states: Tensor
     chances: Sequence[Sequence[float]] = ()
     tokens: Sequence[Sequence[int]] = ()
-    tree: TokenTree = EMPTY_TREE
+    tree: TokenTree = EMPTY
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,4 +211,4 @@ class EagleSession(DraftSession):
 
     def tree(self, max_nodes: int) -> TokenTree:
         """The likeliest nodes of the tree that was grown; the empty tree if none was."""
-        return self._growth.best(max_nodes) if self._growth and max_nodes else EMPTY_TREE
+        return self._growth.best(max_nodes) if self._growth and max_nodes else EMPTY
