@@ -19,7 +19,7 @@ _ROWS_PER_FORWARD = 512
 _EXAMPLE_ROWS = 16
 WINDOW = 256
 # A level costs little beside a step of the target: grow what is unlikely too, the budget may leave it out.
-_LEAST_SURVIVAL = 0.02
+LEAST_SURVIVAL = 0.02
 
 T = TypeVar("T")
 
@@ -100,7 +100,7 @@ class Eagle(Drafter):
         self._read(ready)
         growths = [(session, session.grow()) for session in ready]
         for _ in range(1, self.depth):
-            growths = [(session, growth) for session, growth in growths if growth.pick(self.width, _LEAST_SURVIVAL)]
+            growths = [(session, growth) for session, growth in growths if growth.pick(self.width, LEAST_SURVIVAL)]
             if not growths or not self._levels.pay([growth for _, growth in growths], self.token_seconds):
                 break
             with self._levels.timed():

@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specgen import DraftSession, Speculation, TokenTree
-from specgen_eagle.drafter import WINDOW, Eagle, Halves, attend
+from specgen_eagle.drafter import LEAST_SURVIVAL, WINDOW, Eagle, Halves, attend
 from specgen_eagle.head import EagleHead
 from specgen_eagle.session import EMPTY, Answer, EagleSession, Part, causal
 
 _CANDIDATES = 64
 """Tokens of each depth, the likeliest before those in between are known, among which a tree chooses."""
-_LEAST_SURVIVAL = 0.02
 _MOST = Speculation().max_nodes
 
 
@@ -104,8 +103,7 @@ class ParallelSession(EagleSession):
     def tree(self, max_nodes: int) -> TokenTree:
         """The likeliest nodes; the empty tree if nothing was read."""
         # Nobody asks for nodes before all is read.
-        tree = self.reading.root.tree if self.reading.root and self.is_ready else None
-        return _cut(tree, max_nodes) if tree else EMPTY
+        return _cut(self.reading.root.tree, max_nodes) if self.reading.root else EMPTY
 
 
 class ParallelEagle(Eagle):
@@ -154,7 +152,7 @@ def _longer(part: Part, following: Tensor) -> Part:
 
 def _tree(survival: list[float], tokens: list[int], numbers: list[int], parents: list[int]) -> TokenTree:
     """Of nodes in order of survival, those that may survive."""
-    kept = sum(chance >= _LEAST_SURVIVAL for chance in survival)
+    kept = sum(chance >= LEAST_SURVIVAL for chance in survival)
     place = {number: node for node, number in enumerate(numbers[:kept])}
     place[-1] = -1
     above = [place[parent] for parent in parents[:kept]]
