@@ -8,7 +8,7 @@ segmented_lora(y, x, bounds, downs, ups)   in place, see `specgen.kernels.refere
 tree_attention(...)             see `specgen.kernels.tree_attention`
 
 bfloat16 or float32, sums in float32. A number of an output is one sum in one order: a row's bits do not depend on the
-rows beside it. bfloat16 products use AMX tiles where the processor has them.
+rows beside it. bfloat16 products use AMX tiles where the processor has them, or else AVX-512 BF16 where it has that.
 """
 
 from __future__ import annotations

@@ -11,29 +11,65 @@
 namespace specgen {
 namespace {
 
-// ---- without tiles: panels of 64 outputs, [outputs / 64][inputs][64]
+// ---- without tiles: panels of 64 outputs, [outputs / 64][inputs][64], for bfloat16 products in pairs of inputs
+// [outputs / 64][inputs / 2][64][2]
 
 constexpr int64_t PANEL = 4 * WIDTH;
 constexpr int64_t ROWS = 6;  // 6 x 4 sums and 4 weights fit 32 registers
 
+// How an input of a row, or a few of them, times the weights of sixteen outputs are added to sixteen sums.
+template <class T>
+struct Products {
+  static constexpr int64_t INPUTS = 1;
+  static floats load_weights(const T* weights) { return load(weights); }
+  static floats add(floats sums, const T* x, floats weights) { return sums + widened(*x) * weights; }
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct Products<bfloat16> {
+  static constexpr int64_t INPUTS = 2;
+  static __m512bh load_weights(const bfloat16* weights) { return (__m512bh)_mm512_loadu_si512(weights); }
+  static floats add(floats sums, const bfloat16* x, __m512bh weights) {
+    int32_t pair;
+    std::memcpy(&pair, x, sizeof pair);
+    return (floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(pair), weights);
+  }
+};
+#endif
+
 template <class T>
 void pack_panels(const T* weight, T* packed, int64_t outputs, int64_t inputs) {
+  constexpr int64_t step = Products<T>::INPUTS;
+  const int64_t line = rounded_up(inputs, step);
   for (int64_t n = 0; n < rounded_up(outputs, PANEL); n++)
-    for (int64_t k = 0; k < inputs; k++)
-      packed[(n / PANEL * inputs + k) * PANEL + n % PANEL] = n < outputs ? weight[n * inputs + k] : T{};
+    for (int64_t k = 0; k < line; k++) {
+      T& to = packed[(n / PANEL * line + k / step * step) * PANEL + n % PANEL * step + k % step];
+      to = n < outputs && k < inputs ? weight[n * inputs + k] : T{};
+    }
 }
 
+// All loops over sums are unrolled: sums that a variable chooses would lie in memory, and be written at each addition.
 template <class T, int R>
 void panel_rows(const T* x, const T* panel, const T* bias, T* out, int64_t inputs, int64_t stride, int64_t width) {
+  using P = Products<T>;
   floats sums[R][4] = {};
-  for (int64_t k = 0; k < inputs; k++)
-    for (int v = 0; v < 4; v++) {
-      const floats weights = load(panel + k * PANEL + v * WIDTH);
-      for (int r = 0; r < R; r++) sums[r][v] += widened(x[r * inputs + k]) * weights;
-    }
-  for (int v = 0; v < 4 && v * WIDTH < width; v++) {
+  for (int64_t k = 0; k < inputs; k += P::INPUTS) {
+    const T* at = panel + k * PANEL;
+    const decltype(P::load_weights(at)) weights[4] = {
+        P::load_weights(at), P::load_weights(at + WIDTH * P::INPUTS), P::load_weights(at + 2 * WIDTH * P::INPUTS),
+        P::load_weights(at + 3 * WIDTH * P::INPUTS)};
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; v++) sums[r][v] = P::add(sums[r][v], x + r * inputs + k, weights[v]);
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; v++) {
     const int64_t count = std::min(WIDTH, width - v * WIDTH);
+    if (count <= 0) return;
     const floats shift = bias ? load_some(bias + v * WIDTH, count) : floats{};
+#pragma GCC unroll 6
     for (int r = 0; r < R; r++) store_some(out + r * stride + v * WIDTH, sums[r][v] + shift, count);
   }
 }
@@ -41,14 +77,16 @@ void panel_rows(const T* x, const T* panel, const T* bias, T* out, int64_t input
 template <class T>
 void panels(const T* x, const T* packed, const T* bias, T* out, int64_t rows, int64_t outputs, int64_t inputs,
             int64_t stride, int64_t begin, int64_t end) {
+  const int64_t parts = rounded_up(rows, ROWS) / ROWS;  // of one size or two: few rows make poor use of a weight
   for (int64_t n = begin * PANEL; n < std::min(end * PANEL, outputs); n += PANEL) {
     const T* panel = packed + n * inputs;
-    for (int64_t r = 0; r < rows; r += ROWS) {
+    for (int64_t part = 0; part < parts; part++) {
+      const int64_t r = rows * part / parts, count = rows * (part + 1) / parts - r;
       const T* at = x + r * inputs;
       const T* shift = bias ? bias + n : nullptr;
       T* to = out + r * stride + n;
       const int64_t width = outputs - n;
-      switch (std::min(ROWS, rows - r)) {
+      switch (count) {
         case 1: panel_rows<T, 1>(at, panel, shift, to, inputs, stride, width); break;
         case 2: panel_rows<T, 2>(at, panel, shift, to, inputs, stride, width); break;
         case 3: panel_rows<T, 3>(at, panel, shift, to, inputs, stride, width); break;
@@ -146,20 +184,26 @@ void tiles(const bfloat16* x, const bfloat16* packed, const bfloat16* bias, bflo
     }
   _tile_release();
 }
-
-// Lines of a length that fills tiles.
-std::vector<bfloat16> padded(const bfloat16* x, int64_t rows, int64_t inputs) {
-  const int64_t line = rounded_up(inputs, TILE);
-  std::vector<bfloat16> lines(rows * line);
-  for (int64_t r = 0; r < rows; r++) std::memcpy(&lines[r * line], x + r * inputs, inputs * sizeof(bfloat16));
-  return lines;
-}
 #endif
 
 bool tiled(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16 && tiles_allowed(); }
 
 // Outputs that are computed together, and lie together in a packed weight.
 int64_t group_of(const Tensor& x) { return tiled(x) ? TILE : PANEL; }
+
+// Inputs that are multiplied at once: lines of x and of a packed weight are so long, or a multiple of it.
+template <class T>
+int64_t step_of(const Tensor& x) {
+  return tiled(x) ? TILE : Products<T>::INPUTS;
+}
+
+// Lines of another length, zeros behind the old one.
+template <class T>
+std::vector<T> padded(const T* x, int64_t rows, int64_t inputs, int64_t line) {
+  std::vector<T> lines(rows * line);
+  for (int64_t r = 0; r < rows; r++) std::memcpy(&lines[r * line], x + r * inputs, inputs * sizeof(T));
+  return lines;
+}
 
 // Groups `begin` to `end` of one weight.
 template <class T>
@@ -176,18 +220,11 @@ void multiply(const T* x, const T* packed, const T* bias, T* out, int64_t rows, 
 template <class T>
 void multiply_all(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
                   const std::vector<int64_t>& outputs, Tensor& out) {
-  int64_t inputs = x.size(-1);
-  const int64_t rows = x.numel() / inputs, stride = out.size(-1), group = group_of(x);
-  const T* lines = data<T>(x);
-#ifdef __AMX_BF16__
-  std::vector<bfloat16> filled;
-  if constexpr (std::is_same_v<T, bfloat16>)
-    if (tiled(x) && inputs % TILE) {
-      filled = padded(lines, rows, inputs);
-      lines = filled.data();
-      inputs = rounded_up(inputs, TILE);
-    }
-#endif
+  const int64_t inputs = rounded_up(x.size(-1), step_of<T>(x));
+  const int64_t rows = x.numel() / x.size(-1), stride = out.size(-1), group = group_of(x);
+  std::vector<T> filled;
+  if (inputs != x.size(-1)) filled = padded(data<T>(x), rows, x.size(-1), inputs);
+  const T* lines = filled.empty() ? data<T>(x) : filled.data();
   int64_t groups = 0;
   for (int64_t count : outputs) groups += rounded_up(count, group) / group;
   in_parallel(groups, [&](int64_t begin, int64_t end) {
@@ -207,12 +244,13 @@ void multiply_all(const Tensor& x, const std::vector<Tensor>& weights, const std
 }  // namespace
 
 Tensor pack_weight(const Tensor& weight) {
+  const bool narrow = weight.scalar_type() == ScalarType::BFloat16;
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
-  const int64_t size = rounded_up(outputs, group_of(weight)) * (tiled(weight) ? rounded_up(inputs, TILE) : inputs);
-  Tensor packed = torch::stable::new_empty(weight, {size});
+  const int64_t line = rounded_up(inputs, narrow ? step_of<bfloat16>(weight) : step_of<float>(weight));
+  Tensor packed = torch::stable::new_empty(weight, {rounded_up(outputs, group_of(weight)) * line});
   if (tiled(weight))
     pack_tiles(data<bfloat16>(weight), data<bfloat16>(packed), outputs, inputs);
-  else if (weight.scalar_type() == ScalarType::BFloat16)
+  else if (narrow)
     pack_panels(data<bfloat16>(weight), data<bfloat16>(packed), outputs, inputs);
   else
     pack_panels(data<float>(weight), data<float>(packed), outputs, inputs);
