@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "plan.h"
+#include "products.h"
 #include "tensors.h"
 #include "tiles.h"
 #include "values.h"
@@ -36,7 +37,7 @@ class Queries {
   // Queries of rows [begin, end) of one KV head: [row][head of the group].
   Queries(const Heads<const T>& query, const Shape& shape, int64_t head, int64_t begin, int64_t end)
       : shape_(shape), count_((end - begin) * shape.group), dims_(rounded_up(shape.key_dim, WIDTH)) {
-    lines_.resize(count_ * dims_);
+    lines_.resize(rounded_up(count_, TOGETHER) * dims_);
     for (int64_t r = begin; r < end; r++)
       for (int64_t g = 0; g < shape.group; g++)
         std::memcpy(&lines_[((r - begin) * shape.group + g) * dims_], query(r, head * shape.group + g),
@@ -55,18 +56,34 @@ class Queries {
 #ifdef __AMX_BF16__
     if (tiled()) return score_tiles(keys, key_stride, scores, stride);
 #endif
+    static thread_local std::vector<T> columns;
+    columns.resize(std::max<size_t>(columns.size(), PAGE * dims_));
     for (int64_t k = 0; k < PAGE; k++)
-      for (int64_t q = 0; q < count_; q++) {
-        const T *x = &lines_[q * dims_], *y = keys + k * key_stride;
-        floats products{};
-        int64_t d = 0;
-        for (; d + WIDTH <= shape_.key_dim; d += WIDTH) products += load(x + d) * load(y + d);
-        if (d < shape_.key_dim) products += load(x + d) * load_some(y + d, shape_.key_dim - d);
-        scores[q * stride + k] = sum(products);
+      for (int64_t d = 0; d < shape_.key_dim; d += STEP) {
+        T inputs[STEP] = {};
+        std::memcpy(inputs, keys + k * key_stride + d, std::min(STEP, shape_.key_dim - d) * sizeof(T));
+        std::memcpy(&columns[d * PAGE + k * STEP], inputs, sizeof inputs);
       }
+    for (int64_t q = 0; q < count_; q += TOGETHER) score_some(q, columns.data(), scores + q * stride, stride);
   }
 
  private:
+  static constexpr int64_t STEP = Products<T>::INPUTS;
+  static constexpr int64_t TOGETHER = 8;  // sums that are independent: more than a product takes cycles
+
+  // Up to TOGETHER queries from `q` on with sixteen keys.
+  void score_some(int64_t q, const T* columns, float* scores, int64_t stride) const {
+    floats sums[TOGETHER] = {};
+    for (int64_t d = 0; d < shape_.key_dim; d += STEP) {
+      const auto keys = Products<T>::load(columns + d * PAGE);
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < TOGETHER; i++) sums[i] = Products<T>::add(sums[i], &lines_[(q + i) * dims_ + d], keys);
+    }
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < TOGETHER; i++)
+      if (q + i < count_) store(scores + i * stride, sums[i]);
+  }
+
 #ifdef __AMX_BF16__
   // [dims / 32][16 pairs of dims][16 queries][2]
   void interleave() {

@@ -4,6 +4,7 @@
 #include <optional>
 #include <vector>
 
+#include "products.h"
 #include "tensors.h"
 #include "tiles.h"
 #include "vector.h"
@@ -16,27 +17,6 @@ namespace {
 
 constexpr int64_t PANEL = 4 * WIDTH;
 constexpr int64_t ROWS = 6;  // 6 x 4 sums and 4 weights fit 32 registers
-
-// How an input of a row, or a few of them, times the weights of sixteen outputs are added to sixteen sums.
-template <class T>
-struct Products {
-  static constexpr int64_t INPUTS = 1;
-  static floats load_weights(const T* weights) { return load(weights); }
-  static floats add(floats sums, const T* x, floats weights) { return sums + widened(*x) * weights; }
-};
-
-#ifdef __AVX512BF16__
-template <>
-struct Products<bfloat16> {
-  static constexpr int64_t INPUTS = 2;
-  static __m512bh load_weights(const bfloat16* weights) { return (__m512bh)_mm512_loadu_si512(weights); }
-  static floats add(floats sums, const bfloat16* x, __m512bh weights) {
-    int32_t pair;
-    std::memcpy(&pair, x, sizeof pair);
-    return (floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)_mm512_set1_epi32(pair), weights);
-  }
-};
-#endif
 
 template <class T>
 void pack_panels(const T* weight, T* packed, int64_t outputs, int64_t inputs) {
@@ -56,9 +36,9 @@ void panel_rows(const T* x, const T* panel, const T* bias, T* out, int64_t input
   floats sums[R][4] = {};
   for (int64_t k = 0; k < inputs; k += P::INPUTS) {
     const T* at = panel + k * PANEL;
-    const decltype(P::load_weights(at)) weights[4] = {
-        P::load_weights(at), P::load_weights(at + WIDTH * P::INPUTS), P::load_weights(at + 2 * WIDTH * P::INPUTS),
-        P::load_weights(at + 3 * WIDTH * P::INPUTS)};
+    const decltype(P::load(at)) weights[4] = {
+        P::load(at), P::load(at + WIDTH * P::INPUTS), P::load(at + 2 * WIDTH * P::INPUTS),
+        P::load(at + 3 * WIDTH * P::INPUTS)};
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
