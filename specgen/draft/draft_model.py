@@ -60,10 +60,11 @@ class DraftModel(Drafter):
     def propose(self, sessions: Sequence[DraftSession], max_nodes: Sequence[int]) -> list[TokenTree]:
         """Grow one tree per session, all of them together in each forward."""
         growths = [session.grow() for session in sessions if isinstance(session, DraftModelSession)]
+        kept = dict(zip(growths, max_nodes, strict=True))
         alive = [growth for growth in growths if growth.session.reserve(self.depth * self.width)]
         self._read(alive)
         for _ in range(1, self.depth):
-            alive = [growth for growth in alive if growth.pick(self.width)]
+            alive = [growth for growth in alive if growth.pick(self.width, kept=kept[growth])]
             if not alive or not self._levels.pay(alive, self.token_seconds):
                 break
             with self._levels.timed():

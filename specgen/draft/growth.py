@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from heapq import heappop, heappush
+from heapq import heappop, heappush, nlargest
 from typing import TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from specgen.draft.budget import likeliest
 from specgen.tree import path, select
-from specgen.types import TokenTree
+from specgen.types import MAX_TREE_NODES, TokenTree
 
 _LEAST_SURVIVAL = 0.1
 _SMOOTHING = 0.1
@@ -55,10 +56,15 @@ class Growth:
                 self.depth.append(self.depth[parent] + 1 if parent >= 0 else 1)
                 self.survival.append(self.confidence[-1] * (self.survival[parent] if parent >= 0 else 1.0))
 
-    def pick(self, width: int, least: float = _LEAST_SURVIVAL) -> list[int]:
+    def pick(self, width: int, least: float = _LEAST_SURVIVAL, kept: int = MAX_TREE_NODES) -> list[int]:
         """Choose the likeliest `width` nodes of the deepest level to grow next, those that survive with a chance of
-        `least` or more."""
+        `least` or more.
+
+        kept: nodes that will be taken of the tree. What is not among so many now will not be, and its children less.
+        """
         survival = self.survival
+        if len(survival) > kept:
+            least = max(least, nlargest(kept, survival)[-1]) if kept else math.inf
         previous = set(self.picked)
         level = [node for node, parent in enumerate(self.parents) if parent in previous and node not in self.row]
         level.sort(key=lambda node: (-survival[node], node))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from random import Random
 
 import pytest
 
@@ -54,6 +55,31 @@ def test_a_cost_that_was_an_accident_is_measured_again(monkeypatch: pytest.Monke
     while not levels.pay([grown(0.9)], token_seconds=1.0):
         refused += 1
     assert 50 < refused < 500
+
+
+def grown_at_random(seed: int, kept: int, told: bool) -> tuple[TokenTree, int]:
+    """The `kept` likeliest nodes of a tree whose children's chances follow from its nodes, and how many were grown."""
+    tree = Growth()
+    for _ in range(5):
+        chances = []
+        for node in tree.picked:
+            ranks = Random(f"{seed} {tree.survival[node] if node >= 0 else 1.0}")
+            chances.append(sorted((ranks.random() ** 2 / 2 for _ in range(6)), reverse=True))
+        tree.extend(chances, [range(6)] * len(tree.picked))
+        if not tree.pick(6, least=0.001, **({"kept": kept} if told else {})):
+            break
+    return tree.best(kept), len(tree.row)
+
+
+@pytest.mark.parametrize("kept", [1, 5, 12])
+def test_what_will_not_be_taken_is_not_grown(kept: int) -> None:
+    saved = 0
+    for seed in range(20):
+        (all_grown, rows), (as_wanted, fewer) = (grown_at_random(seed, kept, told) for told in (False, True))
+        assert as_wanted == all_grown
+        saved += rows - fewer
+    assert saved > 20 * kept
+    assert not Growth().pick(6, kept=0)
 
 
 class Listener(Drafter, DraftSession):

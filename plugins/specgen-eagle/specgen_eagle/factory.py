@@ -12,14 +12,17 @@ from specgen_eagle.checkpoint import load_head
 from specgen_eagle.drafter import WINDOW, Eagle, Halves
 from specgen_eagle.parallel_drafter import ParallelEagle, ParallelHalves
 
+_WIDTH, _PARALLEL_WIDTH = 10, 6
+
 
 class EagleOptions(msgspec.Struct, frozen=True):
-    """path: folder of the head, required. depth of the tree. width: nodes grown per depth, and children of each.
+    """path: folder of the head, required. depth of the tree; of a parallel head at most its own. width: nodes grown per
+    depth, and children of each; by default 10, of a parallel head 6, as it grows them whether or not they are wanted.
     window: entries of a text, the last ones, that the head reads when it is first asked, or asked again after long."""
 
     path: Any = None
-    depth: Annotated[int, msgspec.Meta(ge=1, le=16)] = 6
-    width: Annotated[int, msgspec.Meta(ge=1, le=16)] = 6
+    depth: Annotated[int, msgspec.Meta(ge=1, le=16)] = 8
+    width: Annotated[int, msgspec.Meta(ge=1, le=16)] | None = None
     window: Annotated[int, msgspec.Meta(ge=64)] = WINDOW
 
 
@@ -34,8 +37,9 @@ def eagle(setup: DrafterSetup) -> Eagle:
     pack_linears(head)
     embeddings = setup.target.get_input_embeddings().weight
     if head.config.parallel > 1:
-        drafter: Eagle = ParallelEagle(ParallelHalves(head, embeddings, options.width, options.depth), options.window)
+        halves = ParallelHalves(head, embeddings, options.width or _PARALLEL_WIDTH, options.depth)
+        drafter: Eagle = ParallelEagle(halves, options.window)
     else:
-        drafter = Eagle(Halves(head, embeddings, options.width), options.depth, options.window)
+        drafter = Eagle(Halves(head, embeddings, options.width or _WIDTH), options.depth, options.window)
     drafter.halves.compile(setup.compile_rows)
     return drafter
