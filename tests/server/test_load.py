@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ async def test_it_measures_a_server_in_closed_and_open_loop(world: World, tmp_pa
     done = await invoke(world, "--concurrency", 1, "--concurrency", 3, *options)
     assert done.exit_code == 0, done.output
     assert "c1: 4 requests, 0 errors" in done.stdout
-    assert "acceptance length 1." in done.stdout
+    # How much is drafted follows from measured time.
+    assert re.search(r"acceptance length [1-9]\.\d", done.stdout)
     bars = json.loads(file.read_text())["bars"]
     assert bars["c1_errors"] == bars["c3_errors"] == 0
     assert bars["c3_tokens_per_second"] > 0
