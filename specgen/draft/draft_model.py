@@ -59,19 +59,22 @@ class DraftModel(Drafter):
 
     def propose(self, sessions: Sequence[DraftSession], max_nodes: Sequence[int]) -> list[TokenTree]:
         """Grow one tree per session, all of them together in each forward."""
-        growths = [session.grow() for session in sessions if isinstance(session, DraftModelSession)]
-        kept = dict(zip(growths, max_nodes, strict=True))
+        growths = [
+            session.grow(most)
+            for session, most in zip(sessions, max_nodes, strict=True)
+            if isinstance(session, DraftModelSession)
+        ]
         alive = [growth for growth in growths if growth.session.reserve(self.depth * self.width)]
         self._read(alive)
         for _ in range(1, self.depth):
-            alive = [growth for growth in alive if growth.pick(self.width, kept=kept[growth])]
+            alive = [growth for growth in alive if growth.pick(self.width)]
             if not alive or not self._levels.pay(alive, self.token_seconds):
                 break
             with self._levels.timed():
                 logits = self.model.forward([growth.segment() for growth in alive])
                 for growth, rows in zip(alive, logits.split([len(g.picked) for g in alive]), strict=True):
                     growth.read(rows[:, : self.vocab_size], self.width)
-        return [growth.best(most) for growth, most in zip(growths, max_nodes, strict=True)]
+        return [growth.best(growth.kept) for growth in growths]
 
     def check(self) -> None:
         """Raise RuntimeError if pages are held though no session is open."""
@@ -135,9 +138,9 @@ class DraftModelSession(DraftSession):
         self._drafter.prefix.retire(self._key, self.ids, self.table)
         self._drafter.closed()
 
-    def grow(self) -> _Growth:
-        """Begin a tree."""
-        self._growth = _Growth(self)
+    def grow(self, kept: int) -> _Growth:
+        """Begin a tree of which `kept` nodes will be taken."""
+        self._growth = _Growth(self, kept)
         return self._growth
 
     @property
@@ -186,8 +189,8 @@ class DraftModelSession(DraftSession):
 class _Growth(Growth):
     """A tree under one session's last id."""
 
-    def __init__(self, session: DraftModelSession) -> None:
-        super().__init__()
+    def __init__(self, session: DraftModelSession, kept: int) -> None:
+        super().__init__(kept)
         self.session = session
 
     def read(self, logits: Tensor, width: int) -> None:

@@ -28,10 +28,11 @@ class Growth:
 
     `depth` is 1 for children of the root. `row` numbers the nodes in the order in which they were picked: whoever
     computes them keeps what belongs to a node under that number. `hope` is the chance that a picked node is accepted:
-    no level below brings more tokens than that.
+    no level below brings more tokens than that. `kept` nodes will be taken of the tree.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kept: int = MAX_TREE_NODES) -> None:
+        self.kept = kept
         self.tokens: list[int] = []
         self.parents: list[int] = []
         self.confidence: list[float] = []
@@ -56,15 +57,12 @@ class Growth:
                 self.depth.append(self.depth[parent] + 1 if parent >= 0 else 1)
                 self.survival.append(self.confidence[-1] * (self.survival[parent] if parent >= 0 else 1.0))
 
-    def pick(self, width: int, least: float = _LEAST_SURVIVAL, kept: int = MAX_TREE_NODES) -> list[int]:
+    def pick(self, width: int, least: float = _LEAST_SURVIVAL) -> list[int]:
         """Choose the likeliest `width` nodes of the deepest level to grow next, those that survive with a chance of
-        `least` or more.
-
-        kept: nodes that will be taken of the tree. What is not among so many now will not be, and its children less.
-        """
+        `least` or more. What is not among the `kept` likeliest now never will be, and its children even less."""
         survival = self.survival
-        if len(survival) > kept:
-            least = max(least, nlargest(kept, survival)[-1]) if kept else math.inf
+        if len(survival) > self.kept:
+            least = max(least, nlargest(self.kept, survival)[-1]) if self.kept else math.inf
         previous = set(self.picked)
         level = [node for node, parent in enumerate(self.parents) if parent in previous and node not in self.row]
         level.sort(key=lambda node: (-survival[node], node))

@@ -59,14 +59,14 @@ def test_a_cost_that_was_an_accident_is_measured_again(monkeypatch: pytest.Monke
 
 def grown_at_random(seed: int, kept: int, told: bool) -> tuple[TokenTree, int]:
     """The `kept` likeliest nodes of a tree whose children's chances follow from its nodes, and how many were grown."""
-    tree = Growth()
+    tree = Growth(kept) if told else Growth()
     for _ in range(5):
         chances = []
         for node in tree.picked:
             ranks = Random(f"{seed} {tree.survival[node] if node >= 0 else 1.0}")
             chances.append(sorted((ranks.random() ** 2 / 2 for _ in range(6)), reverse=True))
         tree.extend(chances, [range(6)] * len(tree.picked))
-        if not tree.pick(6, least=0.001, **({"kept": kept} if told else {})):
+        if not tree.pick(6, least=0.001):
             break
     return tree.best(kept), len(tree.row)
 
@@ -79,7 +79,9 @@ def test_what_will_not_be_taken_is_not_grown(kept: int) -> None:
         assert as_wanted == all_grown
         saved += rows - fewer
     assert saved > 20 * kept
-    assert not Growth().pick(6, kept=0)
+    nothing = Growth(0)
+    nothing.extend([[0.5]], [[1]])
+    assert not nothing.pick(6)
 
 
 class Listener(Drafter, DraftSession):

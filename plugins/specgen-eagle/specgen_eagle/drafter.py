@@ -98,14 +98,14 @@ class Eagle(Drafter):
         asked = [session for session in sessions if isinstance(session, EagleSession)]
         ready = [(session, most) for session, most in zip(asked, max_nodes, strict=True) if most and session.is_ready]
         self._read([session for session, _ in ready])
-        growths = [(session, session.grow(), most) for session, most in ready]
+        growths = [(session, session.grow(most)) for session, most in ready]
         for _ in range(1, self.depth):
-            growths = [grown for grown in growths if grown[1].pick(self.width, LEAST_SURVIVAL, grown[2])]
-            if not growths or not self._levels.pay([growth for _, growth, _ in growths], self.token_seconds):
+            growths = [(session, growth) for session, growth in growths if growth.pick(self.width, LEAST_SURVIVAL)]
+            if not growths or not self._levels.pay([growth for _, growth in growths], self.token_seconds):
                 break
             with self._levels.timed():
-                parts = [session.level(growth) for session, growth, _ in growths]
-                for (session, growth, _), answer in zip(growths, self._forward(parts, every=True), strict=True):
+                parts = [session.level(growth) for session, growth in growths]
+                for (session, growth), answer in zip(growths, self._forward(parts, every=True), strict=True):
                     session.keep(answer.states)
                     growth.extend(answer.chances, answer.tokens)
         return [session.tree(most) for session, most in zip(asked, max_nodes, strict=True)]

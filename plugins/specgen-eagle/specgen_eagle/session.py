@@ -186,9 +186,9 @@ class EagleSession(DraftSession):
         self.reading.cache.length += len(answer.states)
         self.reading.root = replace(answer, states=answer.states[-1:])
 
-    def grow(self) -> Growth:
-        """A new tree under the last id, with the root's children."""
-        growth = self._growth = Growth()
+    def grow(self, kept: int) -> Growth:
+        """A new tree under the last id, of which `kept` nodes will be taken, with the root's children."""
+        growth = self._growth = Growth(kept)
         self._level.clear()
         if self.reading.root is not None:
             growth.extend(self.reading.root.chances, self.reading.root.tokens)

@@ -221,20 +221,24 @@ void multiply_all(const Tensor& x, const std::vector<Tensor>& weights, const std
   });
 }
 
+template <class T>
+Tensor packed(const Tensor& weight) {
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  const int64_t size = rounded_up(outputs, group_of(weight)) * rounded_up(inputs, step_of<T>(weight));
+  Tensor packed = torch::stable::new_empty(weight, {size});
+  if constexpr (std::is_same_v<T, bfloat16>)
+    if (tiled(weight)) {
+      pack_tiles(data<T>(weight), data<T>(packed), outputs, inputs);
+      return packed;
+    }
+  pack_panels(data<T>(weight), data<T>(packed), outputs, inputs);
+  return packed;
+}
+
 }  // namespace
 
 Tensor pack_weight(const Tensor& weight) {
-  const bool narrow = weight.scalar_type() == ScalarType::BFloat16;
-  const int64_t outputs = weight.size(0), inputs = weight.size(1);
-  const int64_t line = rounded_up(inputs, narrow ? step_of<bfloat16>(weight) : step_of<float>(weight));
-  Tensor packed = torch::stable::new_empty(weight, {rounded_up(outputs, group_of(weight)) * line});
-  if (tiled(weight))
-    pack_tiles(data<bfloat16>(weight), data<bfloat16>(packed), outputs, inputs);
-  else if (narrow)
-    pack_panels(data<bfloat16>(weight), data<bfloat16>(packed), outputs, inputs);
-  else
-    pack_panels(data<float>(weight), data<float>(packed), outputs, inputs);
-  return packed;
+  return weight.scalar_type() == ScalarType::BFloat16 ? packed<bfloat16>(weight) : packed<float>(weight);
 }
 
 Tensor linear(const Tensor& x, std::vector<Tensor> weights, std::vector<std::optional<Tensor>> biases,
