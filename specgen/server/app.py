@@ -7,11 +7,13 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from specgen.api import Engine
 from specgen.server.auth import CALLER
+from specgen.server.bodies import leave_packed
 from specgen.server.config import ServerConfig
-from specgen.server.logs import Handler, account, name_answer
+from specgen.server.logs import account, name_answer
 from specgen.server.openapi import document
 from specgen.server.page import add_page
 from specgen.server.plugin_routes import add_plugin_routes
@@ -22,7 +24,7 @@ from specgen.server.service import SERVICE, Service
 def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     """An application around an engine, which stays the caller's to close. Serve it with `serve`, or in a test."""
     service = Service.of(engine, config)
-    app = web.Application(middlewares=[account, admit], client_max_size=config.body_bytes)
+    app = web.Application(middlewares=[leave_packed, account, admit], client_max_size=config.body_bytes)
     app[SERVICE] = service
     routes = [*ROUTES, Route("GET", "/openapi.json", openapi)]
     app[_ACCESS] = {}

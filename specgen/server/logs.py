@@ -7,11 +7,11 @@ import secrets
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import structlog
 from aiohttp import web
+from aiohttp.typedefs import Handler
 from aiohttp.web_urldispatcher import SystemRoute
 
 from specgen.log import Log
@@ -20,8 +20,6 @@ from specgen.server.config import ServerConfig
 from specgen.server.errors import api_error
 from specgen.server.metrics import Timing
 from specgen.server.service import SERVICE
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 REQUEST_ID = web.RequestKey("request_id", str)
 TIMING = web.RequestKey("timing", Timing)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from aiohttp import web
-from aiohttp.typedefs import Middleware
+from aiohttp.typedefs import Handler, Middleware
 
 from specgen.api import Engine
 from specgen.errors import UnknownName
 from specgen.server.config import ServerConfig
 from specgen.server.errors import ApiError
-from specgen.server.logs import Handler, report
+from specgen.server.logs import report
 
 _HOOK = "register_routes"
 

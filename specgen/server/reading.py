@@ -8,6 +8,7 @@ from typing import TypeVar
 import msgspec
 from aiohttp import web
 
+from specgen.server.bodies import whole
 from specgen.server.errors import ApiError, invalid
 
 StructT = TypeVar("StructT", bound=msgspec.Struct)
@@ -69,7 +70,7 @@ async def read(request: web.Request, kind: type[StructT]) -> StructT:
     if request.content_type != "application/json":
         # A page elsewhere can make a browser send anything else unasked.
         raise ApiError(415, f"the content type is {request.content_type!r}; it must be 'application/json'")
-    body = await request.read()
+    body = await whole(request)
     try:
         # Nothing is built of a value before it is known what it has to be.
         found = msgspec.json.decode(body, type=dict[str, msgspec.Raw])

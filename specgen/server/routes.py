@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
+from aiohttp.typedefs import Handler
 
 from specgen.server import adapters, answers, chat, completions, models, protocol, responses, status, tokens
-from specgen.server.logs import Handler
 
 Access = Literal["open", "key", "admin"]
 

@@ -13,6 +13,7 @@ from aiohttp import web
 from specgen.api import Engine
 from specgen.server.asking import Asker
 from specgen.server.auth import Keys
+from specgen.server.bodies import whole
 from specgen.server.config import ServerConfig
 from specgen.server.errors import ApiError
 from specgen.server.health import Health
@@ -65,7 +66,7 @@ class Service:
 
     async def aside(self, request: web.Request, function: Callable[[], T]) -> T:
         """What `function` makes of a request that was read: on a thread where it is large, so that nobody waits."""
-        small = len(await request.read()) <= _SMALL_BYTES
+        small = len(await whole(request)) <= _SMALL_BYTES
         return function() if small else await self.runner.in_thread(function)
 
     def models(self) -> list[str]:

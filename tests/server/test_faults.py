@@ -278,6 +278,17 @@ async def test_a_body_that_unpacks_to_much_more_is_refused(world: World) -> None
     assert memory() - before < 48 << 20
 
 
+@pytest.mark.parametrize(("path", "status"), [("/nowhere", 404), ("/v1/models", 405), (PATH, 413)])
+async def test_a_body_is_not_unpacked_once_its_request_is_answered(world: World, path: str, status: int) -> None:
+    bomb = gzip.compress(b"x" * (64 << 20)) * 8
+
+    async def throw() -> None:
+        assert await send(world, path, bomb, **{"Content-Encoding": "gzip"}) == status
+
+    assert await standstill(throw, most=LAG) < LAG
+    assert await send(world, PATH, gzip.compress(chat()), **{"Content-Encoding": "gzip"}) == 200
+
+
 async def test_large_heads_are_refused(world: World) -> None:
     """A long header, many of them, a long path: none of them is held in memory, and the server goes on."""
     wide = {f"x-{number}": "y" for number in range(200)}

@@ -6,8 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from aiohttp import web
-
-from specgen.server.logs import Handler
+from aiohttp.typedefs import Handler
 
 _FILES = {"/": "index.html", "/page/page.css": "page.css", "/page/page.js": "page.js", "/page/tree.js": "tree.js"}
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}

@@ -1,0 +1,39 @@
+"""The bytes of a request's body. A small packed one may hold gigabytes: others are served while it is unpacked."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+_BODY = web.RequestKey("body", bytes)
+
+
+async def whole(request: web.Request) -> bytes:
+    """The body, unpacked, in small steps between which others have their turn; asked for again, the same.
+
+    Raises HTTPRequestEntityTooLarge once there is more of it than the server takes.
+    """
+    known: bytes | None = request.get(_BODY)
+    if known is not None:
+        return known
+    body = bytearray()
+    while chunk := await request.content.readany():
+        body += chunk
+        if len(body) > request.client_max_size:
+            raise web.HTTPRequestEntityTooLarge(request.client_max_size)
+        await asyncio.sleep(0)
+    request[_BODY] = known = bytes(body)
+    return known
+
+
+@web.middleware
+async def leave_packed(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Unpack no body any further once its request is answered: aiohttp would, to use the connection again."""
+    try:
+        return await handler(request)
+    finally:
+        if "Content-Encoding" in request.headers and not request.content.is_eof():
+            # As if its time to read were over: it closes the connection after the answer.
+            request.content.set_exception(TimeoutError("the request is answered"))
