@@ -65,8 +65,8 @@ def _built() -> Path:
     """The library, built now if it is not in the cache."""
     if os.environ.get("SPECGEN_CPU_KERNELS") == "0":
         raise KernelsUnavailable("SPECGEN_CPU_KERNELS is 0")
-    if platform.system() != "Linux" or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        raise KernelsUnavailable("they are written for Linux and processors with AVX-512")
+    if platform.system() != "Linux" or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        raise KernelsUnavailable("they are written for Linux and processors with AVX2 or AVX-512")
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise KernelsUnavailable("there is no C++ compiler; install g++, or name one in CXX")

@@ -40,8 +40,7 @@ class Queries {
     lines_.resize(rounded_up(count_, TOGETHER) * dims_);
     for (int64_t r = begin; r < end; r++)
       for (int64_t g = 0; g < shape.group; g++)
-        std::memcpy(&lines_[((r - begin) * shape.group + g) * dims_], query(r, head * shape.group + g),
-                    shape.key_dim * sizeof(T));
+        as_row(query(r, head * shape.group + g), &lines_[((r - begin) * shape.group + g) * dims_], shape.key_dim);
 #ifdef __AMX_BF16__
     if (tiled()) interleave();
 #endif
@@ -64,14 +63,16 @@ class Queries {
         std::memcpy(inputs, keys + k * key_stride + d, std::min(STEP, shape_.key_dim - d) * sizeof(T));
         std::memcpy(&columns[d * PAGE + k * STEP], inputs, sizeof inputs);
       }
-    for (int64_t q = 0; q < count_; q += TOGETHER) score_some(q, columns.data(), scores + q * stride, stride);
+    for (int64_t q = 0; q < count_; q += TOGETHER)
+      for (int64_t k = 0; k < PAGE; k += WIDTH)
+        score_some(q, &columns[k * STEP], scores + q * stride + k, stride);
   }
 
  private:
   static constexpr int64_t STEP = Products<T>::INPUTS;
   static constexpr int64_t TOGETHER = 8;  // sums that are independent: more than a product takes cycles
 
-  // Up to TOGETHER queries from `q` on with sixteen keys.
+  // Up to TOGETHER queries from `q` on with WIDTH keys.
   void score_some(int64_t q, const T* columns, float* scores, int64_t stride) const {
     floats sums[TOGETHER] = {};
     for (int64_t d = 0; d < shape_.key_dim; d += STEP) {
@@ -109,7 +110,8 @@ class Queries {
 
   Shape shape_;
   int64_t count_, dims_;
-  std::vector<T> lines_, pairs_;
+  std::vector<Row<T>> lines_;
+  std::vector<T> pairs_;
 };
 
 // ---- softmax along a path

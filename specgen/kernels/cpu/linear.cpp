@@ -12,11 +12,12 @@
 namespace specgen {
 namespace {
 
-// ---- without tiles: panels of 64 outputs, [outputs / 64][inputs][64], for bfloat16 products in pairs of inputs
-// [outputs / 64][inputs / 2][64][2]
+// ---- without tiles: panels of outputs, [outputs / PANEL][inputs][PANEL], for bfloat16 products in pairs of inputs
+// [outputs / PANEL][inputs / 2][PANEL][2]
 
-constexpr int64_t PANEL = 4 * WIDTH;
-constexpr int64_t ROWS = 6;  // 6 x 4 sums and 4 weights fit 32 registers
+constexpr int64_t ROWS = 6;
+constexpr int64_t VECTORS = REGISTERS / (ROWS + 1);  // as many as leave each sum and each weight a register
+constexpr int64_t PANEL = VECTORS * WIDTH;
 
 template <class T>
 void pack_panels(const T* weight, T* packed, int64_t outputs, int64_t inputs) {
@@ -31,21 +32,21 @@ void pack_panels(const T* weight, T* packed, int64_t outputs, int64_t inputs) {
 
 // All loops over sums are unrolled: sums that a variable chooses would lie in memory, and be written at each addition.
 template <class T, int R>
-void panel_rows(const T* x, const T* panel, const T* bias, T* out, int64_t inputs, int64_t stride, int64_t width) {
+void panel_rows(const Row<T>* x, const T* panel, const T* bias, T* out, int64_t inputs, int64_t stride, int64_t width) {
   using P = Products<T>;
-  floats sums[R][4] = {};
+  floats sums[R][VECTORS] = {};
   for (int64_t k = 0; k < inputs; k += P::INPUTS) {
     const T* at = panel + k * PANEL;
-    const decltype(P::load(at)) weights[4] = {
-        P::load(at), P::load(at + WIDTH * P::INPUTS), P::load(at + 2 * WIDTH * P::INPUTS),
-        P::load(at + 3 * WIDTH * P::INPUTS)};
+    decltype(P::load(at)) weights[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) weights[v] = P::load(at + v * WIDTH * P::INPUTS);
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; v++) sums[r][v] = P::add(sums[r][v], x + r * inputs + k, weights[v]);
+      for (int v = 0; v < VECTORS; v++) sums[r][v] = P::add(sums[r][v], x + r * inputs + k, weights[v]);
   }
 #pragma GCC unroll 4
-  for (int v = 0; v < 4; v++) {
+  for (int v = 0; v < VECTORS; v++) {
     const int64_t count = std::min(WIDTH, width - v * WIDTH);
     if (count <= 0) return;
     const floats shift = bias ? load_some(bias + v * WIDTH, count) : floats{};
@@ -55,14 +56,14 @@ void panel_rows(const T* x, const T* panel, const T* bias, T* out, int64_t input
 }
 
 template <class T>
-void panels(const T* x, const T* packed, const T* bias, T* out, int64_t rows, int64_t outputs, int64_t inputs,
+void panels(const Row<T>* x, const T* packed, const T* bias, T* out, int64_t rows, int64_t outputs, int64_t inputs,
             int64_t stride, int64_t begin, int64_t end) {
   const int64_t parts = rounded_up(rows, ROWS) / ROWS;  // of one size or two: few rows make poor use of a weight
   for (int64_t n = begin * PANEL; n < std::min(end * PANEL, outputs); n += PANEL) {
     const T* panel = packed + n * inputs;
     for (int64_t part = 0; part < parts; part++) {
       const int64_t r = rows * part / parts, count = rows * (part + 1) / parts - r;
-      const T* at = x + r * inputs;
+      const Row<T>* at = x + r * inputs;
       const T* shift = bias ? bias + n : nullptr;
       T* to = out + r * stride + n;
       const int64_t width = outputs - n;
@@ -177,17 +178,17 @@ int64_t step_of(const Tensor& x) {
   return tiled(x) ? TILE : Products<T>::INPUTS;
 }
 
-// Lines of another length, zeros behind the old one.
+// Rows as products take them, each `line` long, zeros behind its inputs.
 template <class T>
-std::vector<T> padded(const T* x, int64_t rows, int64_t inputs, int64_t line) {
-  std::vector<T> lines(rows * line);
-  for (int64_t r = 0; r < rows; r++) std::memcpy(&lines[r * line], x + r * inputs, inputs * sizeof(T));
+std::vector<Row<T>> lines_of(const T* x, int64_t rows, int64_t inputs, int64_t line) {
+  std::vector<Row<T>> lines(rows * line);
+  for (int64_t r = 0; r < rows; r++) as_row(x + r * inputs, &lines[r * line], inputs);
   return lines;
 }
 
 // Groups `begin` to `end` of one weight.
 template <class T>
-void multiply(const T* x, const T* packed, const T* bias, T* out, int64_t rows, int64_t outputs, int64_t inputs,
+void multiply(const Row<T>* x, const T* packed, const T* bias, T* out, int64_t rows, int64_t outputs, int64_t inputs,
               int64_t stride, int64_t begin, int64_t end) {
 #ifdef __AMX_BF16__
   if constexpr (std::is_same_v<T, bfloat16>)
@@ -202,9 +203,11 @@ void multiply_all(const Tensor& x, const std::vector<Tensor>& weights, const std
                   const std::vector<int64_t>& outputs, Tensor& out) {
   const int64_t inputs = rounded_up(x.size(-1), step_of<T>(x));
   const int64_t rows = x.numel() / x.size(-1), stride = out.size(-1), group = group_of(x);
-  std::vector<T> filled;
-  if (inputs != x.size(-1)) filled = padded(data<T>(x), rows, x.size(-1), inputs);
-  const T* lines = filled.empty() ? data<T>(x) : filled.data();
+  std::vector<Row<T>> copied;
+  const Row<T>* lines = copied.data();
+  if constexpr (std::is_same_v<T, Row<T>>)
+    if (inputs == x.size(-1)) lines = data<T>(x);
+  if (!lines) lines = (copied = lines_of(data<T>(x), rows, x.size(-1), inputs)).data();
   int64_t groups = 0;
   for (int64_t count : outputs) groups += rounded_up(count, group) / group;
   in_parallel(groups, [&](int64_t begin, int64_t end) {

@@ -1,21 +1,27 @@
-// Products of a row with sixteen columns, whose inputs lie side by side: [inputs / INPUTS][16 columns][INPUTS].
+// Products of a row with as many columns as fill a vector; their inputs lie side by side:
+// [inputs / INPUTS][columns][INPUTS].
 #pragma once
+
+#include <algorithm>
 
 #include "vector.h"
 
 namespace specgen {
 
-// How an input of a row, or a few of them, times as many inputs of sixteen columns are added to sixteen sums.
+// How an input of a row, or a few of them, times as many inputs of the columns are added to their sums. Rows are kept as
+// `Row`: what takes part in many products is widened once.
 template <class T>
 struct Products {
+  using Row = float;
   static constexpr int64_t INPUTS = 1;
   static floats load(const T* columns) { return specgen::load(columns); }
-  static floats add(floats sums, const T* x, floats columns) { return sums + widened(*x) * columns; }
+  static floats add(floats sums, const float* x, floats columns) { return sums + *x * columns; }
 };
 
 #ifdef __AVX512BF16__
 template <>
 struct Products<bfloat16> {
+  using Row = bfloat16;
   static constexpr int64_t INPUTS = 2;
   static __m512bh load(const bfloat16* columns) { return (__m512bh)_mm512_loadu_si512(columns); }
   static floats add(floats sums, const bfloat16* x, __m512bh columns) {
@@ -25,5 +31,14 @@ struct Products<bfloat16> {
   }
 };
 #endif
+
+template <class T>
+using Row = typename Products<T>::Row;
+
+inline void as_row(const float* from, float* to, int64_t count) { std::copy_n(from, count, to); }
+inline void as_row(const bfloat16* from, bfloat16* to, int64_t count) { std::copy_n(from, count, to); }
+inline void as_row(const bfloat16* from, float* to, int64_t count) {
+  std::transform(from, from + count, to, [](bfloat16 x) { return widened(x); });
+}
 
 }  // namespace specgen

@@ -54,7 +54,7 @@ class Values {
     }
     int64_t done = 0;
     for (; done + WIDTH <= width; done += WIDTH) vectors<G, 1>(path, weights, line, totals, out + done, d + done);
-    for (; done < width; done++) number<G>(path, weights, line, totals, out + done, d + done);
+    if (done < width) rest<G>(path, weights, line, totals, out + done, d + done, width - done);
   }
 
   template <int G, int V>
@@ -67,16 +67,19 @@ class Values {
       for (int v = 0; v < V; v++) store(out + g * shape_.value_dim + v * WIDTH, sums[g][v] / totals[g]);
   }
 
-  // What is left of a head that is no multiple of 16.
+  // What is left of a head that is no multiple of 16. In vectors too: of scalar sums a compiler may add several at once,
+  // and round those of one head otherwise than those of four.
   template <int G>
-  void number(const Path& path, const float* weights, int64_t line, const float* totals, T* out, int64_t d) const {
-    float sums[G] = {};
+  void rest(const Path& path, const float* weights, int64_t line, const float* totals, T* out, int64_t d,
+            int64_t dims) const {
+    floats sums[G] = {};
     runs(path, [&](int64_t i, int64_t slot, int64_t count) {
-      for (int64_t j = 0; j < count; j++)
-        for (int g = 0; g < G; g++)
-          sums[g] += weights[g * line + i + j] * load_some(values_(slot + j, head_) + d, 1)[0];
+      for (int64_t j = 0; j < count; j++) {
+        const floats x = load_some(values_(slot + j, head_) + d, dims);
+        for (int g = 0; g < G; g++) sums[g] += weights[g * line + i + j] * x;
+      }
     });
-    for (int g = 0; g < G; g++) store_some(out + g * shape_.value_dim, all(sums[g] / totals[g]), 1);
+    for (int g = 0; g < G; g++) store_some(out + g * shape_.value_dim, sums[g] / totals[g], dims);
   }
 
   // `visit(i, slot, count)`: the path's i-th to (i + count)-th key lie in consecutive slots.

@@ -1,4 +1,4 @@
-// Sixteen floats at once, in the compiler's own vectors: one register with AVX-512, several elsewhere.
+// As many floats at once as fill a register, in the compiler's own vectors: sixteen with AVX-512, else eight.
 #pragma once
 
 #include <immintrin.h>
@@ -10,11 +10,15 @@
 
 namespace specgen {
 
-typedef float floats __attribute__((vector_size(64)));
-typedef int32_t ints __attribute__((vector_size(64)));
-typedef uint32_t words __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32)));
-constexpr int64_t WIDTH = 16;
+#ifdef __AVX512F__
+constexpr int64_t WIDTH = 16, REGISTERS = 32;
+#else
+constexpr int64_t WIDTH = 8, REGISTERS = 16;
+#endif
+typedef float floats __attribute__((vector_size(WIDTH * sizeof(float))));
+typedef int32_t ints __attribute__((vector_size(WIDTH * sizeof(int32_t))));
+typedef uint32_t words __attribute__((vector_size(WIDTH * sizeof(uint32_t))));
+typedef uint16_t halves __attribute__((vector_size(WIDTH * sizeof(uint16_t))));
 
 struct bfloat16 {
   uint16_t bits;
@@ -37,11 +41,15 @@ inline floats load(const float* from) {
   return x;
 }
 
-// Sixteen bfloat16 as they are, each in the lower half of its word.
+// bfloat16 as they are, each in the lower half of its word.
 inline words load_bits(const bfloat16* from) {
   halves x;
   std::memcpy(&x, from, sizeof x);
+#ifdef __AVX512F__
   return __builtin_convertvector(x, words);
+#else
+  return (words)_mm256_cvtepu16_epi32((__m128i)x);  // GCC 12 makes several of it
+#endif
 }
 
 inline floats load(const bfloat16* from) { return (floats)(load_bits(from) << 16); }
@@ -56,7 +64,7 @@ inline void store(bfloat16* to, floats x) {
   std::memcpy(to, &kept, sizeof kept);
 }
 
-// The first `count` of sixteen; zeros behind them.
+// The first `count`; zeros behind them.
 template <class T>
 inline floats load_some(const T* from, int64_t count) {
   T padded[WIDTH] = {};
@@ -84,12 +92,12 @@ inline float largest(floats x) {
   return x[0];
 }
 
-// Whether any of sixteen is above y.
+// Whether any of them is above y.
 inline bool any_above(floats x, float y) {
 #ifdef __AVX512F__
   return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(y), _CMP_GT_OQ);
 #else
-  return largest(x) > y;
+  return _mm256_movemask_ps((__m256)(x > y));
 #endif
 }
 
