@@ -4,6 +4,7 @@ They are torch operators, `torch.ops.specgen`:
 
 pack_weight(weight) -> packed   a linear layer's weight [outputs, inputs], in the order in which `linear` reads it
 linear(x, weights, biases, outputs)   x [..., inputs] through several packed weights, side by side: [..., sum(outputs)]
+bmm(x, weight)                  [batch, rows, inputs] by [batch, inputs, columns], weights as they lie
 segmented_lora(y, x, bounds, downs, ups)   in place, see `specgen.kernels.reference.segmented_lora`
 tree_attention(...)             see `specgen.kernels.tree_attention`
 
@@ -33,7 +34,7 @@ log = Log("specgen.kernels")
 
 SOURCES = Path(__file__).with_name("cpu")
 DTYPES = (torch.bfloat16, torch.float32)
-_FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
 # The stable interface of torch 2.10: what is built with one torch runs with every later one.
 _TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 _SECONDS = 300
@@ -111,6 +112,7 @@ def _sources(pattern: str) -> Sequence[Path]:
 def _register_shapes() -> None:
     """What the operators answer, without numbers: for compilers."""
     torch.library.register_fake("specgen::linear", _linear_shape)
+    torch.library.register_fake("specgen::bmm", torch.bmm)
     torch.library.register_fake("specgen::tree_attention", _attention_shape)
 
 

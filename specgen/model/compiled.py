@@ -33,8 +33,8 @@ from specgen.log import Log
 from specgen.model.architecture import Architecture
 from specgen.model.attention import PackedAttention, PackedCache, Seam
 from specgen.model.batch import PlannedBatch
-from specgen.model.grouped_linears import GroupLinears
 from specgen.model.invariance_check import CHECK_PAGES, check_invariance
+from specgen.model.own_products import OwnProducts
 from specgen.model.plan import plan, wanted_rows
 from specgen.model.scores import Scores
 from specgen.model.seam_check import difference
@@ -139,7 +139,7 @@ def _compiled(function: Rows) -> Rows:
             # What several read is computed once: rotary angles would be computed in every layer and head.
             "realize_opcount_threshold": 2,
             "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
-            "post_grad_custom_pre_pass": GroupLinears(),
+            "post_grad_custom_pre_pass": OwnProducts(),
         },
     )
 

@@ -82,6 +82,23 @@ def test_layers_that_read_the_same_rows_may_be_called_at_once(dtype: torch.dtype
     assert torch.equal(together, torch.cat([module(x) for module in layers], dim=-1))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_of_a_batch_are_sums_that_no_other_row_changes(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for inputs, columns in SIZES:
+        x, weight = torch.randn(3, 9, inputs).to(dtype), torch.randn(3, inputs, columns).to(dtype)
+        found = torch.ops.specgen.bmm(x, weight)
+        exact = x.double() @ weight.double()
+        bound = (x.double().abs() @ weight.double().abs() + 1) * 2.0**-23 * inputs + exact.abs() * EPSILON[dtype]
+        assert ((found.double() - exact).abs() <= bound).all()
+        for rows in (range(1), range(5, 7), range(2, 9)):
+            assert torch.equal(
+                torch.ops.specgen.bmm(x[:, rows.start : rows.stop], weight), found[:, rows.start : rows.stop]
+            )
+        turned = weight.mT.contiguous().mT
+        assert torch.equal(torch.ops.specgen.bmm(x, turned), found)
+
+
 def test_no_rows_are_no_rows() -> None:
     (ours,) = packed(layer(8, 16, torch.float32))
     assert ours(torch.empty(0, 16)).shape == (0, 8)

@@ -17,6 +17,7 @@ from specgen_eagle import parallel, unrolled
 from specgen_eagle.checkpoint import default_layers, load_head, save_head
 from specgen_eagle.corpus import Conversation
 from specgen_eagle.head import EagleHead, HeadConfig
+from specgen_eagle.precision import product_dtype
 from specgen_eagle.recipe import Recipe
 from specgen_eagle.states import Padded
 from specgen_eagle.unrolled import Batch, make_batch
@@ -41,8 +42,9 @@ class HeadStudent:
             self.kind = "eagle3"
             self._loss = partial(unrolled.loss, ahead=training.ahead, decay=training.decay)
             self._hits = partial(unrolled.hits, ahead=training.ahead)
-        self._embeddings = model.get_input_embeddings().weight.detach()
-        self._target_head = model.get_output_embeddings().weight.detach()[self.module.tokens]
+        dtype = product_dtype(model)
+        self._embeddings = model.get_input_embeddings().weight.detach().to(dtype)
+        self._target_head = model.get_output_embeddings().weight.detach()[self.module.tokens].to(dtype)
 
     def loss(self, padded: Padded) -> Tensor:
         """Cross-entropy with the target's distribution over what the head can say, at all depths."""

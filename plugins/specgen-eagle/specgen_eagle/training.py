@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from specgen_eagle.muon import Muon
+from specgen_eagle.precision import product_dtype, quick_halves
 from specgen_eagle.recipe import TrainingRecipe
 from specgen_eagle.states import Padded, States, batches
 
@@ -59,13 +61,14 @@ class Student(Protocol):
         """Write what a drafter loads."""
 
 
-def _optimizers(student: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for matrices (Jordan et al. 2024), in steps of AdamW's size (Liu et al. 2025); AdamW for the norms."""
+def _optimizers(student: nn.Module, rate: float, device: torch.device) -> list[torch.optim.Optimizer]:
+    """Muon for matrices, AdamW for the norms."""
     trained = [weight for weight in student.parameters() if weight.requires_grad]
     matrices = [weight for weight in trained if weight.ndim == 2]
     others = [weight for weight in trained if weight.ndim != 2]
+    dtype = torch.bfloat16 if quick_halves(device) else torch.float32
     return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, rate, dtype=dtype, weight_decay=0.01),
         torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.01),
     ]
 
@@ -82,10 +85,10 @@ class Trainer:
         self.student = student
         self.recipe = recipe
         self._states = states
-        self._device, self._dtype = model.device, model.dtype
+        self._device, self._dtype = model.device, product_dtype(model)
         conversations = range(len(states))
         self._training, self._held_out = conversations[held_out:], conversations[:held_out]
-        self._optimizers = _optimizers(student.module, recipe.learning_rate)
+        self._optimizers = _optimizers(student.module, recipe.learning_rate, self._device)
         self._file = folder / "training.pt"
         self.step = 0
         self.curve: list[Point] = []
@@ -154,8 +157,7 @@ class Trainer:
         return recipe.learning_rate * (_LAST_SHARE + (1 - _LAST_SHARE) * (1 + math.cos(math.pi * done)) / 2)
 
     def _autocast(self) -> torch.autocast:
-        """bfloat16 products where the target is in bfloat16; weights and their updates are float32."""
-        half = self._dtype in (torch.bfloat16, torch.float16)
+        half = self._dtype != torch.float32
         return torch.autocast(self._device.type, dtype=self._dtype if half else torch.bfloat16, enabled=half)
 
     def _keep(self) -> None:

@@ -32,8 +32,9 @@ class Batch:
 
 
 def make_batch(embeddings: Tensor, target_head: Tensor, padded: Padded) -> Batch:
-    """target_head: the target's head's rows of what the draft head can say."""
+    """embeddings, target_head: of the target's vocabulary, of what the draft head can say; in the dtype of products."""
     ids, states, lengths = padded
+    states = states.to(target_head.dtype)
     entries = ids.shape[1] - 2
     with torch.no_grad():
         logits = F.linear(states[:, 1:-1, -1], target_head).float()

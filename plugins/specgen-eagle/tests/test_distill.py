@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from specgen_eagle.corpus import read_corpus
 from specgen_eagle.distill import distill
+from specgen_eagle.muon import Muon
 from specgen_eagle.pruned_student import prune
 from specgen_eagle.recipe import SMOKE, HeadRecipe, PrunedRecipe, Recipe, read_recipe
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -177,3 +178,23 @@ def test_layers_that_the_target_does_not_have_are_refused(
 ) -> None:
     with pytest.raises(InvalidRequest, match="choose some of 0 to 3"):
         prune(trained[0].model, layers)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])
+def test_muon_is_torchs_own_in_any_dtype(shape: tuple[int, int]) -> None:
+    start, gradients = torch.randn(shape), torch.randn(3, *shape)
+    found = {}
+    for dtype in (None, torch.bfloat16, torch.float32):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer: torch.optim.Optimizer
+        if dtype is None:
+            optimizer = torch.optim.Muon([weight], lr=0.1, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        else:
+            optimizer = Muon([weight], 0.1, dtype=dtype, weight_decay=0.01)
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            optimizer.step()
+        found[dtype] = weight.detach()
+    assert torch.equal(found[torch.bfloat16], found[None])
+    moved = (found[None] - start).norm()
+    assert (found[torch.float32] - found[None]).norm() < 0.05 * moved

@@ -15,7 +15,7 @@ struct Products {
   using Row = float;
   static constexpr int64_t INPUTS = 1;
   static floats load(const T* columns) { return specgen::load(columns); }
-  static floats add(floats sums, const float* x, floats columns) { return sums + *x * columns; }
+  static floats add(floats sums, const float* x, floats columns) { return fma(all(*x), columns, sums); }
 };
 
 #ifdef __AVX512BF16__

@@ -17,7 +17,7 @@ void add_values(const T* value, int64_t stride, int64_t count, const float* weig
   for (int64_t i = 0; i < count; i++, value += stride)
     for (int v = 0; v < V; v++) {
       const floats x = load(value + v * WIDTH);
-      for (int g = 0; g < G; g++) sums[g][v] += weights[g * line + i] * x;
+      for (int g = 0; g < G; g++) sums[g][v] = fma(all(weights[g * line + i]), x, sums[g][v]);
     }
 }
 
@@ -67,8 +67,7 @@ class Values {
       for (int v = 0; v < V; v++) store(out + g * shape_.value_dim + v * WIDTH, sums[g][v] / totals[g]);
   }
 
-  // What is left of a head that is no multiple of 16. In vectors too: of scalar sums a compiler may add several at once,
-  // and round those of one head otherwise than those of four.
+  // What is left of a head that is no multiple of 16.
   template <int G>
   void rest(const Path& path, const float* weights, int64_t line, const float* totals, T* out, int64_t d,
             int64_t dims) const {
@@ -76,7 +75,7 @@ class Values {
     runs(path, [&](int64_t i, int64_t slot, int64_t count) {
       for (int64_t j = 0; j < count; j++) {
         const floats x = load_some(values_(slot + j, head_) + d, dims);
-        for (int g = 0; g < G; g++) sums[g] += weights[g * line + i + j] * x;
+        for (int g = 0; g < G; g++) sums[g] = fma(all(weights[g * line + i + j]), x, sums[g]);
       }
     });
     for (int g = 0; g < G; g++) store_some(out + g * shape_.value_dim, sums[g] / totals[g], dims);

@@ -1,4 +1,5 @@
-"""Linear layers that read the same rows, called at once: one parallel region, one pass over the rows."""
+"""Products of a compiled forward by our operators: linear layers that read the same rows are called at once, and
+products of batches, as experts have them, are sums that do not depend on the rows beside."""
 
 from __future__ import annotations
 
@@ -10,20 +11,23 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph, Node
 
+from specgen.kernels.cpu_kernels import DTYPES
 
-class GroupLinears(CustomGraphPass):
-    """A pass of Inductor's over a forward: layers are grouped by what they read, whatever the model calls them."""
+
+class OwnProducts(CustomGraphPass):
+    """A pass of Inductor's over a forward, which looks at operations alone, whatever the model calls its layers."""
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite the graph in place."""
-        operator = torch.ops.specgen.linear.default
         readers: dict[Node, list[Node]] = defaultdict(list)
-        for node in graph.nodes:
-            if node.op == "call_function" and node.target is operator:
-                readers[node.args[0]].append(node)
+        for node in graph.find_nodes(op="call_function", target=torch.ops.specgen.linear.default):
+            readers[node.args[0]].append(node)
         for group in readers.values():
             if len(group) > 1:
                 _merge(graph, group)
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.bmm.default):
+            if node.meta["val"].dtype in DTYPES:
+                node.target = torch.ops.specgen.bmm.default
 
     def uuid(self) -> bytes:
         """What the compiler's cache knows it by."""
