@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import structlog
 import torch
@@ -52,6 +53,30 @@ def _poison(dtype: torch.dtype) -> float | int | bool:
         return float("nan")
     # As an index it is out of range, as a token id in no vocabulary, as a length absurd.
     return True if dtype == torch.bool else torch.iinfo(dtype).max
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted_products() -> Iterator[None]:
+    """Sum products in Triton's interpreter in one order for every row, as a GPU's tensor cores do. numpy's own library
+    rounds a row by its place in a matrix, on some processors."""
+    if "TRITON_INTERPRET" not in os.environ:
+        yield
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "np", _NumpyInOneOrder())
+        yield
+
+
+class _NumpyInOneOrder:
+    """numpy, but for its products of matrices."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self._product if name == "matmul" else getattr(np, name)
+
+    def _product(self, a: np.ndarray, b: np.ndarray, dtype: Any) -> np.ndarray:
+        return np.einsum("...mk,...kn->...mn", a, b, dtype=dtype)
 
 
 @pytest.fixture(autouse=True)
