@@ -108,6 +108,8 @@ def compile_rows(function: Rows, examples: Sequence[tuple[Tensor, int]]) -> Rows
     say what `function` says, that is what is returned, and the log says why.
     """
     graph = _compiled(function)
+    # One tensor in two places would be compiled as one argument.
+    examples = [(tensor.clone(), dim) for tensor, dim in examples]
     try:
         _first_call(graph, examples)
         with torch.inference_mode():

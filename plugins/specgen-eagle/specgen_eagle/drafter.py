@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specgen import Drafter, DraftHints, DraftSession, Levels, TokenTree, Wanted
+from specgen_eagle.borrowed import Lender
 from specgen_eagle.head import EagleHead
 from specgen_eagle.session import Answer, EagleSession, Part
 
@@ -27,11 +29,13 @@ T = TypeVar("T")
 class Halves:
     """What the head does before its attention, and behind it, for rows of any sequences.
 
-    embeddings: the target's, [vocabulary, width]. children: guesses for each row.
+    embeddings: the target's, [vocabulary, width]. children: guesses for each row. lender: of words that the head cannot
+    say.
     """
 
-    def __init__(self, head: EagleHead, embeddings: Tensor, children: int) -> None:
+    def __init__(self, head: EagleHead, embeddings: Tensor, children: int, lender: Lender | None = None) -> None:
         self.head = head
+        self.lender = lender or Lender(head, None)
         self.children = min(children, head.config.vocabulary)
         self._embeddings = embeddings.detach()
         self._tokens = head.tokens
@@ -42,7 +46,10 @@ class Halves:
         """Compile both."""
         tokens, positions, states, attended = self._examples()
         self.before = compile_rows(self._before, [(tokens, 0), (positions, 0), (states, 0)])
-        self.behind = compile_rows(self._behind, [(attended, 1), (states, 0), (positions, 0)])
+        columns = states.float().T.contiguous()
+        texts = torch.zeros_like(positions)
+        borrowed = [(texts, 0), (columns, 1), (positions, 0), (texts, 0)]
+        self.behind = compile_rows(self._behind, [(attended, 1), (states, 0), (positions, 0), *borrowed])
 
     def _examples(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens, positions, states and attended of some rows."""
@@ -61,13 +68,31 @@ class Halves:
         """
         return self.head.project(F.embedding(tokens, self._embeddings), states, positions)
 
-    def _behind(self, attended: Tensor, residual: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
+    def _behind(
+        self,
+        attended: Tensor,
+        residual: Tensor,
+        wanted: Tensor,
+        texts: Tensor,
+        columns: Tensor,
+        borrowed: Tensor,
+        owners: Tensor,
+    ) -> tuple[Tensor, ...]:
         """The head's states [rows, width]; for each of the rows `wanted` the chances of its likeliest tokens, and
-        these, [wanted, children] both."""
+        these, [wanted, children] both.
+
+        texts: int64[wanted], the text of each. columns: float32[width, n], borrowed: int64[n], owners: int64[n], tokens
+        that may be said too, in the text that is their owner; -1 is none.
+        """
         states = self.head.finish(attended, residual)
-        logits = self.head.logits(states[wanted]).float()
+        normed = self.head.norm(states[wanted])
+        own: Tensor = self.head.lm_head(normed).float()
+        more = torch.bmm(normed.float()[None], columns[None])[0]
+        strange = (owners != texts[:, None]) | (borrowed < 0)
+        logits = torch.cat([own, more.masked_fill(strange, -math.inf)], dim=-1)
         top, places = logits.topk(self.children)
-        return states, (top - logits.logsumexp(dim=-1, keepdim=True)).exp(), self._tokens[places]
+        tokens = torch.cat([self._tokens, borrowed])[places]
+        return states, (top - logits.logsumexp(dim=-1, keepdim=True)).exp(), tokens
 
 
 class Eagle(Drafter):
@@ -141,7 +166,7 @@ class Eagle(Drafter):
         device = parts[0].states.device
         wanted = torch.arange(ends[-1], device=device) if every else torch.tensor(ends, device=device) - 1
         _, attended, residual = attend(self.halves, parts)
-        states, chances, guesses = self.halves.behind(attended, residual, wanted)
+        states, chances, guesses = self.halves.behind(attended, residual, wanted, *_borrowed(parts, asked))
         return [
             Answer(mine, some, guessed)
             for mine, some, guessed in zip(
@@ -168,6 +193,18 @@ def attend(halves: Halves, parts: Sequence[Part]) -> tuple[Tensor, Tensor, Tenso
         )
     ]
     return tokens, _joined(attended, dim=1).to(residual.dtype), residual
+
+
+def _borrowed(parts: Sequence[Part], asked: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the rows that are asked, the texts; what these may say besides, and whose it is: see `Halves`."""
+    numbers = torch.arange(len(parts), device=parts[0].states.device)
+    lent = [part.borrowed for part in parts]
+    return (
+        numbers.repeat_interleave(torch.tensor(asked, device=numbers.device)),
+        _joined([some.columns for some in lent], dim=1),
+        _joined([some.tokens for some in lent]),
+        numbers.repeat_interleave(torch.tensor([len(some.tokens) for some in lent], device=numbers.device)),
+    )
 
 
 def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:

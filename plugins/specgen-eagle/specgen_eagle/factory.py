@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import msgspec
 
 from specgen import DrafterSetup, InvalidRequest, pack_linears, read_options
+from specgen_eagle.borrowed import lender
 from specgen_eagle.checkpoint import load_head
 from specgen_eagle.drafter import WINDOW, Eagle, Halves
 from specgen_eagle.parallel_drafter import ParallelEagle, ParallelHalves
@@ -34,12 +35,13 @@ def eagle(setup: DrafterSetup) -> Eagle:
     if setup.target is None:
         raise InvalidRequest("drafter 'eagle' needs the target's model, to share its embeddings", param="path")
     head = load_head(Path(options.path), setup.target)
+    lending = lender(head, setup.target.get_output_embeddings())
     pack_linears(head)
     embeddings = setup.target.get_input_embeddings().weight
     if head.config.parallel > 1:
         halves = ParallelHalves(head, embeddings, options.width or _PARALLEL_WIDTH, options.depth)
         drafter: Eagle = ParallelEagle(halves, options.window)
     else:
-        drafter = Eagle(Halves(head, embeddings, options.width or _WIDTH), options.depth, options.window)
+        drafter = Eagle(Halves(head, embeddings, options.width or _WIDTH, lending), options.depth, options.window)
     drafter.halves.compile(setup.compile_rows)
     return drafter

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from specgen import DraftSession, Features, Growth, TokenTree
+from specgen_eagle.borrowed import Borrowed
 
 if TYPE_CHECKING:
     from specgen_eagle.drafter import Eagle
@@ -37,10 +38,12 @@ class Part:
     """Rows of one session in one forward of the head.
 
     states: [rows, width], the target's or the head's own before each token. visible: bool[rows, n], what each row sees
-    of the last n rows in the cache once these are written.
+    of the last n rows in the cache once these are written. borrowed: what can be said behind them besides what the head
+    says.
     """
 
     cache: Cache
+    borrowed: Borrowed
     tokens: Sequence[int]
     positions: Sequence[int]
     states: Tensor
@@ -143,6 +146,7 @@ class EagleSession(DraftSession):
         self._prompt = len(prompt)
         self._level: list[Tensor] = []
         self._growth: Growth | None = None
+        self._borrowed = Borrowed(drafter.halves.lender, prompt)
         self.reading = Reading(0)
 
     def propose(self, max_nodes: int) -> TokenTree:
@@ -163,6 +167,7 @@ class EagleSession(DraftSession):
     def commit(self, tokens: Sequence[int]) -> None:
         """Take in ids; the tree under the last one is gone."""
         self._ids.extend(tokens)
+        self._borrowed.add(tokens)
         self._growth = None
 
     def close(self) -> None:
@@ -179,7 +184,8 @@ class EagleSession(DraftSession):
         first, states = self.reading.take(most)
         positions = range(first, first + len(states))
         tokens = self._ids[first + 1 : first + 1 + len(states)]
-        return Part(self.reading.cache, tokens, positions, states, causal(len(states), states.device))
+        visible = causal(len(states), states.device)
+        return Part(self.reading.cache, self._borrowed, tokens, positions, states, visible)
 
     def advance(self, answer: Answer) -> None:
         """The rows of `entries` are done."""
@@ -203,7 +209,8 @@ class EagleSession(DraftSession):
         last = len(self._ids) - 2
         positions = [last + growth.depth[node] for node in growth.picked]
         visible = growth.visible().to(states.device)
-        return Part(self.reading.cache, [growth.tokens[node] for node in growth.picked], positions, states, visible)
+        tokens = [growth.tokens[node] for node in growth.picked]
+        return Part(self.reading.cache, self._borrowed, tokens, positions, states, visible)
 
     def keep(self, answer: Tensor) -> None:
         """The states of the rows of `level`."""

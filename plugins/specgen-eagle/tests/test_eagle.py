@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from specgen_eagle import parallel
+from specgen_eagle.borrowed import Lender, lender
 from specgen_eagle.checkpoint import load_head, save_head
 from specgen_eagle.corpus import Conversation
 from specgen_eagle.drafter import Eagle, Halves
@@ -31,6 +32,7 @@ from specgen import (
     Features,
     InvalidRequest,
     Speculation,
+    TokenTree,
 )
 from specgen.kernels.cpu_kernels import why_not
 from specgen.model.compiled import compile_rows
@@ -80,7 +82,7 @@ def drafting(head: EagleHead, model: PreTrainedModel, width: int = 3) -> Eagle:
     embeddings = model.get_input_embeddings().weight
     if head.config.parallel > 1:
         return ParallelEagle(ParallelHalves(head, embeddings, width, AHEAD))
-    return Eagle(Halves(head, embeddings, width), AHEAD)
+    return Eagle(Halves(head, embeddings, width, lender(head, model.lm_head)), AHEAD)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +186,11 @@ def test_compiled_the_head_says_the_same(model: PreTrainedModel, ahead: int) -> 
     for rows in (1, 2, 5, 17):
         tokens, positions = torch.arange(rows) * 3 % VOCABULARY, torch.arange(rows) + 9
         last = torch.arange(rows)[-2:].contiguous()
-        asked = (last,) if ahead == 1 else (tokens, last[:, None].expand(-1, ahead).contiguous())
+        if ahead == 1:
+            lent = torch.tensor([-1, -1, 60, 61, -1, -1, 62])
+            asked = last, torch.zeros_like(last), torch.randn(32, 7), lent, torch.tensor([0, 0, 0, 0, 1, 1, 1])
+        else:
+            asked = tokens, last[:, None].expand(-1, ahead).contiguous()
         with torch.inference_mode():
             before = tokens, positions, torch.randn(rows, 32)
             for one, other in zip(quick.before(*before), plain.before(*before), strict=True):
@@ -192,6 +198,47 @@ def test_compiled_the_head_says_the_same(model: PreTrainedModel, ahead: int) -> 
             behind = torch.randn(4, rows, 8), torch.randn(rows, 32), *asked
             for one, other in zip(quick.behind(*behind), plain.behind(*behind), strict=True):
                 torch.testing.assert_close(one, other)
+
+
+def test_words_of_a_text_are_said_that_the_head_cannot_say(model: PreTrainedModel) -> None:
+    """As by a head that can say them and no other ones; each text its own, in a batch too."""
+    strange = [range(48, 64), range(48, 56), range(0)]
+    texts = [[7, 8, *words, 9] for words in strange]
+    states = [torch.randn(len(text), 3 * 32) for text in texts]
+
+    def trees(numbers: Sequence[int], vocabulary: Sequence[int], lent: bool) -> list[TokenTree]:
+        corpus = [Conversation([word for word in vocabulary for _ in range(2)], 1)]
+        head = new_head(model, Recipe(head=HeadRecipe(layers=LAYERS, vocabulary=len(vocabulary))), corpus).eval()
+        assert head.tokens.tolist() == list(vocabulary)
+        drafter = drafting(head.requires_grad_(False), model, width=8)
+        if not lent:
+            drafter.halves.lender = Lender(head, None)
+        sessions = [drafter.open(texts[number], DraftHints()) for number in numbers]
+        for number, session in zip(numbers, sessions, strict=True):
+            layers = zip(LAYERS, states[number].split(32, dim=-1), strict=True)
+            session.observe(Features(0, dict(layers)))
+            session.commit([9])
+        return drafter.propose(sessions, [60] * len(sessions))
+
+    found = trees(range(3), range(48), lent=True)
+    said = [{token for token in tree.tokens if token >= 48} for tree in found]
+    assert said[0] & set(range(56, 64))
+    assert said[1]
+    assert said[1] <= set(strange[1])
+    assert not said[2]
+    for number, words in enumerate(strange):
+        (alone,) = trees([number], [*range(48), *words], lent=False)
+        assert (found[number].tokens, found[number].parents) == (alone.tokens, alone.parents)
+        assert found[number].confidence == pytest.approx(alone.confidence, rel=1e-4)
+
+
+def test_a_head_with_rows_of_its_own_borrows_nothing(model: PreTrainedModel) -> None:
+    head = untrained(model).requires_grad_(False)
+    assert lender(head, model.lm_head).lends(60)
+    assert not lender(head, model.lm_head).lends(47)
+    head.lm_head.weight.mul_(1.1)
+    assert not lender(head, model.lm_head).lends(60)
+    assert not lender(head, None).lends(60)
 
 
 def test_a_parallel_tree_has_the_chances_that_training_gives(model: PreTrainedModel) -> None:

@@ -1,0 +1,75 @@
+"""Words of a text that its head cannot say: names, mostly, which answers copy. The target's own rows score them.
+
+A head's vocabulary is a part of the target's, as each row of it costs time in every forward (EAGLE-3's d2t). Heads that
+were trained against the target's rows, left as they are, can say every other token of the target too, once its row is
+there; of a text's own tokens there are few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specgen_eagle.head import EagleHead
+
+_MOST = 256
+_PADDING = 2  # columns: a compiler treats sizes of 0 and 1 as something else
+_NOTHING = -1
+_ALIKE = 0.01  # a share of the norm: half precision rounds by less
+
+
+class Lender:
+    """Rows of the target's head for tokens that `head` cannot say.
+
+    rows: [vocabulary, width], the target's; `None` if the head was not trained against these.
+    """
+
+    def __init__(self, head: EagleHead, rows: Tensor | None) -> None:
+        self.rows = rows
+        self.width = head.lm_head.in_features
+        self.device = head.lm_head.weight.device
+        self._said = frozenset(head.tokens.tolist())
+
+    def lends(self, token: int) -> bool:
+        """Whether a token has a row here that the head has not."""
+        return self.rows is not None and token not in self._said
+
+
+class Borrowed:
+    """What one text borrows, the latest tokens of it.
+
+    tokens: int64[n]; -1 where there is none. columns: [width, n], float32.
+    """
+
+    def __init__(self, lender: Lender, text: Sequence[int]) -> None:
+        self._lender = lender
+        self._ids: list[int] = []
+        self._take()
+        self.add(text)
+
+    def add(self, text: Sequence[int]) -> None:
+        """Borrow what is new in `text`."""
+        known = set(self._ids)
+        if new := [token for token in dict.fromkeys(text) if token not in known and self._lender.lends(token)]:
+            self._ids = [*self._ids, *new][-_MOST:]
+            self._take()
+
+    def _take(self) -> None:
+        device = self._lender.device
+        self.tokens = torch.tensor([_NOTHING] * _PADDING + self._ids, device=device)
+        self.columns = torch.zeros(self._lender.width, len(self.tokens), device=device)
+        if self._lender.rows is not None:
+            self.columns[:, _PADDING:] = self._lender.rows[self.tokens[_PADDING:]].T
+
+
+def lender(head: EagleHead, target_head: object) -> Lender:
+    """For a head and the target's output layer, which is asked for nothing if it is no plain one."""
+    rows = getattr(target_head, "weight", None)
+    own = head.lm_head.weight
+    if not isinstance(rows, Tensor) or not rows.is_floating_point() or rows.shape[1:] != own.shape[1:]:
+        return Lender(head, None)
+    rows = rows.detach()
+    same = rows[head.tokens].to(own).sub(own).float().norm() <= _ALIKE * own.float().norm()
+    return Lender(head, rows if same else None)
