@@ -46,9 +46,7 @@ class Halves:
         """Compile both."""
         tokens, positions, states, attended = self._examples()
         self.before = compile_rows(self._before, [(tokens, 0), (positions, 0), (states, 0)])
-        columns = states.float().T.contiguous()
-        texts = torch.zeros_like(positions)
-        borrowed = [(texts, 0), (columns, 1), (positions, 0), (texts, 0)]
+        borrowed = self._borrowed_examples(states, positions)
         self.behind = compile_rows(self._behind, [(attended, 1), (states, 0), (positions, 0), *borrowed])
 
     def _examples(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -60,6 +58,11 @@ class Halves:
         states = torch.randn(rows, self.head.fc.out_features, generator=random).to(like)
         attended = torch.randn(self.head.heads, rows, self.head.head_dim, generator=random).to(like)
         return tokens, positions, states, attended
+
+    def _borrowed_examples(self, states: Tensor, positions: Tensor) -> list[tuple[Tensor, int]]:
+        """Texts, columns, borrowed and owners, of one text."""
+        one = torch.zeros_like(positions)
+        return [(one, 0), (states.float().T.contiguous(), 1), (positions, 0), (one, 0)]
 
     def _before(self, tokens: Tensor, positions: Tensor, states: Tensor) -> tuple[Tensor, ...]:
         """Query [heads, rows, head_dim], key and value [kv_heads, rows, head_dim], and the residual path.
@@ -85,14 +88,18 @@ class Halves:
         that may be said too, in the text that is their owner; -1 is none.
         """
         states = self.head.finish(attended, residual)
-        normed = self.head.norm(states[wanted])
-        own: Tensor = self.head.lm_head(normed).float()
-        more = torch.bmm(normed.float()[None], columns[None])[0]
-        strange = (owners != texts[:, None]) | (borrowed < 0)
-        logits = torch.cat([own, more.masked_fill(strange, -math.inf)], dim=-1)
+        logits = self._scores(states[wanted], texts, columns, borrowed, owners)
         top, places = logits.topk(self.children)
         tokens = torch.cat([self._tokens, borrowed])[places]
         return states, (top - logits.logsumexp(dim=-1, keepdim=True)).exp(), tokens
+
+    def _scores(self, states: Tensor, texts: Tensor, columns: Tensor, borrowed: Tensor, owners: Tensor) -> Tensor:
+        """Logits of what the head can say and of what is borrowed, [rows, vocabulary + n], in float32 at least."""
+        normed = self.head.norm(states)
+        own = exact(self.head.lm_head(normed))
+        more = torch.bmm(exact(normed)[None], columns.to(own.dtype)[None])[0]
+        strange = (owners != texts[:, None]) | (borrowed < 0)
+        return torch.cat([own, more.masked_fill(strange, -math.inf)], dim=-1)
 
 
 class Eagle(Drafter):
@@ -166,7 +173,7 @@ class Eagle(Drafter):
         device = parts[0].states.device
         wanted = torch.arange(ends[-1], device=device) if every else torch.tensor(ends, device=device) - 1
         _, attended, residual = attend(self.halves, parts)
-        states, chances, guesses = self.halves.behind(attended, residual, wanted, *_borrowed(parts, asked))
+        states, chances, guesses = self.halves.behind(attended, residual, wanted, *borrowed_by(parts, asked))
         return [
             Answer(mine, some, guessed)
             for mine, some, guessed in zip(
@@ -184,7 +191,7 @@ def attend(halves: Halves, parts: Sequence[Part]) -> tuple[Tensor, Tensor, Tenso
     positions = torch.tensor([place for part in parts for place in part.positions], device=device)
     *projected, residual = halves.before(tokens, positions, _joined([part.states for part in parts]))
     # Once for all parts, not for each of many.
-    query, key, value = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in projected)
+    query, key, value = map(exact, projected)
     query = query * query.shape[-1] ** -0.5
     attended = [
         part.cache.attend(q, k, v, part.visible)
@@ -195,7 +202,7 @@ def attend(halves: Halves, parts: Sequence[Part]) -> tuple[Tensor, Tensor, Tenso
     return tokens, _joined(attended, dim=1).to(residual.dtype), residual
 
 
-def _borrowed(parts: Sequence[Part], asked: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def borrowed_by(parts: Sequence[Part], asked: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of the rows that are asked, the texts; what these may say besides, and whose it is: see `Halves`."""
     numbers = torch.arange(len(parts), device=parts[0].states.device)
     lent = [part.borrowed for part in parts]
@@ -205,6 +212,11 @@ def _borrowed(parts: Sequence[Part], asked: Sequence[int]) -> tuple[Tensor, Tens
         _joined([some.tokens for some in lent]),
         numbers.repeat_interleave(torch.tensor([len(some.tokens) for some in lent], device=numbers.device)),
     )
+
+
+def exact(rows: Tensor) -> Tensor:
+    """In float32 at least."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:

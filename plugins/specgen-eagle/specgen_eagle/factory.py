@@ -39,7 +39,7 @@ def eagle(setup: DrafterSetup) -> Eagle:
     pack_linears(head)
     embeddings = setup.target.get_input_embeddings().weight
     if head.config.parallel > 1:
-        halves = ParallelHalves(head, embeddings, options.width or _PARALLEL_WIDTH, options.depth)
+        halves = ParallelHalves(head, embeddings, options.width or _PARALLEL_WIDTH, options.depth, lending)
         drafter: Eagle = ParallelEagle(halves, options.window)
     else:
         drafter = Eagle(Halves(head, embeddings, options.width or _WIDTH, lending), options.depth, options.window)

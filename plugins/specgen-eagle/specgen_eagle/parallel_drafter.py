@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specgen import DraftSession, Speculation, TokenTree
-from specgen_eagle.drafter import LEAST_SURVIVAL, WINDOW, Eagle, Halves, attend
+from specgen_eagle.borrowed import Lender
+from specgen_eagle.drafter import LEAST_SURVIVAL, WINDOW, Eagle, Halves, attend, borrowed_by, exact
 from specgen_eagle.head import EagleHead
 from specgen_eagle.session import EMPTY, Answer, EagleSession, Part, causal
 
@@ -27,8 +28,10 @@ class ParallelHalves(Halves):
     children: nodes grown per level, and children of each.
     """
 
-    def __init__(self, head: EagleHead, embeddings: Tensor, children: int, depth: int) -> None:
-        super().__init__(head, embeddings, children)
+    def __init__(
+        self, head: EagleHead, embeddings: Tensor, children: int, depth: int, lender: Lender | None = None
+    ) -> None:
+        super().__init__(head, embeddings, children, lender)
         self.depth = min(depth, head.config.parallel)
         self._candidates = min(_CANDIDATES, head.config.vocabulary)
         self.behind = self._trees
@@ -38,18 +41,32 @@ class ParallelHalves(Halves):
         tokens, positions, states, attended = self._examples()
         self.before = compile_rows(self._before, [(tokens, 0), (positions, 0), (states, 0)])
         wanted = positions[:, None].expand(-1, self.depth).contiguous()
-        self.behind = compile_rows(self._trees, [(attended, 1), (states, 0), (tokens, 0), (wanted, 0)])
+        borrowed = self._borrowed_examples(states, positions)
+        self.behind = compile_rows(self._trees, [(attended, 1), (states, 0), (tokens, 0), (wanted, 0), *borrowed])
 
-    def _trees(self, attended: Tensor, residual: Tensor, tokens: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
+    def _trees(
+        self,
+        attended: Tensor,
+        residual: Tensor,
+        tokens: Tensor,
+        wanted: Tensor,
+        texts: Tensor,
+        columns: Tensor,
+        borrowed: Tensor,
+        owners: Tensor,
+    ) -> tuple[Tensor, ...]:
         """The likeliest nodes of a tree for each of several sequences, likeliest first, parents before their children.
 
         tokens: int64[rows]. wanted: int64[trees, depth], the rows of each tree's root and of the depths behind it.
+        texts: int64[trees]; what follows it is as for an EAGLE-3 head.
         Returns, [trees, nodes] all, the chance of each node's path, its token, its number and its parent's, which is -1
         for children of the root.
         """
         width, rows = self.children, wanted.flatten()
         states = self.head.finish(attended[:, rows], residual[rows])
-        logits = _exact(self.head.logits(states)).unflatten(0, wanted.shape)
+        each = texts.repeat_interleave(self.depth)
+        logits = self._scores(states, each, columns, borrowed, owners).unflatten(0, wanted.shape)
+        sayable = torch.cat([self._tokens, borrowed])
         states = states.unflatten(0, wanted.shape)
         top, places = logits.topk(self._candidates)
         shares = (top - logits.logsumexp(dim=-1, keepdim=True)).exp()
@@ -57,7 +74,7 @@ class ParallelHalves(Halves):
         kept = shares.sum(dim=-1, keepdim=True)
         first = min(width * width, self._candidates)
         chance = shares[:, 0, :first]
-        said = self._tokens[places[:, 0, :first]]
+        said = sayable[places[:, 0, :first]]
         levels = [(chance, said, torch.full_like(said, -1))]
         last = tokens[wanted[:, :1]]
         numbers = 0
@@ -66,12 +83,12 @@ class ParallelHalves(Halves):
             sure, picked = survival.topk(width)
             before = last.expand(-1, width) if depth == 1 else last.gather(1, picked // width)
             last = said.gather(1, picked)
-            scores = self._seeing(states[:, depth], last, before, places[:, depth])
+            scores = self._seeing(states[:, depth], last, before, places[:, depth], columns)
             chance, chosen = (scores.softmax(dim=-1) * kept[:, depth, None]).topk(width)
             levels.append(
                 (
                     (sure[..., None] * chance).flatten(1),
-                    self._tokens[places[:, depth].gather(1, chosen.flatten(1))],
+                    sayable[places[:, depth].gather(1, chosen.flatten(1))],
                     (numbers + picked).repeat_interleave(width, dim=1),
                 )
             )
@@ -81,7 +98,7 @@ class ParallelHalves(Halves):
         ordered, order = ordered[:, :_MOST], order[:, :_MOST]
         return ordered, said.gather(1, order), order, parents.gather(1, order)
 
-    def _seeing(self, states: Tensor, last: Tensor, before: Tensor, places: Tensor) -> Tensor:
+    def _seeing(self, states: Tensor, last: Tensor, before: Tensor, places: Tensor, columns: Tensor) -> Tensor:
         """Logits of the candidates `places` [trees, candidates] behind each beam, [trees, width, candidates].
 
         states: [trees, width of the head]. last, before: int64[trees, width], the tokens of each beam.
@@ -91,9 +108,11 @@ class ParallelHalves(Halves):
             F.embedding(last.flatten(), self._embeddings),
             F.embedding(before.flatten(), self._embeddings),
         )
-        normed = _exact(self.head.norm(seeing)).unflatten(0, last.shape)
-        rows = _exact(F.embedding(places, self.head.lm_head.weight))
-        scores: Tensor = normed @ rows.transpose(1, 2)
+        normed = exact(self.head.norm(seeing)).unflatten(0, last.shape)
+        own, vocabulary = self.head.lm_head.weight, self.head.config.vocabulary
+        rows = exact(F.embedding(places.clamp(max=vocabulary - 1), own))
+        lent = F.embedding((places - vocabulary).clamp(min=0), columns.T).to(rows)
+        scores: Tensor = normed @ torch.where(places[..., None] < vocabulary, rows, lent).transpose(1, 2)
         return scores
 
 
@@ -129,12 +148,9 @@ class ParallelEagle(Eagle):
         tokens, attended, residual = attend(self.halves, longer)
         ends = accumulate(len(part.tokens) for part in longer)
         wanted = torch.tensor([range(end - self.depth, end) for end in ends], device=tokens.device)
-        columns = [column.tolist() for column in self.halves.behind(attended, residual, tokens, wanted)]
-        return [Answer(part.states, tree=_tree(*nodes)) for part, *nodes in zip(parts, *columns, strict=True)]
-
-
-def _exact(rows: Tensor) -> Tensor:
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+        borrowed = borrowed_by(parts, [1] * len(parts))
+        trees = [column.tolist() for column in self.halves.behind(attended, residual, tokens, wanted, *borrowed)]
+        return [Answer(part.states, tree=_tree(*nodes)) for part, *nodes in zip(parts, *trees, strict=True)]
 
 
 def _longer(part: Part, following: Tensor) -> Part:

@@ -79,10 +79,10 @@ def head_of(model: PreTrainedModel, folder: Path, ahead: int = 1) -> Path:
 
 
 def drafting(head: EagleHead, model: PreTrainedModel, width: int = 3) -> Eagle:
-    embeddings = model.get_input_embeddings().weight
+    embeddings, lending = model.get_input_embeddings().weight, lender(head, model.lm_head)
     if head.config.parallel > 1:
-        return ParallelEagle(ParallelHalves(head, embeddings, width, AHEAD))
-    return Eagle(Halves(head, embeddings, width, lender(head, model.lm_head)), AHEAD)
+        return ParallelEagle(ParallelHalves(head, embeddings, width, AHEAD, lending))
+    return Eagle(Halves(head, embeddings, width, lending), AHEAD)
 
 
 @pytest.fixture(scope="module")
@@ -186,11 +186,9 @@ def test_compiled_the_head_says_the_same(model: PreTrainedModel, ahead: int) -> 
     for rows in (1, 2, 5, 17):
         tokens, positions = torch.arange(rows) * 3 % VOCABULARY, torch.arange(rows) + 9
         last = torch.arange(rows)[-2:].contiguous()
-        if ahead == 1:
-            lent = torch.tensor([-1, -1, 60, 61, -1, -1, 62])
-            asked = last, torch.zeros_like(last), torch.randn(32, 7), lent, torch.tensor([0, 0, 0, 0, 1, 1, 1])
-        else:
-            asked = tokens, last[:, None].expand(-1, ahead).contiguous()
+        asked = (last,) if ahead == 1 else (tokens, last[:, None].expand(-1, ahead).contiguous())
+        lent = torch.tensor([-1, -1, 60, 61, -1, -1, 62]), torch.tensor([0, 0, 0, 0, 1, 1, 1])
+        asked = *asked, torch.zeros_like(last), torch.randn(32, 7), *lent
         with torch.inference_mode():
             before = tokens, positions, torch.randn(rows, 32)
             for one, other in zip(quick.before(*before), plain.before(*before), strict=True):
@@ -200,7 +198,8 @@ def test_compiled_the_head_says_the_same(model: PreTrainedModel, ahead: int) -> 
                 torch.testing.assert_close(one, other)
 
 
-def test_words_of_a_text_are_said_that_the_head_cannot_say(model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("ahead", [1, AHEAD])
+def test_words_of_a_text_are_said_that_the_head_cannot_say(model: PreTrainedModel, ahead: int) -> None:
     """As by a head that can say them and no other ones; each text its own, in a batch too."""
     strange = [range(48, 64), range(48, 56), range(0)]
     texts = [[7, 8, *words, 9] for words in strange]
@@ -208,7 +207,8 @@ def test_words_of_a_text_are_said_that_the_head_cannot_say(model: PreTrainedMode
 
     def trees(numbers: Sequence[int], vocabulary: Sequence[int], lent: bool) -> list[TokenTree]:
         corpus = [Conversation([word for word in vocabulary for _ in range(2)], 1)]
-        head = new_head(model, Recipe(head=HeadRecipe(layers=LAYERS, vocabulary=len(vocabulary))), corpus).eval()
+        recipe = Recipe(head=HeadRecipe(layers=LAYERS, vocabulary=len(vocabulary), parallel=ahead))
+        head = new_head(model, recipe, corpus).eval()
         assert head.tokens.tolist() == list(vocabulary)
         drafter = drafting(head.requires_grad_(False), model, width=8)
         if not lent:
