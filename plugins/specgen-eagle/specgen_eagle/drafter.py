@@ -88,7 +88,7 @@ class Halves:
         that may be said too, in the text that is their owner; -1 is none.
         """
         states = self.head.finish(attended, residual)
-        logits = self._scores(states[wanted], texts, columns, borrowed, owners)
+        logits = self._scores(states[wanted], texts, columns, borrowed, owners).float()
         top, places = logits.topk(self.children)
         tokens = torch.cat([self._tokens, borrowed])[places]
         return states, (top - logits.logsumexp(dim=-1, keepdim=True)).exp(), tokens
