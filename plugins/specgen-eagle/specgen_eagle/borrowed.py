@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from specgen_eagle.head import EagleHead
 
@@ -65,10 +65,11 @@ class Borrowed:
 
 
 def lender(head: EagleHead, target_head: object) -> Lender:
-    """For a head and the target's output layer, which is asked for nothing if it is no plain one."""
-    rows = getattr(target_head, "weight", None)
-    own = head.lm_head.weight
-    if not isinstance(rows, Tensor) or not rows.is_floating_point() or rows.shape[1:] != own.shape[1:]:
+    """For a head and the target's output layer. One that is quantised, or elsewhere, lends nothing."""
+    rows, own = getattr(target_head, "weight", None), head.lm_head.weight
+    if type(rows) is not nn.Parameter or not rows.is_floating_point():
+        return Lender(head, None)
+    if rows.shape[1:] != own.shape[1:] or rows.device != own.device:
         return Lender(head, None)
     rows = rows.detach()
     same = rows[head.tokens].to(own).sub(own).float().norm() <= _ALIKE * own.float().norm()

@@ -99,23 +99,21 @@ PROMPTS = [[3, 17, 42, 9], list(range(40)), [5, 6, 5, 6, 5, 6], [60] * 20]
 SETTINGS = [{"temperature": 0}, {"temperature": 1.0, "seed": 7}]
 
 
-@pytest.mark.parametrize("options", SETTINGS)
 @pytest.mark.parametrize("compile", [False, True])
-def test_the_text_is_the_targets(
-    model: PreTrainedModel, folder: Path, options: dict[str, float], compile: bool
-) -> None:
+def test_the_text_is_the_targets(model: PreTrainedModel, folder: Path, compile: bool) -> None:
     """Alone, in a batch, behind a cached prefix, beside prompt lookup."""
     drafters = {"eagle": {"path": folder}, "prompt-lookup": {}}
     with Engine(model, drafters=drafters, kv_tokens=2048, compile=compile) as engine:
-        plain = [engine.generate(p, max_tokens=40, speculation="off", **options).ids for p in PROMPTS]
-        for names in (("eagle",), ("eagle", "prompt-lookup")):
-            speculation = Speculation(adaptive=False, max_nodes=24, drafters=names)
-            alone = [engine.generate(p, max_tokens=40, speculation=speculation, **options) for p in PROMPTS]
-            assert [result.ids for result in alone] == plain
-            assert sum(result.stats.by_drafter["eagle"].offered for result in alone) > 100
-            assert [r.stats.by_drafter["eagle"].disabled for r in alone] == [None] * len(PROMPTS)
-            batch = engine.generate(PROMPTS, max_tokens=40, speculation=speculation, **options)
-            assert [result.ids for result in batch] == plain
+        for options in SETTINGS:
+            plain = [engine.generate(p, max_tokens=40, speculation="off", **options).ids for p in PROMPTS]
+            for names in (("eagle",), ("eagle", "prompt-lookup")):
+                speculation = Speculation(adaptive=False, max_nodes=24, drafters=names)
+                alone = [engine.generate(p, max_tokens=40, speculation=speculation, **options) for p in PROMPTS]
+                assert [result.ids for result in alone] == plain
+                assert sum(result.stats.by_drafter["eagle"].offered for result in alone) > 100
+                assert [r.stats.by_drafter["eagle"].disabled for r in alone] == [None] * len(PROMPTS)
+                batch = engine.generate(PROMPTS, max_tokens=40, speculation=speculation, **options)
+                assert [result.ids for result in batch] == plain
         engine.check()
 
 
@@ -240,6 +238,14 @@ def test_a_head_with_rows_of_its_own_borrows_nothing(model: PreTrainedModel) -> 
     head.lm_head.weight.mul_(1.1)
     assert not lender(head, model.lm_head).lends(60)
     assert not lender(head, None).lends(60)
+
+
+def test_an_output_layer_that_is_no_plain_one_lends_nothing(model: PreTrainedModel) -> None:
+    head = untrained(model).requires_grad_(False)
+    for weight in (model.lm_head.weight.to("meta"), model.lm_head.weight[:, :16], model.lm_head.weight.to(torch.int8)):
+        layer = torch.nn.Module()
+        layer.weight = torch.nn.Parameter(weight.detach(), requires_grad=False)
+        assert not lender(head, layer).lends(60)
 
 
 def test_a_parallel_tree_has_the_chances_that_training_gives(model: PreTrainedModel) -> None:
