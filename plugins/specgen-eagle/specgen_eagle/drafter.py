@@ -71,35 +71,29 @@ class Halves:
         """
         return self.head.project(F.embedding(tokens, self._embeddings), states, positions)
 
-    def _behind(
-        self,
-        attended: Tensor,
-        residual: Tensor,
-        wanted: Tensor,
-        texts: Tensor,
-        columns: Tensor,
-        borrowed: Tensor,
-        owners: Tensor,
-    ) -> tuple[Tensor, ...]:
+    def _behind(self, attended: Tensor, residual: Tensor, wanted: Tensor, *borrowed: Tensor) -> tuple[Tensor, ...]:
         """The head's states [rows, width]; for each of the rows `wanted` the chances of its likeliest tokens, and
-        these, [wanted, children] both.
-
-        texts: int64[wanted], the text of each. columns: float32[width, n], borrowed: int64[n], owners: int64[n], tokens
-        that may be said too, in the text that is their owner; -1 is none.
-        """
+        these, [wanted, children] both. borrowed: as in `_scores`."""
         states = self.head.finish(attended, residual)
-        logits = self._scores(states[wanted], texts, columns, borrowed, owners).float()
+        scores, sayable = self._scores(states[wanted], *borrowed)
+        logits = scores.float()
         top, places = logits.topk(self.children)
-        tokens = torch.cat([self._tokens, borrowed])[places]
-        return states, (top - logits.logsumexp(dim=-1, keepdim=True)).exp(), tokens
+        return states, (top - logits.logsumexp(dim=-1, keepdim=True)).exp(), sayable[places]
 
-    def _scores(self, states: Tensor, texts: Tensor, columns: Tensor, borrowed: Tensor, owners: Tensor) -> Tensor:
-        """Logits of what the head can say and of what is borrowed, [rows, vocabulary + n], in float32 at least."""
+    def _scores(
+        self, states: Tensor, texts: Tensor, columns: Tensor, lent: Tensor, owners: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of what the head can say and of what is borrowed, [rows, vocabulary + n], in float32 at least, and the
+        token of each, int64[vocabulary + n].
+
+        texts: int64[rows], the text of each. columns: float32[width, n], lent: int64[n], owners: int64[n], tokens that
+        may be said too, in the text that is their owner; -1 is none.
+        """
         normed = self.head.norm(states)
         own = exact(self.head.lm_head(normed))
         more = torch.bmm(exact(normed)[None], columns.to(own.dtype)[None])[0]
-        strange = (owners != texts[:, None]) | (borrowed < 0)
-        return torch.cat([own, more.masked_fill(strange, -math.inf)], dim=-1)
+        strange = (owners != texts[:, None]) | (lent < 0)
+        return torch.cat([own, more.masked_fill(strange, -math.inf)], dim=-1), torch.cat([self._tokens, lent])
 
 
 class Eagle(Drafter):

@@ -45,28 +45,19 @@ class ParallelHalves(Halves):
         self.behind = compile_rows(self._trees, [(attended, 1), (states, 0), (tokens, 0), (wanted, 0), *borrowed])
 
     def _trees(
-        self,
-        attended: Tensor,
-        residual: Tensor,
-        tokens: Tensor,
-        wanted: Tensor,
-        texts: Tensor,
-        columns: Tensor,
-        borrowed: Tensor,
-        owners: Tensor,
+        self, attended: Tensor, residual: Tensor, tokens: Tensor, wanted: Tensor, texts: Tensor, *borrowed: Tensor
     ) -> tuple[Tensor, ...]:
         """The likeliest nodes of a tree for each of several sequences, likeliest first, parents before their children.
 
         tokens: int64[rows]. wanted: int64[trees, depth], the rows of each tree's root and of the depths behind it.
-        texts: int64[trees]; what follows it is as for an EAGLE-3 head.
+        texts: int64[trees]. borrowed: what follows the texts in `_scores`.
         Returns, [trees, nodes] all, the chance of each node's path, its token, its number and its parent's, which is -1
         for children of the root.
         """
         width, rows = self.children, wanted.flatten()
         states = self.head.finish(attended[:, rows], residual[rows])
-        each = texts.repeat_interleave(self.depth)
-        logits = self._scores(states, each, columns, borrowed, owners).unflatten(0, wanted.shape)
-        sayable = torch.cat([self._tokens, borrowed])
+        scores, sayable = self._scores(states, texts.repeat_interleave(self.depth), *borrowed)
+        logits = scores.unflatten(0, wanted.shape)
         states = states.unflatten(0, wanted.shape)
         top, places = logits.topk(self._candidates)
         shares = (top - logits.logsumexp(dim=-1, keepdim=True)).exp()
@@ -83,7 +74,7 @@ class ParallelHalves(Halves):
             sure, picked = survival.topk(width)
             before = last.expand(-1, width) if depth == 1 else last.gather(1, picked // width)
             last = said.gather(1, picked)
-            scores = self._seeing(states[:, depth], last, before, places[:, depth], columns)
+            scores = self._seeing(states[:, depth], last, before, places[:, depth], borrowed[0])
             chance, chosen = (scores.softmax(dim=-1) * kept[:, depth, None]).topk(width)
             levels.append(
                 (
@@ -102,6 +93,7 @@ class ParallelHalves(Halves):
         """Logits of the candidates `places` [trees, candidates] behind each beam, [trees, width, candidates].
 
         states: [trees, width of the head]. last, before: int64[trees, width], the tokens of each beam.
+        columns: of what is borrowed, see `_scores`; its places are behind the vocabulary's.
         """
         seeing = self.head.transition(
             states.repeat_interleave(last.shape[1], dim=0),

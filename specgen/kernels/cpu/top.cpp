@@ -1,5 +1,5 @@
-// The largest numbers of each row of logits, in one pass: what is no larger than the last of them is skipped, sixteen at
-// a time, and that is nearly everything.
+// The largest numbers of each row of logits, in one pass: what is no larger than the last of them is skipped, some vectors
+// at a time, and that is nearly everything.
 #include <algorithm>
 #include <tuple>
 #include <vector>

@@ -10,7 +10,7 @@
 
 namespace specgen {
 
-// G heads of one row over up to 16 V dims: adds weights[g][i] * the i-th value of the path to sums[g].
+// G heads of one row over V vectors of dims: adds weights[g][i] * the i-th value of the path to sums[g].
 template <class T, int G, int V>
 void add_values(const T* value, int64_t stride, int64_t count, const float* weights, int64_t line,
                 floats (&sums)[G][V]) {
@@ -67,7 +67,7 @@ class Values {
       for (int v = 0; v < V; v++) store(out + g * shape_.value_dim + v * WIDTH, sums[g][v] / totals[g]);
   }
 
-  // What is left of a head that is no multiple of 16.
+  // What is left of a head that fills no vector.
   template <int G>
   void rest(const Path& path, const float* weights, int64_t line, const float* totals, T* out, int64_t d,
             int64_t dims) const {
