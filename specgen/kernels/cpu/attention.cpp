@@ -36,8 +36,9 @@ class Queries {
  public:
   // Queries of rows [begin, end) of one KV head: [row][head of the group].
   Queries(const Heads<const T>& query, const Shape& shape, int64_t head, int64_t begin, int64_t end)
-      : shape_(shape), count_((end - begin) * shape.group), dims_(rounded_up(shape.key_dim, WIDTH)) {
+      : shape_(shape), count_((end - begin) * shape.group), dims_(rounded_up(shape.key_dim, SQUARE)) {
     lines_.resize(rounded_up(count_, TOGETHER) * dims_);
+    columns_.resize(PAGE * dims_);
     for (int64_t r = begin; r < end; r++)
       for (int64_t g = 0; g < shape.group; g++)
         as_row(query(r, head * shape.group + g), &lines_[((r - begin) * shape.group + g) * dims_], shape.key_dim);
@@ -51,34 +52,46 @@ class Queries {
   }
 
   // scores[query][key] of the page's keys, lines of scores `stride` apart.
-  void score(const T* keys, int64_t key_stride, float* scores, int64_t stride) const {
+  void score(const T* keys, int64_t key_stride, float* scores, int64_t stride) {
 #ifdef __AMX_BF16__
     if (tiled()) return score_tiles(keys, key_stride, scores, stride);
 #endif
-    static thread_local std::vector<T> columns;
-    columns.resize(std::max<size_t>(columns.size(), PAGE * dims_));
-    for (int64_t k = 0; k < PAGE; k++)
-      for (int64_t d = 0; d < shape_.key_dim; d += STEP) {
-        T inputs[STEP] = {};
-        std::memcpy(inputs, keys + k * key_stride + d, std::min(STEP, shape_.key_dim - d) * sizeof(T));
-        std::memcpy(&columns[d * PAGE + k * STEP], inputs, sizeof inputs);
-      }
+    stand(keys, key_stride);
     for (int64_t q = 0; q < count_; q += TOGETHER)
       for (int64_t k = 0; k < PAGE; k += WIDTH)
-        score_some(q, &columns[k * STEP], scores + q * stride + k, stride);
+        score_some(q, &columns_[k * STEP], scores + q * stride + k, stride);
   }
 
  private:
-  static constexpr int64_t STEP = Products<T>::INPUTS;
+  using Number = Row<T>;
+  static constexpr int64_t STEP = Products<Number>::INPUTS, SQUARE = WIDTH * STEP;
   static constexpr int64_t TOGETHER = 8;  // sums that are independent: more than a product takes cycles
 
+  // Keys side by side: [dims / STEP][PAGE][STEP].
+  void stand(const T* keys, int64_t stride) {
+    for (int64_t d = 0; d < shape_.key_dim; d += SQUARE)
+      for (int64_t k = 0; k < PAGE; k += WIDTH) {
+        words square[WIDTH];
+        for (int64_t i = 0; i < WIDTH; i++) {
+          const T* key = keys + (k + i) * stride + d;
+          T some[SQUARE] = {};
+          if (d + SQUARE > shape_.key_dim) std::copy_n(key, shape_.key_dim - d, some), key = some;
+          square[i] = Products<T>::words_of(key);
+        }
+        transpose(square);
+        for (int64_t i = 0; i < WIDTH; i++)
+          std::memcpy(&columns_[d * PAGE + (i * PAGE + k) * STEP], &square[i], sizeof square[i]);
+      }
+  }
+
   // Up to TOGETHER queries from `q` on with WIDTH keys.
-  void score_some(int64_t q, const T* columns, float* scores, int64_t stride) const {
+  void score_some(int64_t q, const Number* columns, float* scores, int64_t stride) const {
     floats sums[TOGETHER] = {};
     for (int64_t d = 0; d < shape_.key_dim; d += STEP) {
-      const auto keys = Products<T>::load(columns + d * PAGE);
+      const auto keys = Products<Number>::load(columns + d * PAGE);
 #pragma GCC unroll 8
-      for (int64_t i = 0; i < TOGETHER; i++) sums[i] = Products<T>::add(sums[i], &lines_[(q + i) * dims_ + d], keys);
+      for (int64_t i = 0; i < TOGETHER; i++)
+        sums[i] = Products<Number>::add(sums[i], &lines_[(q + i) * dims_ + d], keys);
     }
 #pragma GCC unroll 8
     for (int64_t i = 0; i < TOGETHER; i++)
@@ -110,7 +123,7 @@ class Queries {
 
   Shape shape_;
   int64_t count_, dims_;
-  std::vector<Row<T>> lines_;
+  std::vector<Number> lines_, columns_;
   std::vector<T> pairs_;
 };
 
@@ -193,7 +206,7 @@ void attend_rows(const Plan& plan, const Segment& segment, const Shape& shape, c
   low = low / PAGE * PAGE;
   const int64_t line = rounded_up(high - low, PAGE) + 2 * WIDTH;
   scores.resize(std::max<size_t>(scores.size(), line * (end - begin) * shape.group));
-  const Queries<T> queries(query, shape, head, segment.first_row + begin, segment.first_row + end);
+  Queries<T> queries(query, shape, head, segment.first_row + begin, segment.first_row + end);
 #ifdef __AMX_BF16__
   if (queries.tiled()) set_tiles(WIDTH, 0);
 #endif

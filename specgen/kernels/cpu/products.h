@@ -9,11 +9,12 @@
 namespace specgen {
 
 // How an input of a row, or a few of them, times as many inputs of the columns are added to their sums. Rows are kept as
-// `Row`: what takes part in many products is widened once.
+// `Row`: what takes part in many products is widened once. A word holds as many inputs of a row as are added at once.
 template <class T>
 struct Products {
   using Row = float;
   static constexpr int64_t INPUTS = 1;
+  static words words_of(const T* row) { return (words)specgen::load(row); }
   static floats load(const T* columns) { return specgen::load(columns); }
   static floats add(floats sums, const float* x, floats columns) { return fma(all(*x), columns, sums); }
 };
@@ -23,6 +24,7 @@ template <>
 struct Products<bfloat16> {
   using Row = bfloat16;
   static constexpr int64_t INPUTS = 2;
+  static words words_of(const bfloat16* row) { return (words)_mm512_loadu_si512(row); }
   static __m512bh load(const bfloat16* columns) { return (__m512bh)_mm512_loadu_si512(columns); }
   static floats add(floats sums, const bfloat16* x, __m512bh columns) {
     int32_t pair;

@@ -88,6 +88,25 @@ inline floats fma(floats a, floats b, floats c) {
 #endif
 }
 
+// Rows of a square become its columns.
+inline void transpose(words (&x)[WIDTH]) {
+  words lanes;
+#pragma GCC unroll 16
+  for (int i = 0; i < WIDTH; i++) lanes[i] = i;
+  // Of each two blocks that lie across the diagonal, in squares of half the size each time.
+#pragma GCC unroll 4
+  for (int half = WIDTH / 2; half; half /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < WIDTH; i++) {
+      if (i & half) continue;
+      const words upper = (lanes & half) ? lanes - half + WIDTH : lanes;
+      const words lower = (lanes & half) ? lanes + WIDTH : lanes + half;
+      const words above = __builtin_shuffle(x[i], x[i + half], upper);
+      x[i + half] = __builtin_shuffle(x[i], x[i + half], lower);
+      x[i] = above;
+    }
+}
+
 // Always in this order: a sum must not depend on who asks for it.
 inline float sum(floats x) {
   for (int half = WIDTH / 2; half; half /= 2)
