@@ -18,7 +18,7 @@ void strip(const float* x, const T* weight, T* out, int64_t inputs, int64_t colu
   floats sums[R] = {};
   for (int64_t k = 0; k < inputs; k++) {
     const T* at = weight + k * columns;
-    const floats weights = count == WIDTH ? load(at) : load_some(at, count);
+    const floats weights = load_some(at, count);
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) sums[r] = fma(all(x[r * inputs + k]), weights, sums[r]);
   }

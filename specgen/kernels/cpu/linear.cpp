@@ -47,7 +47,7 @@ void panel_rows(const Row<T>* x, const T* panel, const T* bias, T* out, int64_t 
   }
 #pragma GCC unroll 4
   for (int v = 0; v < VECTORS; v++) {
-    const int64_t count = std::min(WIDTH, width - v * WIDTH);
+    const int64_t count = width - v * WIDTH;
     if (count <= 0) return;
     const floats shift = bias ? load_some(bias + v * WIDTH, count) : floats{};
 #pragma GCC unroll 6
@@ -97,15 +97,8 @@ void pack_tiles(const bfloat16* weight, bfloat16* packed, int64_t outputs, int64
 void store_tile(const float (*sums)[WIDTH], const bfloat16* bias, bfloat16* out, int64_t rows, int64_t stride,
                 int64_t width) {
   if (width <= 0) return;
-  const int64_t count = std::min(WIDTH, width);
-  const floats shift = bias ? load_some(bias, count) : floats{};
-  for (int64_t r = 0; r < rows; r++) {
-    const floats x = load(sums[r]) + shift;
-    if (count == WIDTH)
-      store(out + r * stride, x);
-    else
-      store_some(out + r * stride, x, count);
-  }
+  const floats shift = bias ? load_some(bias, width) : floats{};
+  for (int64_t r = 0; r < rows; r++) store_some(out + r * stride, load(sums[r]) + shift, width);
 }
 
 // With two tiles of rows the processor does not look far enough ahead to keep the memory busy.

@@ -15,12 +15,7 @@ constexpr int64_t WORTH_A_TASK = 1 << 16;  // products
 template <class T>
 void shrink(const T* x, const T* down, int64_t inputs, int64_t count, float* shrunk) {
   floats sums[TOGETHER] = {};
-  int64_t k = 0;
-  for (; k + WIDTH <= inputs; k += WIDTH) {
-    const floats numbers = load(x + k);
-    for (int64_t j = 0; j < count; j++) sums[j] = fma(numbers, load(down + j * inputs + k), sums[j]);
-  }
-  if (k < inputs) {
+  for (int64_t k = 0; k < inputs; k += WIDTH) {
     const floats numbers = load_some(x + k, inputs - k);
     for (int64_t j = 0; j < count; j++)
       sums[j] = fma(numbers, load_some(down + j * inputs + k, inputs - k), sums[j]);
@@ -30,13 +25,8 @@ void shrink(const T* x, const T* down, int64_t inputs, int64_t count, float* shr
 
 template <class T>
 void expand(const float* shrunk, const T* up, int64_t rank, int64_t outputs, T* y) {
-  int64_t n = 0;
-  for (; n + WIDTH <= outputs; n += WIDTH) {
-    floats sums = {};
-    for (int64_t j = 0; j < rank; j++) sums = fma(all(shrunk[j]), load(up + j * outputs + n), sums);
-    store(y + n, load(y + n) + sums);
-  }
-  if (const int64_t rest = outputs - n) {
+  for (int64_t n = 0; n < outputs; n += WIDTH) {
+    const int64_t rest = outputs - n;
     floats sums = {};
     for (int64_t j = 0; j < rank; j++) sums = fma(all(shrunk[j]), load_some(up + j * outputs + n, rest), sums);
     store_some(y + n, load_some(y + n, rest) + sums, rest);

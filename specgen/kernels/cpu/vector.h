@@ -64,9 +64,10 @@ inline void store(bfloat16* to, floats x) {
   std::memcpy(to, &kept, sizeof kept);
 }
 
-// The first `count`; zeros behind them.
+// The first `count` of a vector, or all if that is more; zeros behind them.
 template <class T>
 inline floats load_some(const T* from, int64_t count) {
+  if (count >= WIDTH) return load(from);
   T padded[WIDTH] = {};
   std::memcpy(padded, from, count * sizeof(T));
   return load(padded);
@@ -74,6 +75,7 @@ inline floats load_some(const T* from, int64_t count) {
 
 template <class T>
 inline void store_some(T* to, floats x, int64_t count) {
+  if (count >= WIDTH) return store(to, x);
   T padded[WIDTH];
   store(padded, x);
   std::memcpy(to, padded, count * sizeof(T));
