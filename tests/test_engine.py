@@ -34,10 +34,11 @@ from specgen import (
 from specgen.constraint import Constraints, ConstraintSetup
 from specgen.context.pipeline import ContextPipeline
 from specgen.draft import drafting
-from specgen.draft.budget import Calibration, Pace, RowCost, likeliest, survivals, worthwhile
+from specgen.draft.budget import Calibration, RowCost, likeliest, survivals, worthwhile
 from specgen.draft.draft_model import DraftModel
 from specgen.draft.merge import Merged
 from specgen.draft.ngram import NgramIndex, continuations
+from specgen.draft.pace import Pace
 from specgen.draft.prediction import Prediction
 from specgen.draft.prompt_lookup import PromptLookup
 from specgen.engine import EngineCore

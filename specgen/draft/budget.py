@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from specgen.types import MAX_TREE_NODES, TokenTree
+from specgen.types import TokenTree
 
 _SMOOTHING = 0.15
 _ROW_PRIOR = 0.01
@@ -184,67 +184,3 @@ def worthwhile(
     for index, node in chosen[:taken]:
         nodes[index].append(node)
     return nodes, best
-
-
-class Pace:
-    """Whether a drafter that costs time is worth asking in one sequence, with back-off where it is not.
-
-    `parent` is the pace over all sequences: a new one begins with its mean, which counts as two answers. Where the
-    drafter did not pay of late, two answers of its own are enough to judge by. If it pays in hardly any sequence, new
-    ones together wait for the parent's back-off before one of them asks, and one answer is enough.
-    """
-
-    def __init__(self, parent: Pace | None = None) -> None:
-        self._parent = parent
-        self._gain: float = parent._gain if parent else 0.0
-        self._seconds: float = parent._seconds if parent else 0.0
-        self._calls = 0
-        self._pause = 0
-        self._next_pause = _FIRST_PAUSE
-        self._promise = 1.0
-        doubted = parent is not None and parent.is_backing_off
-        self._known = min(parent._calls, _KNOWN) if parent else 0
-        self._waits = doubted and parent is not None and parent._promise < _LEAST_PROMISE
-        self._trials = 1 if self._waits else _TRIALS_IN_DOUBT if doubted else _TRIALS
-
-    @property
-    def is_backing_off(self) -> bool:
-        """Whether the drafter did not pay of late."""
-        return self._next_pause > _FIRST_PAUSE
-
-    def ready(self) -> bool:
-        """Ask the drafter in this step? Counts a step of the pause if not."""
-        if self._pause:
-            self._pause -= 1
-            return False
-        return bool(self._calls) or self._parent is None or not self._waits or self._parent.ready()
-
-    def observe(self, gained: int, seconds: float, token_seconds: float) -> None:
-        """`gained` tokens came of a proposal that took `seconds`; a token is worth `token_seconds`."""
-        if self._parent:
-            self._parent.observe(gained, seconds, token_seconds)
-        weight = max(_STEADY if self._parent else _SMOOTHING, 1.0 / (self._calls + self._known + 1))
-        self._calls += 1
-        self._gain += weight * (gained - self._gain)
-        self._seconds += weight * (seconds - self._seconds)
-        hopeless = seconds > MAX_TREE_NODES * token_seconds
-        tried = self._calls >= self._trials
-        pays = not hopeless and (self._gain + _NEGLIGIBLE) * token_seconds >= self._seconds
-        if self._parent and (hopeless or self._calls == self._trials):
-            self._parent._promise += _VERDICT * (pays - self._parent._promise)
-        if pays or not (hopeless or tried):
-            self._next_pause = max(_FIRST_PAUSE, self._next_pause // 2) if tried else _FIRST_PAUSE
-            return
-        self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, _LONGEST_PAUSE)
-
-
-_KNOWN = 2
-_STEADY = 0.05
-"""A drafter brings no token in many steps and several in others: its mean shows over some twenty."""
-_TRIALS = 4
-_TRIALS_IN_DOUBT = 2
-_LEAST_PROMISE = 0.1
-_VERDICT = 0.4
-_NEGLIGIBLE = 0.01
-_FIRST_PAUSE = 8
-_LONGEST_PAUSE = 256

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from operator import index
 
 from specgen.constraint import Constrained
-from specgen.draft.budget import Calibration, Pace, RowCost, likeliest, worthwhile
+from specgen.draft.budget import Calibration, RowCost, likeliest, worthwhile
 from specgen.draft.drafter import Drafter, DraftHints, DraftSession
 from specgen.draft.features import Features, Wanted
 from specgen.draft.merge import Merged
+from specgen.draft.pace import Pace
 from specgen.errors import UnknownName
 from specgen.log import Log
 from specgen.tree import check, depths, select
@@ -73,7 +74,7 @@ class Drafting:
         self.cost = RowCost()
         self._vocab_size = vocab_size
         self._learned: dict[str, dict[str, _Learned]] = {}
-        self._token_seconds = 0.0
+        self._token_seconds = self._row_seconds = 0.0
         self._curious = [name for name, drafter in drafters.items() if drafter.wanted != Wanted()]
         self.wanted = Wanted.union(drafter.wanted for drafter in drafters.values())
 
@@ -136,6 +137,8 @@ class Drafting:
         chosen, rate = worthwhile(adaptive, rows, self.cost, most=most, spent=spent)
         if sequences:
             self._token_seconds = 1.0 / rate
+            taken = sum(map(len, chosen))
+            self._row_seconds = (self.cost.seconds(rows + taken) - self.cost.seconds(rows)) / max(1, taken)
         _share(spent - asking, sequences)
         return [select(tree, [*all_of, *nodes]) for tree, all_of, nodes in zip(trees, fixed, chosen, strict=True)]
 
@@ -150,17 +153,17 @@ class Drafting:
     def commit(self, drafts: Drafts, verified: TokenTree, committed: Sequence[int]) -> None:
         """Tell the sessions what was committed, and learn what their offers were worth."""
         accepted = {}
+        nodes = {name: _common(active.offer, verified) for name, active in drafts.active.items()}
         for name, active in drafts.active.items():
             held = active.calibration.observe(active.offer, committed, active.shared)
-            places = len(_common(active.offer, verified))
-            accepted[name] = min(held, len(committed) - 1) if places else 0
+            accepted[name] = min(held, len(committed) - 1) if nodes[name] else 0
             active.stats = replace(
                 active.stats,
                 offered=active.stats.offered + len(active.offer),
-                verified=active.stats.verified + places,
+                verified=active.stats.verified + len(nodes[name]),
                 accepted=active.stats.accepted + accepted[name],
             )
-        self._learn_pace(drafts, accepted)
+        self._learn_pace(drafts, nodes, accepted)
         if drafts.speculation.adaptive and any(active.offer for active in drafts.active.values()):
             asked = max(_FEWEST_ASKED, 2 * len(verified), int(_SHRINK * drafts.most))
             drafts.most = min(drafts.speculation.max_nodes, asked)
@@ -173,17 +176,21 @@ class Drafting:
             except Exception as error:  # a drafter is someone else's code: the request goes on without it
                 self._disable(name, [drafts], repr(error))
 
-    def _learn_pace(self, drafts: Drafts, accepted: Mapping[str, int]) -> None:
-        """Whoever was asked earns the tokens that no cheaper drafter had: the others would have come without it.
+    def _learn_pace(self, drafts: Drafts, nodes: Mapping[str, Sequence[int]], accepted: Mapping[str, int]) -> None:
+        """Whoever was asked earns the tokens and pays for the rows that no cheaper drafter had: the others would have
+        come without it.
 
         A path stands in one drafter's tree as a whole, so the union accepts as many tokens as its best tree.
         """
-        had = 0
+        had, verified = 0, set[int]()
         asked = [(active.seconds, name) for name, active in drafts.active.items() if active.seconds]
         for seconds, name in sorted(asked):
-            drafts.active[name].pace.observe(max(0, accepted[name] - had), seconds, self._token_seconds)
+            rows = len(verified.union(nodes[name])) - len(verified)
+            gained = max(0, accepted[name] - had) - rows * self._row_seconds / self._token_seconds
+            drafts.active[name].pace.observe(gained, seconds, self._token_seconds)
             drafts.active[name].seconds = 0.0
             had = max(had, accepted[name])
+            verified.update(nodes[name])
 
     def wants(self, drafts: Drafts) -> bool:
         """Whether anyone in this sequence would look at features."""

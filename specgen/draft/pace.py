@@ -1,0 +1,115 @@
+"""Whether a drafter is asked at all: what its answers bring against what they cost, sequence by sequence.
+
+Nothing here changes what is generated, only how fast.
+"""
+
+from __future__ import annotations
+
+import math
+
+from specgen.types import MAX_TREE_NODES
+
+_TRIALS = 4
+"""Answers to judge by, be it those of other sequences."""
+_DOUBT = 0.5
+"""Standard deviations by which the mean may be too low."""
+_NEGLIGIBLE = 0.01
+_LEAST_LIKE, _MOST_LIKE = 0.5, 8.0
+_ALIKE = 0.01
+"""Sequences whose means differ by less, squared, are alike; two of them do not tell yet."""
+_EARLY = 8
+"""Answers of each sequence that all learn from: those that pay go on and would be heard far more often."""
+_LONG, _SHORT = 60.0, 20.0
+"""Answers that a mean reaches back over, over all sequences and in one."""
+_FIRST_PAUSE = 8
+_LONGEST_PAUSE = 256
+
+
+class Pace:
+    """Whether a drafter that costs time is worth asking in one sequence, with back-off where it is not.
+
+    Gain and cost of an answer are counted in tokens. A drafter brings no token in many steps and several in others, and
+    it does better in some texts than in others. `parent`, the pace over all sequences, measures either: what it expects
+    counts in a new sequence as many answers as the noise within sequences is larger than the difference between them
+    (the empirical Bayes estimate of Efron and Morris, 1975). The drafter is asked while what is expected, and some of
+    the doubt about it, reach the cost. Where new sequences are not expected to pay, few of them ask, now and then.
+    """
+
+    def __init__(self, parent: Pace | None = None) -> None:
+        self._parent = parent
+        self._gain = parent._gain if parent else 0.0
+        self._cost = parent._cost if parent else 0.0
+        self._weight = min(parent._weight, parent._likeness) if parent else 0.0
+        # Variance of one answer around its sequence's mean, and around the mean of all.
+        self._noise = self._spread = 0.0
+        self._sequences = 0
+        self._answers = 0
+        self._last: float | None = None
+        self._pause = 0
+        self._next_pause = _FIRST_PAUSE
+
+    def ready(self) -> bool:
+        """Ask the drafter in this step? Counts a step of the pause if not."""
+        if self._pause:
+            self._pause -= 1
+            return False
+        return bool(self._answers) or self._parent is None or self._parent._admits()
+
+    def observe(self, gained: float, seconds: float, token_seconds: float) -> None:
+        """`gained` tokens came of a proposal that took `seconds`, less what verifying it was worth; a token is worth
+        `token_seconds`."""
+        cost = seconds / token_seconds
+        if self._cost and not self._answers:
+            # The first answer may have read a prompt. That is paid once, and tells nothing of the next.
+            cost = min(cost, self._cost)
+        if self._parent and self._answers < _EARLY:
+            self._parent._learn(gained, cost, self._last, _LONG)
+        self._learn(gained, cost, self._last, _SHORT)
+        self._answers += 1
+        self._last = gained
+        if self._pays(self._weight):
+            self._next_pause = max(_FIRST_PAUSE, self._next_pause // 2)
+        else:
+            self._begin_pause()
+
+    @property
+    def _likeness(self) -> float:
+        """How many answers of a sequence's own the mean over all counts for."""
+        most = min(_MOST_LIKE, 2.0 * self._sequences)
+        between = self._spread - self._noise
+        return most if between <= _ALIKE else min(most, max(_LEAST_LIKE, self._noise / between))
+
+    def _admits(self) -> bool:
+        """May a new sequence ask?"""
+        if self._pays(self._likeness):
+            self._next_pause = _FIRST_PAUSE
+            return True
+        if self._pause:
+            self._pause -= 1
+            return False
+        self._begin_pause()
+        return True
+
+    def _pays(self, weight: float) -> bool:
+        if self._cost <= _NEGLIGIBLE:
+            return True
+        if self._weight < _TRIALS:
+            return self._cost <= MAX_TREE_NODES
+        noise = self._parent._noise if self._parent else self._noise
+        return self._gain + _DOUBT * math.sqrt(noise / weight) >= self._cost
+
+    def _begin_pause(self) -> None:
+        self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, _LONGEST_PAUSE)
+
+    def _learn(self, gained: float, cost: float, last: float | None, reach: float) -> None:
+        """`last` is what the same sequence gained before: two answers differ by twice the noise, squared."""
+        self._weight = min(self._weight + 1.0, reach)
+        share = 1.0 / self._weight
+        if last is None:
+            self._sequences += 1
+        else:
+            self._noise += ((gained - last) ** 2 / 2 - self._noise) / max(1.0, self._weight - 1.0)
+        missed = gained - self._gain
+        self._gain += share * missed
+        self._spread += share * (missed * (gained - self._gain) - self._spread)
+        self._cost = self._cost + share * (cost - self._cost) if self._cost else cost
