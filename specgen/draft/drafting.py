@@ -152,10 +152,13 @@ class Drafting:
 
     def commit(self, drafts: Drafts, verified: TokenTree, committed: Sequence[int]) -> None:
         """Tell the sessions what was committed, and learn what their offers were worth."""
-        accepted = {}
-        nodes = {name: _common(active.offer, verified) for name, active in drafts.active.items()}
+        nodes: dict[str, list[int]] = {}
+        accepted: dict[str, int] = {}
         for name, active in drafts.active.items():
+            if not active.offer:
+                continue
             held = active.calibration.observe(active.offer, committed, active.shared)
+            nodes[name] = _common(active.offer, verified)
             accepted[name] = min(held, len(committed) - 1) if nodes[name] else 0
             active.stats = replace(
                 active.stats,
@@ -164,7 +167,7 @@ class Drafting:
                 accepted=active.stats.accepted + accepted[name],
             )
         self._learn_pace(drafts, nodes, accepted)
-        if drafts.speculation.adaptive and any(active.offer for active in drafts.active.values()):
+        if drafts.speculation.adaptive and nodes:
             asked = max(_FEWEST_ASKED, 2 * len(verified), int(_SHRINK * drafts.most))
             drafts.most = min(drafts.speculation.max_nodes, asked)
         for name, active in drafts.active.items():
@@ -185,12 +188,12 @@ class Drafting:
         had, verified = 0, set[int]()
         asked = [(active.seconds, name) for name, active in drafts.active.items() if active.seconds]
         for seconds, name in sorted(asked):
-            rows = len(verified.union(nodes[name])) - len(verified)
-            gained = max(0, accepted[name] - had) - rows * self._row_seconds / self._token_seconds
+            rows = len(verified.union(nodes.get(name, ()))) - len(verified)
+            gained = max(0, accepted.get(name, 0) - had) - rows * self._row_seconds / self._token_seconds
             drafts.active[name].pace.observe(gained, seconds, self._token_seconds)
             drafts.active[name].seconds = 0.0
-            had = max(had, accepted[name])
-            verified.update(nodes[name])
+            had = max(had, accepted.get(name, 0))
+            verified.update(nodes.get(name, ()))
 
     def wants(self, drafts: Drafts) -> bool:
         """Whether anyone in this sequence would look at features."""

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Annotated, Any, TypeAlias, TypeVar
 
 import msgspec
+import torch
 from torch import Tensor
 
 from specgen.draft.drafter import Drafter, DrafterSetup, DraftHints, DraftSession
@@ -23,6 +24,8 @@ _TRUST, _CHANCE = 0.55, 0.02
 over their share among each other."""
 _NEWS = 0.5
 """What a forward says counts as much as all that was said behind the same token before."""
+_MOST_HEARD = 16
+"""Forwards that wait to be learned from."""
 
 _Key = TypeVar("_Key")
 _Successors: TypeAlias = tuple[list[int], list[float]]
@@ -76,19 +79,19 @@ class _Recycling(DraftSession):
         self._known = known
         self._learned: dict[int, _Successors] = {}
         self._last = last
+        self._heard: list[tuple[tuple[int, ...], Tensor, Tensor]] = []
 
     def observe(self, features: Features) -> None:
+        """Heard now, learned when someone asks: several forwards at once are quicker, and few ask where few pay."""
         if features.successors is None or features.scores is None:
             return
-        # From the last row to the first: where a token was asked twice, the likelier place has the last word.
-        rows, shares = _rows(features.successors, features.scores, self._options.successors)
-        for token, row, share in reversed(list(zip(features.asked, rows, shares, strict=True))):
-            earlier = self._learned.pop(token, None) or self._known.get(token)
-            self._learned[token] = _mixed((row, share), earlier) if earlier else (row, share)
-        _forget(self._learned, self._options.memory)
+        self._heard.append((features.asked, features.successors, features.scores))
+        if len(self._heard) == _MOST_HEARD:
+            self._learn()
 
     def propose(self, max_nodes: int) -> TokenTree:
         """The nodes of highest product of confidences, along what the target named."""
+        self._learn()
         return best_first(self._last, self._successors, max_nodes)
 
     def commit(self, tokens: Sequence[int]) -> None:
@@ -96,8 +99,23 @@ class _Recycling(DraftSession):
             self._last = tokens[-1]
 
     def close(self) -> None:
+        self._learn()
         if self._learned:
             self._drafter.keep(self._tenant, self._learned)
+
+    def _learn(self) -> None:
+        if not self._heard:
+            return
+        asked, successors, scores = zip(*self._heard, strict=True)
+        self._heard.clear()
+        rows, shares = _rows(torch.cat(successors), torch.cat(scores), self._options.successors)
+        said = zip(rows, shares, strict=True)
+        for tokens in asked:
+            # From the last row to the first: where a token was asked twice, the likelier place has the last word.
+            for token, (row, share) in reversed(list(zip(tokens, islice(said, len(tokens)), strict=True))):
+                earlier = self._learned.pop(token, None) or self._known.get(token)
+                self._learned[token] = _mixed((row, share), earlier) if earlier else (row, share)
+        _forget(self._learned, self._options.memory)
 
     def _successors(self, token: int) -> list[tuple[int, float, int]]:
         tokens, confidence = self._learned.get(token) or self._known.get(token) or ([], [])
