@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -104,5 +105,9 @@ def _run(engine: Engine, settings: ServerConfig) -> None:
 
     from specgen.server.serve import serve as run
 
+    # What a model and its compiler have built stays. Python would look through all of it now and then, and everybody
+    # would wait for half a second.
+    gc.collect()
+    gc.freeze()
     if not asyncio.run(run(engine, settings, on_start=lambda address: note(f"serving at {address}"))):
         raise typer.Exit(1)

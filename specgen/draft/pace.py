@@ -11,10 +11,10 @@ from specgen.types import MAX_TREE_NODES
 
 _TRIALS = 4
 """Answers to judge by, be it those of other sequences."""
-_DOUBT = 0.5
-"""Standard deviations by which the mean may be too low."""
+_DOUBT, _CURIOSITY = 0.5, 1.0
+"""Standard deviations by which a mean may be too low: in a sequence, and in a new one, of which all learn."""
 _NEGLIGIBLE = 0.01
-_LEAST_LIKE, _MOST_LIKE = 0.5, 8.0
+_LEAST_LIKE, _MOST_LIKE = 0.5, 4.0
 _ALIKE = 0.01
 """Sequences whose means differ by less, squared, are alike; two of them do not tell yet."""
 _EARLY = 8
@@ -56,7 +56,7 @@ class Pace:
         return bool(self._answers) or self._parent is None or self._parent._admits()
 
     def observe(self, gained: float, seconds: float, token_seconds: float) -> None:
-        """`gained` tokens came of a proposal that took `seconds`, less what verifying it was worth; a token is worth
+        """A proposal that took `seconds` brought `gained` tokens, less those that its rows cost; a token is worth
         `token_seconds`."""
         cost = seconds / token_seconds
         if self._cost and not self._answers:
@@ -67,7 +67,7 @@ class Pace:
         self._learn(gained, cost, self._last, _SHORT)
         self._answers += 1
         self._last = gained
-        if self._pays(self._weight):
+        if self._pays(self._weight, _DOUBT):
             self._next_pause = max(_FIRST_PAUSE, self._next_pause // 2)
         else:
             self._begin_pause()
@@ -81,7 +81,7 @@ class Pace:
 
     def _admits(self) -> bool:
         """May a new sequence ask?"""
-        if self._pays(self._likeness):
+        if self._pays(self._likeness, _CURIOSITY):
             self._next_pause = _FIRST_PAUSE
             return True
         if self._pause:
@@ -90,13 +90,13 @@ class Pace:
         self._begin_pause()
         return True
 
-    def _pays(self, weight: float) -> bool:
+    def _pays(self, weight: float, doubt: float) -> bool:
         if self._cost <= _NEGLIGIBLE:
             return True
         if self._weight < _TRIALS:
             return self._cost <= MAX_TREE_NODES
         noise = self._parent._noise if self._parent else self._noise
-        return self._gain + _DOUBT * math.sqrt(noise / weight) >= self._cost
+        return self._gain + doubt * math.sqrt(noise / weight) >= self._cost
 
     def _begin_pause(self) -> None:
         self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, _LONGEST_PAUSE)
