@@ -37,9 +37,9 @@ class Pace:
 
     def __init__(self, parent: Pace | None = None) -> None:
         self._parent = parent
-        self._gain = parent._gain if parent else 0.0
-        self._cost = parent._cost if parent else 0.0
-        self._weight = min(parent._weight, parent._likeness) if parent else 0.0
+        self._gain: float = parent._gain if parent else 0.0
+        self._cost: float = parent._cost if parent else 0.0
+        self._weight: float = min(parent._weight, parent._likeness) if parent else 0.0
         # Variance of one answer around its sequence's mean, and around the mean of all.
         self._noise = self._spread = 0.0
         self._sequences = 0

@@ -38,30 +38,34 @@ class Lender:
 
 
 class Borrowed:
-    """What one text borrows, the latest tokens of it.
-
-    tokens: int64[n]; -1 where there is none. columns: [width, n], float32.
-    """
+    """What one text borrows, the latest tokens of it. Rows are fetched when someone asks: few do where few pay."""
 
     def __init__(self, lender: Lender, text: Sequence[int]) -> None:
         self._lender = lender
-        self._ids: list[int] = []
-        self._take()
+        self._ids: dict[int, None] = {}
+        self._fetched: tuple[Tensor, Tensor] | None = None
         self.add(text)
 
     def add(self, text: Sequence[int]) -> None:
         """Borrow what is new in `text`."""
-        known = set(self._ids)
-        if new := [token for token in dict.fromkeys(text) if token not in known and self._lender.lends(token)]:
-            self._ids = [*self._ids, *new][-_MOST:]
-            self._take()
+        new = [token for token in dict.fromkeys(text) if token not in self._ids and self._lender.lends(token)]
+        if new:
+            self._ids = dict.fromkeys([*self._ids, *new][-_MOST:])
+            self._fetched = None
 
-    def _take(self) -> None:
+    def fetch(self) -> tuple[Tensor, Tensor]:
+        """The tokens, int64[n], -1 where there is none, and a column for each of them, [width, n], float32."""
+        if self._fetched is None:
+            self._fetched = self._take()
+        return self._fetched
+
+    def _take(self) -> tuple[Tensor, Tensor]:
         device = self._lender.device
-        self.tokens = torch.tensor([_NOTHING] * _PADDING + self._ids, device=device)
-        self.columns = torch.zeros(self._lender.width, len(self.tokens), device=device)
+        tokens = torch.tensor([_NOTHING] * _PADDING + list(self._ids), device=device)
+        columns = torch.zeros(self._lender.width, len(tokens), device=device)
         if self._lender.rows is not None:
-            self.columns[:, _PADDING:] = self._lender.rows[self.tokens[_PADDING:]].T
+            columns[:, _PADDING:] = self._lender.rows[tokens[_PADDING:]].T
+        return tokens, columns
 
 
 def lender(head: EagleHead, target_head: object) -> Lender:

@@ -199,12 +199,12 @@ def attend(halves: Halves, parts: Sequence[Part]) -> tuple[Tensor, Tensor, Tenso
 def borrowed_by(parts: Sequence[Part], asked: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of the rows that are asked, the texts; what these may say besides, and whose it is: see `Halves`."""
     numbers = torch.arange(len(parts), device=parts[0].states.device)
-    lent = [part.borrowed for part in parts]
+    tokens, columns = zip(*(part.borrowed.fetch() for part in parts), strict=True)
     return (
         numbers.repeat_interleave(torch.tensor(asked, device=numbers.device)),
-        _joined([some.columns for some in lent], dim=1),
-        _joined([some.tokens for some in lent]),
-        numbers.repeat_interleave(torch.tensor([len(some.tokens) for some in lent], device=numbers.device)),
+        _joined(columns, dim=1),
+        _joined(tokens),
+        numbers.repeat_interleave(torch.tensor(list(map(len, tokens)), device=numbers.device)),
     )
 
 
