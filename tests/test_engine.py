@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -1072,6 +1073,35 @@ def test_a_slow_and_useless_drafter_is_asked_ever_less(model: PreTrainedModel, a
     result = bench.alone(PROMPTS[0], max_tokens=60, speculation={"adaptive": adaptive})
     assert list(result.ids) == greedy(model, PROMPTS[0], 60)
     assert len(asked) == 59 if not adaptive else 4 <= len(asked) < 20
+
+
+def test_what_rows_cost_counts_against_a_drafter(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of five guesses are right, which is worth more than drafting takes, yet not more than drafting and rows."""
+    said = greedy(model, PROMPTS[0], 100)
+    seconds = [0.0]
+    monkeypatch.setattr(drafting, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+
+    def guess(ids: list[int]) -> TokenTree:
+        seconds[0] += 0.5
+        place = len(ids) - len(PROMPTS[0])
+        wrong = place % 5 < 2
+        return chain([(said[place] + wrong) % VOCABULARY], 0.6)
+
+    class Dear(FixedCost):
+        def __init__(self, row: float) -> None:
+            self.row = row
+
+        def seconds(self, rows: int) -> float:
+            return 1.0 + self.row * rows
+
+    def asked(row: float) -> float:
+        bench = Bench(model, {"slow": Scripted(guess)})
+        bench.core.drafting.cost = Dear(row)  # type: ignore[assignment]
+        stats = bench.alone(PROMPTS[0], max_tokens=100).stats
+        return stats.by_drafter["slow"].asked / stats.num_spec_steps
+
+    assert asked(row=0.0) > 0.8
+    assert asked(row=1.0) < 0.3
 
 
 def test_trees_shrink_as_the_batch_grows() -> None:

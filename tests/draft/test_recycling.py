@@ -111,6 +111,17 @@ def test_a_closed_session_teaches_those_that_open_later() -> None:
     assert knows(memory, 1)
 
 
+def test_it_matters_not_when_a_session_is_asked() -> None:
+    """What it saw waits until someone asks, and not without end."""
+    rows = [(token % 7 + 1, (token % 5, token % 11, token % 3 + 12)) for token in range(0, 300, 7)]
+    seldom, often = (drafter().open([1], DraftHints()) for _ in range(2))
+    for row in rows:
+        show(seldom, [row])
+        show(often, [row])
+        often.propose(4)
+    assert seldom.propose(16) == often.propose(16) != EMPTY_TREE
+
+
 def test_a_session_mixes_what_it_sees_with_what_was_seen_before_it() -> None:
     memory = drafter()
     learn(memory, [(1, (2, 3, 4)), (5, (6, 7, 8))])

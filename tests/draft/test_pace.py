@@ -1,0 +1,73 @@
+"""Who is asked: what answers bring, less what their rows cost, against the time that they take."""
+
+from __future__ import annotations
+
+import random
+
+from specgen.draft.pace import Pace
+
+STEPS = 60
+
+
+def brought(rng: random.Random, mean: float) -> int:
+    """Tokens of one answer: as noisy as drafts are, which go wrong at each token with the same chance."""
+    count = 0
+    while rng.random() < mean / (1.0 + mean):
+        count += 1
+    return count
+
+
+def asked(everyone: Pace, rng: random.Random, mean: float, cost: float) -> float:
+    """Share of a sequence's steps in which the drafter is asked."""
+    pace, count = Pace(everyone), 0
+    for _ in range(STEPS):
+        if pace.ready():
+            count += 1
+            pace.observe(brought(rng, mean), cost, token_seconds=1.0)
+    return count / STEPS
+
+
+def test_noise_does_not_stop_a_drafter_that_pays_in_every_sequence() -> None:
+    """Half of its answers bring nothing, and four in a row often do."""
+    rng, everyone = random.Random(0), Pace()
+    shares = [asked(everyone, rng, mean=0.9, cost=0.3) for _ in range(100)]
+    assert sum(shares[5:]) / 95 > 0.97
+
+
+def test_sequences_are_told_apart() -> None:
+    """The drafter pays on average, but in one sequence of four it never does; and in one of four by far."""
+    rng, everyone = random.Random(0), Pace()
+    means = (0.1, 0.3, 0.8, 1.5)
+    shares: dict[float, list[float]] = {mean: [] for mean in means}
+    for _ in range(60):
+        for mean in means:
+            shares[mean].append(asked(everyone, rng, mean, cost=0.5))
+    share = {mean: sum(found) / len(found) for mean, found in shares.items()}
+    assert share[0.1] < 0.4
+    assert share[1.5] > 0.85
+    assert share[0.1] < share[0.3] < share[0.8] < share[1.5]
+
+
+def test_reading_a_prompt_is_no_reason_not_to_ask_again() -> None:
+    rng, everyone = random.Random(0), Pace()
+    for _ in range(10):
+        asked(everyone, rng, mean=0.9, cost=0.3)
+    pace = Pace(everyone)
+    assert pace.ready()
+    pace.observe(0, seconds=20.0, token_seconds=1.0)
+    assert pace.ready()
+
+
+def test_a_drafter_that_pays_nowhere_costs_little() -> None:
+    """Sixteen sequences at a time, all of which might try."""
+    rng, everyone = random.Random(0), Pace()
+    count = steps = 0
+    for _ in range(20):
+        paces = [Pace(everyone) for _ in range(16)]
+        for _ in range(STEPS):
+            for pace in paces:
+                steps += 1
+                if pace.ready():
+                    count += 1
+                    pace.observe(brought(rng, 0.3), 1.0, token_seconds=1.0)
+    assert 0 < count / steps < 0.03
