@@ -152,8 +152,8 @@ class Drafting:
 
     def commit(self, drafts: Drafts, verified: TokenTree, committed: Sequence[int]) -> None:
         """Tell the sessions what was committed, and learn what their offers were worth."""
-        nodes: dict[str, list[int]] = {}
-        accepted: dict[str, int] = {}
+        nodes: dict[str, list[int]] = {name: [] for name in drafts.active}
+        accepted = dict.fromkeys(drafts.active, 0)
         for name, active in drafts.active.items():
             if not active.offer:
                 continue
@@ -166,10 +166,11 @@ class Drafting:
                 verified=active.stats.verified + len(nodes[name]),
                 accepted=active.stats.accepted + accepted[name],
             )
-        self._learn_pace(drafts, nodes, accepted)
-        if drafts.speculation.adaptive and nodes:
-            asked = max(_FEWEST_ASKED, 2 * len(verified), int(_SHRINK * drafts.most))
-            drafts.most = min(drafts.speculation.max_nodes, asked)
+        if drafts.speculation.adaptive:
+            self._learn_pace(drafts, nodes, accepted)
+            if any(active.offer for active in drafts.active.values()):
+                asked = max(_FEWEST_ASKED, 2 * len(verified), int(_SHRINK * drafts.most))
+                drafts.most = min(drafts.speculation.max_nodes, asked)
         for name, active in drafts.active.items():
             active.offer, active.shared = EMPTY_TREE, ()
             if active.stats.disabled:
@@ -181,19 +182,19 @@ class Drafting:
 
     def _learn_pace(self, drafts: Drafts, nodes: Mapping[str, Sequence[int]], accepted: Mapping[str, int]) -> None:
         """Whoever was asked earns the tokens and pays for the rows that no cheaper drafter had: the others would have
-        come without it.
+        come without it. Requests that draft whatever it costs tell nothing of that.
 
         A path stands in one drafter's tree as a whole, so the union accepts as many tokens as its best tree.
         """
         had, verified = 0, set[int]()
         asked = [(active.seconds, name) for name, active in drafts.active.items() if active.seconds]
         for seconds, name in sorted(asked):
-            rows = len(verified.union(nodes.get(name, ()))) - len(verified)
-            gained = max(0, accepted.get(name, 0) - had) - rows * self._row_seconds / self._token_seconds
+            rows = len(verified.union(nodes[name])) - len(verified)
+            gained = max(0, accepted[name] - had) - rows * self._row_seconds / self._token_seconds
             drafts.active[name].pace.observe(gained, seconds, self._token_seconds)
             drafts.active[name].seconds = 0.0
-            had = max(had, accepted.get(name, 0))
-            verified.update(nodes.get(name, ()))
+            had = max(had, accepted[name])
+            verified.update(nodes[name])
 
     def wants(self, drafts: Drafts) -> bool:
         """Whether anyone in this sequence would look at features."""
