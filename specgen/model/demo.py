@@ -90,11 +90,12 @@ def _damage(folder: Path) -> str | None:
     if manifest.recipe != _RECIPE:
         return f"it was made by recipe {manifest.recipe}, this is recipe {_RECIPE}"
     for name, size in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
+        try:
+            found = (folder / name).stat().st_size
+        except OSError:  # missing, or taken away this moment by another process that builds
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if found != size:
+            return f"{name} has {found} bytes instead of {size}"
     return None
 
 
