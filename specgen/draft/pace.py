@@ -50,8 +50,7 @@ class Pace:
 
     def ready(self) -> bool:
         """Ask the drafter in this step? Counts a step of the pause if not."""
-        if self._pause:
-            self._pause -= 1
+        if self._rests():
             return False
         return bool(self._answers) or self._parent is None or self._parent._admits()
 
@@ -84,8 +83,7 @@ class Pace:
         if self._pays(self._likeness, _CURIOSITY):
             self._next_pause = _FIRST_PAUSE
             return True
-        if self._pause:
-            self._pause -= 1
+        if self._rests():
             return False
         self._begin_pause()
         return True
@@ -97,6 +95,12 @@ class Pace:
             return self._cost <= MAX_TREE_NODES
         noise = self._parent._noise if self._parent else self._noise
         return self._gain + doubt * math.sqrt(noise / weight) >= self._cost
+
+    def _rests(self) -> bool:
+        """Is this a step of the pause? Counts it."""
+        resting = self._pause > 0
+        self._pause -= resting
+        return resting
 
     def _begin_pause(self) -> None:
         self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, _LONGEST_PAUSE)

@@ -72,12 +72,8 @@ class Queries {
     for (int64_t d = 0; d < shape_.key_dim; d += SQUARE)
       for (int64_t k = 0; k < PAGE; k += WIDTH) {
         words square[WIDTH];
-        for (int64_t i = 0; i < WIDTH; i++) {
-          const T* key = keys + (k + i) * stride + d;
-          T some[SQUARE] = {};
-          if (d + SQUARE > shape_.key_dim) std::copy_n(key, shape_.key_dim - d, some), key = some;
-          square[i] = Products<T>::words_of(key);
-        }
+        for (int64_t i = 0; i < WIDTH; i++)
+          square[i] = words_of_some(keys + (k + i) * stride + d, shape_.key_dim - d);
         transpose(square);
         for (int64_t i = 0; i < WIDTH; i++)
           std::memcpy(&columns_[d * PAGE + (i * PAGE + k) * STEP], &square[i], sizeof square[i]);
@@ -169,9 +165,7 @@ void weigh_tiled(const Plan& plan, const Segment& segment, const Shape& shape, c
     const float* from = scores + q * line + path.first - low;
     bfloat16* at = &weights[q * width + path.first_position() - begin];
     const int64_t count = segment.prefix - path.first + path.count;
-    int64_t i = 0;
-    for (; i + WIDTH <= count; i += WIDTH) store(at + i, load(from + i));
-    if (i < count) store_some(at + i, load(from + i), count - i);
+    for (int64_t i = 0; i < count; i += WIDTH) store_some(at + i, load(from + i), count - i);
   }
   set_tiles(queries, queries);
   TiledValues weighted(plan, segment, values, head);

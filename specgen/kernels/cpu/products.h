@@ -37,6 +37,16 @@ struct Products<bfloat16> {
 template <class T>
 using Row = typename Products<T>::Row;
 
+// The first `count` inputs of a row, or as many as fill a vector if that is more; zeros behind them.
+template <class T>
+inline words words_of_some(const T* row, int64_t count) {
+  constexpr int64_t most = WIDTH * Products<T>::INPUTS;
+  if (count >= most) return Products<T>::words_of(row);
+  T padded[most] = {};
+  std::copy_n(row, count, padded);
+  return Products<T>::words_of(padded);
+}
+
 inline void as_row(const float* from, float* to, int64_t count) { std::copy_n(from, count, to); }
 inline void as_row(const bfloat16* from, bfloat16* to, int64_t count) { std::copy_n(from, count, to); }
 inline void as_row(const bfloat16* from, float* to, int64_t count) {
