@@ -66,7 +66,8 @@ def engine(seen: Seen) -> Iterator[Engine]:
 
 def test_a_request_is_a_span_below_its_callers(engine: Engine, seen: Seen) -> None:
     with seen.tracing.get_tracer("test").start_as_current_span("caller") as caller:
-        results = engine.generate("a prompt", n=2, max_tokens=20, top_p=0.9, **{**DRAFTED, "temperature": 0.8})
+        sampled = {**DRAFTED, "temperature": 0.8, "ignore_eos": True}
+        results = engine.generate("a prompt", n=2, max_tokens=20, top_p=0.9, **sampled)
     assert isinstance(results, list)
     engine.check()
     span, outer = seen.spans.get_finished_spans()
