@@ -15,9 +15,13 @@ namespace {
 // ---- without tiles: panels of outputs, [outputs / PANEL][inputs][PANEL], for bfloat16 products in pairs of inputs
 // [outputs / PANEL][inputs / 2][PANEL][2]
 
-constexpr int64_t ROWS = 6;
+constexpr int64_t ROWS = REGISTERS == 32 ? 12 : 6;
 constexpr int64_t VECTORS = REGISTERS / (ROWS + 1);  // as many as leave each sum and each weight a register
 constexpr int64_t PANEL = VECTORS * WIDTH;
+// Rows that pass in turn over a block of a panel, which stays in the nearest cache. Meanwhile the memory is read, so far
+// ahead: else it would rest until the last of them has passed.
+constexpr int64_t MANY = 48;
+constexpr int64_t BLOCK = 16 * 1024, AHEAD = 32 * 1024;
 
 template <class T>
 void pack_panels(const T* weight, T* packed, int64_t outputs, int64_t inputs) {
@@ -30,53 +34,75 @@ void pack_panels(const T* weight, T* packed, int64_t outputs, int64_t inputs) {
     }
 }
 
-// All loops over sums are unrolled: sums that a variable chooses would lie in memory, and be written at each addition.
+// Adds `inputs` more of them to the sums of R rows of x, which are `line` long, and reads ahead so many bytes with each
+// step. All loops over sums are unrolled: sums that a variable chooses would be written to memory at each addition.
 template <class T, int R>
-void panel_rows(const Row<T>* x, const T* panel, const T* bias, T* out, int64_t inputs, int64_t stride, int64_t width) {
+void add_inputs(const Row<T>* x, const T* panel, float* sums, int64_t inputs, int64_t line, const char* ahead,
+                int64_t bytes) {
   using P = Products<T>;
-  floats sums[R][VECTORS] = {};
-  for (int64_t k = 0; k < inputs; k += P::INPUTS) {
+  floats sum[R][VECTORS];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) sum[r][v] = load(sums + r * PANEL + v * WIDTH);
+  for (int64_t k = 0; k < inputs; k += P::INPUTS, ahead += bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(ahead + i, _MM_HINT_T0);
     const T* at = panel + k * PANEL;
     decltype(P::load(at)) weights[VECTORS];
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++) weights[v] = P::load(at + v * WIDTH * P::INPUTS);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; v++) sums[r][v] = P::add(sums[r][v], x + r * inputs + k, weights[v]);
+      for (int v = 0; v < VECTORS; v++) sum[r][v] = P::add(sum[r][v], x + r * line + k, weights[v]);
   }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-  for (int v = 0; v < VECTORS; v++) {
-    const int64_t count = width - v * WIDTH;
+    for (int v = 0; v < VECTORS; v++) store(sums + r * PANEL + v * WIDTH, sum[r][v]);
+}
+
+// R is as many as there are.
+template <class T, int R, class... Rest>
+void add_inputs_of(int64_t rows, Rest... rest) {
+  if (rows == R) return add_inputs<T, R>(rest...);
+  if constexpr (R > 1) add_inputs_of<T, R - 1>(rows, rest...);
+}
+
+// Up to MANY rows.
+template <class T>
+void panel_rows(const Row<T>* x, const T* panel, const T* bias, T* out, int64_t rows, int64_t inputs, int64_t stride,
+                int64_t width) {
+  constexpr int64_t input = PANEL * sizeof(T), block = BLOCK / input;
+  const int64_t parts = rounded_up(rows, ROWS) / ROWS;  // of one size or two: few rows make poor use of a weight
+  const int64_t bytes = rounded_up(input * Products<T>::INPUTS, parts) / parts;
+  alignas(64) float sums[MANY * PANEL];
+  std::fill_n(sums, rows * PANEL, 0.0f);
+  for (int64_t k = 0; k < inputs; k += block) {
+    const int64_t count = std::min(block, inputs - k);
+    const char* ahead = (const char*)(panel + k * PANEL) + AHEAD;
+    for (int64_t part = 0; part < parts; part++, ahead += bytes * count / Products<T>::INPUTS) {
+      const int64_t r = rows * part / parts, end = rows * (part + 1) / parts;
+      add_inputs_of<T, ROWS>(end - r, x + r * inputs + k, panel + k * PANEL, sums + r * PANEL, count, inputs, ahead,
+                             bytes);
+    }
+  }
+  for (int64_t v = 0; v < PANEL; v += WIDTH) {
+    const int64_t count = width - v;
     if (count <= 0) return;
-    const floats shift = bias ? load_some(bias + v * WIDTH, count) : floats{};
-#pragma GCC unroll 6
-    for (int r = 0; r < R; r++) store_some(out + r * stride + v * WIDTH, sums[r][v] + shift, count);
+    const floats shift = bias ? load_some(bias + v, count) : floats{};
+    for (int64_t r = 0; r < rows; r++)
+      store_some(out + r * stride + v, load(sums + r * PANEL + v) + shift, count);
   }
 }
 
 template <class T>
 void panels(const Row<T>* x, const T* packed, const T* bias, T* out, int64_t rows, int64_t outputs, int64_t inputs,
             int64_t stride, int64_t begin, int64_t end) {
-  const int64_t parts = rounded_up(rows, ROWS) / ROWS;  // of one size or two: few rows make poor use of a weight
-  for (int64_t n = begin * PANEL; n < std::min(end * PANEL, outputs); n += PANEL) {
-    const T* panel = packed + n * inputs;
-    for (int64_t part = 0; part < parts; part++) {
-      const int64_t r = rows * part / parts, count = rows * (part + 1) / parts - r;
-      const Row<T>* at = x + r * inputs;
-      const T* shift = bias ? bias + n : nullptr;
-      T* to = out + r * stride + n;
-      const int64_t width = outputs - n;
-      switch (count) {
-        case 1: panel_rows<T, 1>(at, panel, shift, to, inputs, stride, width); break;
-        case 2: panel_rows<T, 2>(at, panel, shift, to, inputs, stride, width); break;
-        case 3: panel_rows<T, 3>(at, panel, shift, to, inputs, stride, width); break;
-        case 4: panel_rows<T, 4>(at, panel, shift, to, inputs, stride, width); break;
-        case 5: panel_rows<T, 5>(at, panel, shift, to, inputs, stride, width); break;
-        default: panel_rows<T, 6>(at, panel, shift, to, inputs, stride, width);
-      }
-    }
-  }
+  for (int64_t n = begin * PANEL; n < std::min(end * PANEL, outputs); n += PANEL)
+    for (int64_t r = 0; r < rows; r += MANY)
+      panel_rows(x + r * inputs, packed + n * inputs, bias ? bias + n : nullptr, out + r * stride + n,
+                 std::min(MANY, rows - r), inputs, stride, outputs - n);
 }
 
 // ---- with tiles: [outputs / 32][inputs / 32][2][16 pairs of inputs][16 outputs][2]
@@ -102,7 +128,7 @@ void store_tile(const float (*sums)[WIDTH], const bfloat16* bias, bfloat16* out,
 }
 
 // With two tiles of rows the processor does not look far enough ahead to keep the memory busy.
-constexpr int64_t AHEAD = 16 * 1024;
+constexpr int64_t TILES_AHEAD = 16 * 1024;
 
 // Up to 32 rows of x, whose lines are `inputs` long and a multiple of 32.
 void tile_rows(const bfloat16* x, const bfloat16* panel, const bfloat16* bias, bfloat16* out, int64_t rows,
@@ -115,7 +141,7 @@ void tile_rows(const bfloat16* x, const bfloat16* panel, const bfloat16* bias, b
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < inputs; k += TILE, panel += 2 * WIDTH * TILE) {
-      for (int64_t n = 0; n < 2 * WIDTH * TILE; n += TILE) _mm_prefetch(panel + AHEAD + n, _MM_HINT_T1);
+      for (int64_t n = 0; n < 2 * WIDTH * TILE; n += TILE) _mm_prefetch(panel + TILES_AHEAD + n, _MM_HINT_T1);
       _tile_loadd(4, x + k, line);
       _tile_loadd(6, panel, 64);
       _tile_loadd(7, panel + WIDTH * TILE, 64);
