@@ -5,6 +5,7 @@
 // the row's path in the order of positions. Softmax: float32, the two passes of the textbook.
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -18,8 +19,9 @@
 namespace specgen {
 namespace {
 
-constexpr int64_t AHEAD = 3;     // pages of keys that are asked for before their turn
-constexpr int64_t QUERIES = 16;  // that are scored together: they fill a tile
+constexpr int64_t AHEAD = 4;     // pages of keys that are asked for before their turn
+constexpr int64_t QUERIES = 16;  // of a task, if it works with tiles: they fill one
+constexpr int64_t MOST_ROWS = 16;  // of a task without
 
 // Ask for the numbers of one head in all slots of a page: pages lie anywhere, so no core foresees them.
 template <class T>
@@ -29,69 +31,82 @@ void prefetch_page(const T* at, int64_t stride, int64_t dim) {
     for (int64_t d = 0; d < dim; d += line) __builtin_prefetch(at + slot * stride + d);
 }
 
-// ---- scores of up to 16 queries with the keys of one page
+template <class T>
+bool tiled(const Shape& shape) {
+  return std::is_same_v<T, bfloat16> && tiles_allowed() && shape.key_dim % 32 == 0 && shape.group <= QUERIES;
+}
+
+// ---- scores of some queries with the keys of one page
 
 template <class T>
 class Queries {
  public:
   // Queries of rows [begin, end) of one KV head: [row][head of the group].
   Queries(const Heads<const T>& query, const Shape& shape, int64_t head, int64_t begin, int64_t end)
-      : shape_(shape), count_((end - begin) * shape.group), dims_(rounded_up(shape.key_dim, SQUARE)) {
-    lines_.resize(rounded_up(count_, TOGETHER) * dims_);
-    columns_.resize(PAGE * dims_);
+      : shape_(shape), count_((end - begin) * shape.group), dims_(rounded_up(shape.key_dim, SQUARE)),
+        lines_(std::make_unique_for_overwrite<Number[]>(count_ * dims_)),
+        columns_(std::make_unique_for_overwrite<Number[]>(KEYS * dims_)) {
+    std::memset(lines_.get(), 0, count_ * dims_ * sizeof(Number));
     for (int64_t r = begin; r < end; r++)
       for (int64_t g = 0; g < shape.group; g++)
         as_row(query(r, head * shape.group + g), &lines_[((r - begin) * shape.group + g) * dims_], shape.key_dim);
 #ifdef __AMX_BF16__
-    if (tiled()) interleave();
+    if (tiled<T>(shape)) interleave();
 #endif
   }
 
-  bool tiled() const {
-    return std::is_same_v<T, bfloat16> && tiles_allowed() && shape_.key_dim % 32 == 0 && count_ <= QUERIES;
-  }
-
-  // scores[query][key] of the page's keys, lines of scores `stride` apart.
-  void score(const T* keys, int64_t key_stride, float* scores, int64_t stride) {
+  // scores[query][key] of the keys of two pages, lines of scores `stride` apart.
+  void score(const T* const (&pages)[2], int64_t key_stride, float* scores, int64_t stride) {
 #ifdef __AMX_BF16__
-    if (tiled()) return score_tiles(keys, key_stride, scores, stride);
+    if (tiled<T>(shape_)) {
+      for (int64_t i = 0; i < 2; i++) score_tiles(pages[i], key_stride, scores + i * PAGE, stride);
+      return;
+    }
 #endif
-    stand(keys, key_stride);
+    for (int64_t k = 0; k < KEYS; k += WIDTH) stand(pages[k / PAGE] + k % PAGE * key_stride, key_stride, k);
     for (int64_t q = 0; q < count_; q += TOGETHER)
-      for (int64_t k = 0; k < PAGE; k += WIDTH)
-        score_some(q, &columns_[k * STEP], scores + q * stride + k, stride);
+      for (int64_t k = 0; k < KEYS; k += VECTORS * WIDTH)
+        score_some<TOGETHER>(std::min(TOGETHER, count_ - q), &lines_[q * dims_], &columns_[k * STEP],
+                             scores + q * stride + k, stride);
   }
 
  private:
   using Number = Row<T>;
-  static constexpr int64_t STEP = Products<Number>::INPUTS, SQUARE = WIDTH * STEP;
-  static constexpr int64_t TOGETHER = 8;  // sums that are independent: more than a product takes cycles
+  static constexpr int64_t STEP = Products<Number>::INPUTS, SQUARE = WIDTH * STEP, KEYS = 2 * PAGE;
+  // Sums that are independent: more than a product takes cycles, as many as find room.
+  static constexpr int64_t TOGETHER = 8, VECTORS = REGISTERS / 16;
 
-  // Keys side by side: [dims / STEP][PAGE][STEP].
-  void stand(const T* keys, int64_t stride) {
-    for (int64_t d = 0; d < shape_.key_dim; d += SQUARE)
-      for (int64_t k = 0; k < PAGE; k += WIDTH) {
-        words square[WIDTH];
-        for (int64_t i = 0; i < WIDTH; i++)
-          square[i] = words_of_some(keys + (k + i) * stride + d, shape_.key_dim - d);
-        transpose(square);
-        for (int64_t i = 0; i < WIDTH; i++)
-          std::memcpy(&columns_[d * PAGE + (i * PAGE + k) * STEP], &square[i], sizeof square[i]);
-      }
+  // A vector's number of keys, side by side from column `k` on: [dims / STEP][KEYS][STEP].
+  void stand(const T* keys, int64_t stride, int64_t k) {
+    for (int64_t d = 0; d < shape_.key_dim; d += SQUARE) {
+      words square[WIDTH];
+      for (int64_t i = 0; i < WIDTH; i++) square[i] = words_of_some(keys + i * stride + d, shape_.key_dim - d);
+      transpose(square);
+      for (int64_t i = 0; i < WIDTH; i++)
+        std::memcpy(&columns_[d * KEYS + (i * KEYS + k) * STEP], &square[i], sizeof square[i]);
+    }
   }
 
-  // Up to TOGETHER queries from `q` on with WIDTH keys.
-  void score_some(int64_t q, const Number* columns, float* scores, int64_t stride) const {
-    floats sums[TOGETHER] = {};
+  // Up to R queries with VECTORS of keys.
+  template <int R>
+  void score_some(int64_t queries, const Number* lines, const Number* columns, float* scores, int64_t stride) const {
+    if constexpr (R > 1)
+      if (queries < R) return score_some<R - 1>(queries, lines, columns, scores, stride);
+    using P = Products<Number>;
+    floats sums[R][VECTORS] = {};
     for (int64_t d = 0; d < shape_.key_dim; d += STEP) {
-      const auto keys = Products<Number>::load(columns + d * PAGE);
+      decltype(P::load(columns)) keys[VECTORS];
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; v++) keys[v] = P::load(columns + d * KEYS + v * WIDTH * STEP);
 #pragma GCC unroll 8
-      for (int64_t i = 0; i < TOGETHER; i++)
-        sums[i] = Products<Number>::add(sums[i], &lines_[(q + i) * dims_ + d], keys);
+      for (int64_t i = 0; i < R; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; v++) sums[i][v] = P::add(sums[i][v], lines + i * dims_ + d, keys[v]);
     }
 #pragma GCC unroll 8
-    for (int64_t i = 0; i < TOGETHER; i++)
-      if (q + i < count_) store(scores + i * stride, sums[i]);
+    for (int64_t i = 0; i < R; i++)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; v++) store(scores + i * stride + v * WIDTH, sums[i][v]);
   }
 
 #ifdef __AMX_BF16__
@@ -119,7 +134,7 @@ class Queries {
 
   Shape shape_;
   int64_t count_, dims_;
-  std::vector<Number> lines_, columns_;
+  std::unique_ptr<Number[]> lines_, columns_;
   std::vector<T> pairs_;
 };
 
@@ -128,14 +143,12 @@ class Queries {
 // scores[0, count) become weights that are not yet divided by their sum, which is returned.
 float soften(float* scores, int64_t count, const Scoring& scoring, int64_t head) {
   const float least = -std::numeric_limits<float>::infinity();
-  for (int64_t i = count; i < rounded_up(count, WIDTH); i++) scores[i] = least;
   floats best = all(scoring.sinks ? scoring.sinks[head] : least);
   for (int64_t i = 0; i < count; i += WIDTH) {
     floats x = load(scores + i) * scoring.scale;
     if (scoring.softcap)
       for (int j = 0; j < WIDTH; j++) x[j] = std::tanh(x[j] / scoring.softcap) * scoring.softcap;
-    if (i + WIDTH > count)
-      for (int64_t j = count - i; j < WIDTH; j++) x[j] = least;
+    x = (ints)numbered() < int32_t(std::min(WIDTH, count - i)) ? x : all(least);
     store(scores + i, x);
     best = x > best ? x : best;
   }
@@ -162,7 +175,7 @@ void weigh_tiled(const Plan& plan, const Segment& segment, const Shape& shape, c
   std::vector<bfloat16> weights(queries * width);
   for (int64_t q = 0; q < queries; q++) {
     const Path& path = paths[q / shape.group];
-    const float* from = scores + q * line + path.first - low;
+    const float* from = scores + q * line + path.first_score() - low;
     bfloat16* at = &weights[q * width + path.first_position() - begin];
     const int64_t count = segment.prefix - path.first + path.count;
     for (int64_t i = 0; i < count; i += WIDTH) store_some(at + i, load(from + i), count - i);
@@ -175,7 +188,7 @@ void weigh_tiled(const Plan& plan, const Segment& segment, const Shape& shape, c
     weighted.weigh(paths, shape.group, weights, begin, width, d, dims, sums);
     for (int64_t q = 0; q < queries; q++)
       for (int64_t v = 0; v * WIDTH < dims; v++)
-        store(to(q / shape.group) + q % shape.group * shape.value_dim + d + v * WIDTH, load(sums[v][q]) / totals[q]);
+        store(to(q) + d + v * WIDTH, load(sums[v][q]) / totals[q]);
   }
   _tile_release();
 }
@@ -202,40 +215,49 @@ void attend_rows(const Plan& plan, const Segment& segment, const Shape& shape, c
   scores.resize(std::max<size_t>(scores.size(), line * (end - begin) * shape.group));
   Queries<T> queries(query, shape, head, segment.first_row + begin, segment.first_row + end);
 #ifdef __AMX_BF16__
-  if (queries.tiled()) set_tiles(WIDTH, 0);
+  if (tiled<T>(shape)) set_tiles(WIDTH, 0);
 #endif
-  for (int64_t position = low; position < high; position += PAGE) {
-    const int64_t slot = plan.slot(segment, position), ahead = position + AHEAD * PAGE;
-    if (ahead < high) prefetch_page(keys(plan.slot(segment, ahead), head), keys.row, shape.key_dim);
-    prefetch_page(values(slot, head), values.row, shape.value_dim);
-    queries.score(keys(slot, head), keys.row, scores.data() + position - low, line);
+  for (int64_t position = low; position < high; position += 2 * PAGE) {
+    const T* pages[2];
+    for (int64_t i = 0; i < 2; i++) {
+      // Behind the last page the scores of any are as good: nobody looks at them.
+      const int64_t slot = plan.slot(segment, std::min(position + i * PAGE, high - 1) / PAGE * PAGE);
+      const int64_t ahead = position + (AHEAD + i) * PAGE;
+      if (ahead < high) prefetch_page(keys(plan.slot(segment, ahead), head), keys.row, shape.key_dim);
+      prefetch_page(values(slot, head), values.row, shape.value_dim);
+      pages[i] = keys(slot, head);
+    }
+    queries.score(pages, keys.row, scores.data() + position - low, line);
   }
 #ifdef __AMX_BF16__
-  if (queries.tiled()) _tile_release();
+  if (tiled<T>(shape)) _tile_release();
 #endif
   std::vector<float> totals((end - begin) * shape.group);
-  for (int64_t r = 0; r < end - begin; r++) {
-    const Path& path = paths[r];
+  for (int64_t q = 0; q < (end - begin) * shape.group; q++) {
+    const Path& path = paths[q / shape.group];
     const int64_t committed = segment.prefix - path.first;
-    for (int64_t g = 0; g < shape.group; g++) {
-      float* along = scores.data() + (r * shape.group + g) * line + path.first - low;
-      // Ancestors move up: they stand in order, so none is overwritten before it has moved.
+    float* along = scores.data() + q * line + path.first_score() - low;
+    // Ancestors move up: they stand in order, so none is overwritten before it has moved.
+    if (path.listed)
       for (int64_t i = 0; i < path.count; i++) along[committed + i] = along[committed + path.at(i)];
-      totals[r * shape.group + g] = soften(along, committed + path.count, scoring, head * shape.group + g);
-    }
+    totals[q] = soften(along, path.length(segment.prefix), scoring, head * shape.group + q % shape.group);
   }
-  const auto to = [&](int64_t r) {
-    return out + ((segment.first_row + begin + r) * shape.kv_heads + head) * shape.group * shape.value_dim;
+  const auto to = [&](int64_t q) {
+    const int64_t row = segment.first_row + begin + q / shape.group;
+    return out + ((row * shape.kv_heads + head) * shape.group + q % shape.group) * shape.value_dim;
   };
 #ifdef __AMX_BF16__
   if constexpr (std::is_same_v<T, bfloat16>)
-    if (queries.tiled() && shape.value_dim % WIDTH == 0)
+    if (tiled<T>(shape) && shape.value_dim % WIDTH == 0)
       return weigh_tiled(plan, segment, shape, paths, values, scores.data(), low, line, totals, head, to);
 #endif
-  const Values<T> weighted(plan, segment, values, shape, head);
-  for (int64_t r = 0; r < end - begin; r++)
-    weighted.weigh(paths[r], scores.data() + r * shape.group * line + paths[r].first - low, line,
-                   &totals[r * shape.group], to(r));
+  std::vector<int32_t> slots(high - low);
+  for (int64_t i = 0; i < high - low; i++) slots[i] = plan.slot(segment, low + i);
+  Values<T> weighted(values, shape, head, segment.prefix, paths, low, std::move(slots));
+  weighted.weigh(scores.data(), line);
+  for (size_t q = 0; q < totals.size(); q++)
+    for (int64_t d = 0; d < shape.value_dim; d += WIDTH)
+      store_some(to(q) + d, load(weighted.sums(q) + d) / totals[q], shape.value_dim - d);
 }
 
 template <class T>
@@ -254,11 +276,26 @@ struct Task {
   int64_t head, begin, end;
 };
 
+// Whether each thread finds enough to do in whole sequences.
+bool plentiful(const Plan& plan, const Shape& shape) {
+  return plan.segments() * shape.kv_heads >= 8 * torch::stable::get_num_threads();
+}
+
+// Rows of a task: a tile of queries; or as many as share the work of reading a page, but some for each thread.
+template <class T>
+int64_t rows_together(const Plan& plan, const Segment& segment, const Shape& shape) {
+  if (tiled<T>(shape)) return QUERIES / shape.group;
+  if (plentiful(plan, shape)) return MOST_ROWS;
+  const int64_t threads = torch::stable::get_num_threads();
+  return std::clamp<int64_t>((segment.rows + threads - 1) / threads, 1, MOST_ROWS);
+}
+
+template <class T>
 std::vector<Task> tasks(const Plan& plan, const Shape& shape) {
-  const int64_t step = std::max<int64_t>(1, QUERIES / shape.group);
   std::vector<Task> found;
   for (int64_t s = 0; s < plan.segments(); s++) {
     const Segment& segment = plan.segment(s);
+    const int64_t step = rows_together<T>(plan, segment, shape);
     for (int64_t begin = 0; begin < segment.rows; begin += step)
       for (int64_t head = 0; head < shape.kv_heads; head++)
         found.push_back({&segment, head, begin, std::min<int64_t>(begin + step, segment.rows)});
@@ -273,13 +310,16 @@ void attend_all(const Tensor& query, const Tensor& key, const Tensor& value, con
   keep(plan, heads<const T>(key), kept_keys, shape.kv_heads, shape.key_dim);
   keep(plan, heads<const T>(value), kept_values, shape.kv_heads, shape.value_dim);
   const Heads<const T> queries = heads<const T>(query);
-  const std::vector<Task> work = tasks(plan, shape);
-  // Later rows of a prompt see more: whoever is done takes the next.
+  const std::vector<Task> work = tasks<T>(plan, shape);
+  // Later rows of a prompt see more: whoever is done takes the next; where there are many, all heads of the same rows,
+  // which lie side by side.
   std::atomic<size_t> next{0};
+  const size_t taken = plentiful(plan, shape) ? shape.kv_heads : 1;
   in_parallel(std::min<int64_t>(work.size(), torch::stable::get_num_threads()), [&](int64_t, int64_t) {
-    for (size_t i; (i = next++) < work.size();)
-      attend_rows(plan, *work[i].segment, shape, scoring, queries, kept_keys, kept_values, data<T>(out), work[i].head,
-                  work[i].begin, work[i].end);
+    for (size_t first; (first = next.fetch_add(taken)) < work.size();)
+      for (size_t i = first; i < std::min(first + taken, work.size()); i++)
+        attend_rows(plan, *work[i].segment, shape, scoring, queries, kept_keys, kept_values, data<T>(out), work[i].head,
+                    work[i].begin, work[i].end);
   });
 }
 

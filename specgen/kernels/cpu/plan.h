@@ -55,6 +55,9 @@ struct Path {
   // Along the path, where each key stands one behind the other, whatever rows lie between them in the tail.
   int64_t first_position() const { return first + begin; }
   int64_t end_position(int64_t prefix) const { return prefix + begin + count; }
+  int64_t length(int64_t prefix) const { return prefix - first + count; }
+  // Where its keys begin in a line of scores of all positions, once those that it lists stand without gaps.
+  int64_t first_score() const { return listed ? first : first_position(); }
 };
 
 class Plan {

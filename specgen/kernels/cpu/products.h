@@ -48,7 +48,7 @@ inline words words_of_some(const T* row, int64_t count) {
 }
 
 inline void as_row(const float* from, float* to, int64_t count) { std::copy_n(from, count, to); }
-inline void as_row(const bfloat16* from, bfloat16* to, int64_t count) { std::copy_n(from, count, to); }
+inline void as_row(const bfloat16* from, bfloat16* to, int64_t count) { std::memcpy(to, from, count * sizeof *to); }
 inline void as_row(const bfloat16* from, float* to, int64_t count) {
   std::transform(from, from + count, to, [](bfloat16 x) { return widened(x); });
 }

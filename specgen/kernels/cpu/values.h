@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "plan.h"
@@ -10,100 +11,106 @@
 
 namespace specgen {
 
-// G heads of one row over V vectors of dims: adds weights[g][i] * the i-th value of the path to sums[g].
-template <class T, int G, int V>
-void add_values(const T* value, int64_t stride, int64_t count, const float* weights, int64_t line,
-                floats (&sums)[G][V]) {
-  for (int64_t i = 0; i < count; i++, value += stride)
-    for (int v = 0; v < V; v++) {
-      const floats x = load(value + v * WIDTH);
-      for (int g = 0; g < G; g++) sums[g][v] = fma(all(weights[g * line + i]), x, sums[g][v]);
+// Adds the values in `count` slots to the sums of G queries, sums[G][dims], whose weights stand in lines: V vectors of
+// dims, or what `width` leaves of one.
+template <int G, int V, class T>
+void add_dims(const T* values, int64_t row, const int32_t* slots, int64_t count, const float* weights, int64_t line,
+              float* sums, int64_t dims, int64_t width) {
+  floats sum[G][V];
+#pragma GCC unroll 6
+  for (int g = 0; g < G; g++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) sum[g][v] = load(sums + g * dims + v * WIDTH);
+  for (int64_t i = 0; i < count; i++) {
+    const T* value = values + slots[i] * row;
+    floats x[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) x[v] = V == 1 ? load_some(value, width) : load(value + v * WIDTH);
+#pragma GCC unroll 6
+    for (int g = 0; g < G; g++) {
+      const floats weight = all(weights[g * line + i]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; v++) sum[g][v] = fma(weight, x[v], sum[g][v]);
     }
+  }
+#pragma GCC unroll 6
+  for (int g = 0; g < G; g++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) store(sums + g * dims + v * WIDTH, sum[g][v]);
 }
 
+// For 1 to G queries.
+template <int G, class T>
+void add_values(int64_t queries, const T* values, int64_t row, const int32_t* slots, int64_t count,
+                const float* weights, int64_t line, float* sums, int64_t dims, int64_t width) {
+  if constexpr (G > 1)
+    if (queries < G)
+      return add_values<G - 1>(queries, values, row, slots, count, weights, line, sums, dims, width);
+  constexpr int V = REGISTERS / 8;  // the sums of six queries, the values and a weight just find room
+  int64_t d = 0;
+  for (; d + V * WIDTH <= width; d += V * WIDTH)
+    add_dims<G, V>(values + d, row, slots, count, weights, line, sums + d, dims, width - d);
+  for (; d < width; d += WIDTH)
+    add_dims<G, 1>(values + d, row, slots, count, weights, line, sums + d, dims, width - d);
+}
+
+// Of the queries of some rows of a segment with one KV head: [row][head of the group].
 template <class T>
 class Values {
  public:
-  Values(const Plan& plan, const Segment& segment, const Heads<T>& values, const Shape& shape, int64_t head)
-      : plan_(plan), segment_(segment), values_(values), shape_(shape), head_(head) {}
+  // Slots of positions from `low` on, as far as any row sees.
+  Values(const Heads<T>& values, const Shape& shape, int64_t head, int64_t prefix, const std::vector<Path>& paths,
+         int64_t low, std::vector<int32_t> slots)
+      : at_(values(0, head)), row_(values.row), shape_(shape), prefix_(prefix), paths_(paths), low_(low),
+        slots_(std::move(slots)), dims_(rounded_up(shape.value_dim, WIDTH)),
+        sums_(paths.size() * shape.group * dims_) {}
 
-  // Heads [0, group) of one row; weights of each head a line, out [group][value_dim].
-  void weigh(const Path& path, const float* weights, int64_t line, const float* totals, T* out) const {
-    for (int64_t d = 0; d < shape_.value_dim; d += 4 * WIDTH) {
-      const int64_t width = std::min(shape_.value_dim - d, 4 * WIDTH);
-      for (int64_t g = 0; g < shape_.group; g += 4) {
-        const float* mine = weights + g * line;
-        T* to = out + g * shape_.value_dim + d;
-        switch (std::min<int64_t>(4, shape_.group - g)) {
-          case 1: part<1>(path, mine, line, totals + g, to, d, width); break;
-          case 2: part<2>(path, mine, line, totals + g, to, d, width); break;
-          case 3: part<3>(path, mine, line, totals + g, to, d, width); break;
-          default: part<4>(path, mine, line, totals + g, to, d, width);
-        }
-      }
-    }
+  // weights: of each query a line, in which those of a path begin at its `first_score`, counted from `low`.
+  void weigh(const float* weights, int64_t line) {
+    const int64_t high = low_ + slots_.size();
+    int64_t begin = low_, end = paths_[0].listed ? prefix_ : paths_[0].end_position(prefix_);
+    for (const Path& path : paths_) begin = std::max(begin, path.first_score());
+    end = std::max(begin, end);
+    for (size_t r = 0; r < paths_.size(); r++) alone(r, paths_[r].first_score(), begin, weights, line);
+    // All rows see these; a part of them at a time stays in the cache.
+    for (int64_t at = begin; at < end; at += SHARED)
+      add(0, sums_.size() / dims_, &slots_[at - low_], std::min(SHARED, end - at), weights + at - low_, line);
+    for (size_t r = 0; r < paths_.size(); r++) alone(r, end, high, weights, line);
   }
+
+  const float* sums(int64_t query) const { return &sums_[query * dims_]; }
 
  private:
-  template <int G>
-  void part(const Path& path, const float* weights, int64_t line, const float* totals, T* out, int64_t d,
-            int64_t width) const {
-    switch (width) {
-      case 4 * WIDTH: return vectors<G, 4>(path, weights, line, totals, out, d);
-      case 2 * WIDTH: return vectors<G, 2>(path, weights, line, totals, out, d);
+  static constexpr int64_t SHARED = 128, TOGETHER = 6;  // keys; queries
+
+  // Of one row what lies in its line of weights from one place to another.
+  void alone(int64_t r, int64_t begin, int64_t end, const float* weights, int64_t line) {
+    const Path& path = paths_[r];
+    end = std::min(end, path.first_score() + path.length(prefix_));
+    if (begin >= end) return;
+    std::vector<int32_t> slots;
+    for (int64_t at = begin; at < end; at++) {
+      const int64_t behind = at - prefix_;
+      slots.push_back(slots_[(path.listed && behind >= 0 ? prefix_ + path.at(behind) : at) - low_]);
     }
-    int64_t done = 0;
-    for (; done + WIDTH <= width; done += WIDTH) vectors<G, 1>(path, weights, line, totals, out + done, d + done);
-    if (done < width) rest<G>(path, weights, line, totals, out + done, d + done, width - done);
+    add(r * shape_.group, shape_.group, slots.data(), slots.size(), weights + begin - low_, line);
   }
 
-  template <int G, int V>
-  void vectors(const Path& path, const float* weights, int64_t line, const float* totals, T* out, int64_t d) const {
-    floats sums[G][V] = {};
-    runs(path, [&](int64_t i, int64_t slot, int64_t count) {
-      add_values<T, G, V>(values_(slot, head_) + d, values_.row, count, weights + i, line, sums);
-    });
-    for (int g = 0; g < G; g++)
-      for (int v = 0; v < V; v++) store(out + g * shape_.value_dim + v * WIDTH, sums[g][v] / totals[g]);
+  void add(int64_t query, int64_t queries, const int32_t* slots, int64_t count, const float* weights, int64_t line) {
+    for (int64_t end = query + queries; query < end; query += TOGETHER)
+      add_values<TOGETHER>(std::min(TOGETHER, end - query), at_, row_, slots, count, weights + query * line, line,
+                           &sums_[query * dims_], dims_, shape_.value_dim);
   }
 
-  // What is left of a head that fills no vector.
-  template <int G>
-  void rest(const Path& path, const float* weights, int64_t line, const float* totals, T* out, int64_t d,
-            int64_t dims) const {
-    floats sums[G] = {};
-    runs(path, [&](int64_t i, int64_t slot, int64_t count) {
-      for (int64_t j = 0; j < count; j++) {
-        const floats x = load_some(values_(slot + j, head_) + d, dims);
-        for (int g = 0; g < G; g++) sums[g] = fma(all(weights[g * line + i + j]), x, sums[g]);
-      }
-    });
-    for (int g = 0; g < G; g++) store_some(out + g * shape_.value_dim, sums[g] / totals[g], dims);
-  }
-
-  // `visit(i, slot, count)`: the path's i-th to (i + count)-th key lie in consecutive slots.
-  template <class F>
-  void runs(const Path& path, const F& visit) const {
-    const int64_t committed = segment_.prefix - path.first;
-    for (int64_t i = 0; i < committed;) {
-      const int64_t position = path.first + i, count = std::min(PAGE - position % PAGE, committed - i);
-      visit(i, plan_.slot(segment_, position), count);
-      i += count;
-    }
-    const int64_t behind = committed + path.count;
-    for (int64_t i = committed; i < behind;) {
-      const int64_t position = segment_.prefix + path.at(i - committed);
-      const int64_t count = path.listed ? 1 : std::min(PAGE - position % PAGE, behind - i);
-      visit(i, plan_.slot(segment_, position), count);
-      i += count;
-    }
-  }
-
-  const Plan& plan_;
-  const Segment& segment_;
-  const Heads<T>& values_;
+  const T* at_;
+  int64_t row_;
   const Shape& shape_;
-  int64_t head_;
+  int64_t prefix_;
+  const std::vector<Path>& paths_;
+  int64_t low_;
+  std::vector<int32_t> slots_;
+  int64_t dims_;
+  std::vector<float> sums_;
 };
 
 #ifdef __AMX_BF16__

@@ -45,10 +45,11 @@ inline floats load(const float* from) {
 inline words load_bits(const bfloat16* from) {
   halves x;
   std::memcpy(&x, from, sizeof x);
+  // GCC 12 makes several of a conversion in its own words.
 #ifdef __AVX512F__
-  return __builtin_convertvector(x, words);
+  return (words)_mm512_cvtepu16_epi32((__m256i)x);
 #else
-  return (words)_mm256_cvtepu16_epi32((__m128i)x);  // GCC 12 makes several of it
+  return (words)_mm256_cvtepu16_epi32((__m128i)x);
 #endif
 }
 
@@ -90,11 +91,17 @@ inline floats fma(floats a, floats b, floats c) {
 #endif
 }
 
-// Rows of a square become its columns.
-inline void transpose(words (&x)[WIDTH]) {
+// 0, 1, 2 and so on.
+inline words numbered() {
   words lanes;
 #pragma GCC unroll 16
   for (int i = 0; i < WIDTH; i++) lanes[i] = i;
+  return lanes;
+}
+
+// Rows of a square become its columns.
+inline void transpose(words (&x)[WIDTH]) {
+  const words lanes = numbered();
   // Of each two blocks that lie across the diagonal, in squares of half the size each time.
 #pragma GCC unroll 4
   for (int half = WIDTH / 2; half; half /= 2)
@@ -111,14 +118,17 @@ inline void transpose(words (&x)[WIDTH]) {
 
 // Always in this order: a sum must not depend on who asks for it.
 inline float sum(floats x) {
-  for (int half = WIDTH / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) x[i] += x[i + half];
+#pragma GCC unroll 4
+  for (int half = WIDTH / 2; half; half /= 2) x += __builtin_shuffle(x, numbered() ^ half);
   return x[0];
 }
 
 inline float largest(floats x) {
-  for (int half = WIDTH / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
+#pragma GCC unroll 4
+  for (int half = WIDTH / 2; half; half /= 2) {
+    const floats other = __builtin_shuffle(x, numbered() ^ half);
+    x = x > other ? x : other;
+  }
   return x[0];
 }
 
