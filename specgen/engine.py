@@ -35,6 +35,7 @@ from specgen.types import EMPTY_TREE, Acceptance, DraftTrace, Finish, StepOutput
 from specgen.view import View, views
 
 _MEASURED_ROWS = (1, 2, 4, 8, 16, 32)
+_MEASURED_CONTEXT = 1024
 _DEFAULT_CACHE = CacheOptions()
 _DEFAULT_ADAPTERS = AdapterOptions()
 _ARRIVAL_SECONDS = 0.1
@@ -210,7 +211,9 @@ class EngineCore:
 
     def _measure(self) -> None:
         """Begin with what rows cost on this machine, so that not even the first tree is larger than it pays."""
-        self.drafting.cost = RowCost()
+        context = min(_MEASURED_CONTEXT, self.target.pool.capacity // 2, self.target.context_length - 1)
+        more = self.target.row_seconds(1, context) - self.target.row_seconds(1)
+        self.drafting.cost = RowCost(max(0.0, more) / context)
         for rows in _MEASURED_ROWS:
             if rows <= self.target.context_length:
                 self.drafting.cost.observe(rows, self.target.row_seconds(rows))
@@ -223,6 +226,7 @@ class EngineCore:
                 [sequence.drafts for sequence in drawing],
                 [sequence.deepest_draft for sequence in drawing],
                 base_rows=sum(turn.chain for turn in turns),
+                context=sum(turn.sequence.table.length for turn in turns),
             )
         )
         return [_housed(turn, next(trees)) if turn.complete else EMPTY_TREE for turn in turns]
@@ -262,7 +266,8 @@ class EngineCore:
         drawn_rows = top[1][:, 0].tolist()
         for one, token in zip(draws, tokens, strict=True):
             drawn_rows[one.row] = token
-        self.drafting.cost.observe(sum(len(s.tokens) for s in segments), time.perf_counter() - started)
+        rows, context = sum(len(s.tokens) for s in segments), sum(s.table.length for s in segments)
+        self.drafting.cost.observe(rows, time.perf_counter() - started, context)
         return views(segments, scores, (top[0], top[1]), drawn_rows, self.drafting.wanted.layers)
 
     def _settle(self, turn: Turn, tree: TokenTree, view: View) -> StepOutput | None:

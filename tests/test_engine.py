@@ -1012,9 +1012,11 @@ def test_a_new_request_gives_a_broken_drafter_another_chance(model: PreTrainedMo
 
 
 class FixedCost:
-    """A row costs two hundredths of a forward, on any machine."""
+    """A row costs two hundredths of a forward, on any machine; what it hangs under costs nothing."""
 
-    def observe(self, rows: int, seconds: float) -> None:
+    context_seconds = 0.0
+
+    def observe(self, rows: int, seconds: float, context: int = 0) -> None:
         pass
 
     def seconds(self, rows: int) -> float:
@@ -1263,6 +1265,31 @@ def test_the_cost_of_rows_is_learned_from_forwards() -> None:
         cost.observe(10, 0.06)
     assert cost.seconds(10) == pytest.approx(0.06, rel=0.05)
     assert all(fewer <= more for fewer, more in pairwise(cost.seconds(rows) for rows in range(1, 300)))
+
+
+def test_reading_what_rows_hang_under_is_not_counted_as_theirs() -> None:
+    """Steps of more sequences have more rows and more to read: a row costs the same in either."""
+    cost = RowCost(context_seconds=0.00001)
+    for _ in range(20):
+        cost.observe(2, 0.012, context=200)
+        cost.observe(16, 0.040, context=1600)
+    assert cost.seconds(2) == pytest.approx(0.010)
+    assert cost.seconds(16) == pytest.approx(0.024)
+    cost.observe(2, 0.012, context=1_000_000)
+    assert cost.seconds(2) > 0.0, "and a forward is never all reading"
+
+
+def test_an_engine_knows_what_its_context_costs(model: PreTrainedModel) -> None:
+    """Measured over memory that was written to: what nobody wrote to is read in no time."""
+    core = Bench(model, {"echo": echoes(0.5)}).core
+    pool = core.target.pool
+    for stack in pool.stacks:
+        stack.view(torch.uint8).fill_(255)
+    before = core.target.forwards, core.target.rows, pool.free_pages
+    core._measure()
+    assert core.drafting.cost.context_seconds >= 0.0
+    assert (core.target.forwards, core.target.rows, pool.free_pages) == before
+    assert any((stack == 0).all(dim=-1).any() for stack in pool.stacks)
 
 
 def test_one_slow_forward_does_not_spoil_the_cost() -> None:

@@ -15,6 +15,8 @@ from specgen.types import TokenTree
 _SMOOTHING = 0.15
 _ROW_PRIOR = 0.01
 _OUTLIER = 4.0
+_LEAST_SHARE = 0.25
+"""Of a forward's time, that of its rows is at least that."""
 
 
 class RowCost:
@@ -22,14 +24,20 @@ class RowCost:
 
     Steps are averaged in groups of similar size (powers of two) and interpolated between them; where nothing was
     measured yet, one row more is taken to cost a hundredth of the forward.
+
+    A forward also reads the keys and values of what its rows hang under, which costs the same however many rows do:
+    `context_seconds` for each token. Steps of more sequences have more rows and more to read; were it counted with the
+    rows, rows would look dearer than they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, context_seconds: float = 0.0) -> None:
+        self.context_seconds = context_seconds
         self._groups: dict[int, tuple[float, float]] = {}
         self._known: list[tuple[float, float]] | None = None
 
-    def observe(self, rows: int, seconds: float) -> None:
-        """A forward over `rows` rows took `seconds`."""
+    def observe(self, rows: int, seconds: float, context: int = 0) -> None:
+        """A forward over `rows` rows, hung under `context` tokens in all, took `seconds`."""
+        seconds = max(_LEAST_SHARE * seconds, seconds - context * self.context_seconds)
         self._known = None
         group = rows.bit_length()
         if group not in self._groups:
@@ -43,7 +51,8 @@ class RowCost:
         )
 
     def seconds(self, rows: int) -> float:
-        """Expected seconds of a forward over `rows` rows; never less than for fewer rows. 1 before any measurement."""
+        """Expected seconds of a forward over `rows` rows, without what they hang under; never less than for fewer rows.
+        1 before any measurement."""
         # Asked for every node of a step, while it changes once in a step.
         points = self._known = self._known or self._points()
         if not points:

@@ -118,8 +118,11 @@ class Drafting:
     def _learned_under(self, adapter: str) -> dict[str, _Learned]:
         return self._learned.setdefault(adapter, {name: _Learned() for name in self.drafters})
 
-    def propose(self, sequences: Sequence[Drafts], deepest: Sequence[int], base_rows: int) -> list[TokenTree]:
-        """The tree to verify for each sequence, at most `deepest[i]` deep, when `base_rows` rows run anyway."""
+    def propose(
+        self, sequences: Sequence[Drafts], deepest: Sequence[int], base_rows: int, context: int = 0
+    ) -> list[TokenTree]:
+        """The tree to verify for each sequence, at most `deepest[i]` deep, when `base_rows` rows run anyway, hung under
+        `context` tokens in all."""
         started = time.perf_counter()
         asking = sum(
             self._ask(name, drafter, [d for d, depth in zip(sequences, deepest, strict=True) if depth > 0])
@@ -134,7 +137,8 @@ class Drafting:
         spent = time.perf_counter() - started
         most = [d.speculation.max_nodes for d in sequences]
         rows = base_rows + sum(map(len, fixed))
-        chosen, rate = worthwhile(adaptive, rows, self.cost, most=most, spent=spent)
+        fixed_seconds = spent + context * self.cost.context_seconds
+        chosen, rate = worthwhile(adaptive, rows, self.cost, most=most, spent=fixed_seconds)
         if sequences:
             self._token_seconds = 1.0 / rate
             taken = sum(map(len, chosen))

@@ -22,7 +22,8 @@ _EARLY = 8
 _LONG, _SHORT = 60.0, 20.0
 """Answers that a mean reaches back over, over all sequences and in one."""
 _FIRST_PAUSE = 8
-_LONGEST_PAUSE = 256
+_LONGEST_PAUSE, _LONGEST_PAUSE_OF_ALL = 256, 2048
+"""Steps without an answer: in one sequence; and of all new ones together, each of which counts."""
 
 
 class Pace:
@@ -103,7 +104,8 @@ class Pace:
         return resting
 
     def _begin_pause(self) -> None:
-        self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, _LONGEST_PAUSE)
+        longest = _LONGEST_PAUSE if self._parent else _LONGEST_PAUSE_OF_ALL
+        self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, longest)
 
     def _learn(self, gained: float, cost: float, last: float | None, reach: float) -> None:
         """`last` is what the same sequence gained before: two answers differ by twice the noise, squared."""

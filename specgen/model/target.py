@@ -283,12 +283,16 @@ class Target:
         if how is True:
             self.take_compiled(wait=True)
 
-    def row_seconds(self, rows: int) -> float:
-        """Seconds of one forward over `rows` rows of one text, measured now: the faster of two, after a first one."""
+    def row_seconds(self, rows: int, context: int = 0) -> float:
+        """Seconds of one forward over `rows` rows of one text behind `context` tokens, whatever their keys and values,
+        measured now: the faster of two, after a first one."""
         table = self.pool.open()
         try:
-            table.reserve(rows)
-            segment = Segment(table, [0] * rows, range(rows), None, range(rows))
+            table.reserve(context + rows)
+            table.length = context
+            for page in table.pages if context else ():  # memory that nobody wrote to is nowhere, and read in no time
+                self.pool.fill(page, [torch.zeros_like(plane) for plane in self.pool.rows_of(page)])
+            segment = Segment(table, [0] * rows, range(context, context + rows), None, range(rows))
             self.forward([segment])
             seconds = min(self._timed(segment) for _ in range(2))
         finally:
