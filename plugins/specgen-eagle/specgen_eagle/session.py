@@ -137,7 +137,9 @@ class Reading:
 
     def _joined(self) -> Sequence[Tensor]:
         """What was heard, of each layer in one piece."""
-        return self.heard[0] if len(self.heard) == 1 else [torch.cat(pieces) for pieces in zip(*self.heard, strict=True)]
+        if len(self.heard) == 1:
+            return self.heard[0]
+        return [torch.cat(pieces) for pieces in zip(*self.heard, strict=True)]
 
 
 class EagleSession(DraftSession):
