@@ -211,12 +211,18 @@ class EngineCore:
 
     def _measure(self) -> None:
         """Begin with what rows cost on this machine, so that not even the first tree is larger than it pays."""
+        pool = self.target.pool
+        self.drafting.cost = RowCost(self._context_seconds)
+        for rows in _MEASURED_ROWS:
+            if rows <= self.target.context_length and pool.has(pool.pages_for(rows)):
+                self.drafting.cost.observe(rows, self.target.row_seconds(rows))
+
+    @cached_property
+    def _context_seconds(self) -> float:
+        """What a forward takes longer for each token that its rows hang under. First asked while no page is taken."""
         context = min(_MEASURED_CONTEXT, self.target.pool.capacity // 2, self.target.context_length - 1)
         more = self.target.row_seconds(1, context) - self.target.row_seconds(1)
-        self.drafting.cost = RowCost(max(0.0, more) / context)
-        for rows in _MEASURED_ROWS:
-            if rows <= self.target.context_length:
-                self.drafting.cost.observe(rows, self.target.row_seconds(rows))
+        return max(0.0, more) / max(1, context)
 
     def _propose(self, turns: Many[Turn]) -> list[TokenTree]:
         """The tree of each turn, as far as there are pages for it; empty where the prompt is not through."""

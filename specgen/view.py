@@ -62,8 +62,6 @@ def views(
 
 
 def _kept(rows: Tensor, chain: int, nodes: Sequence[int]) -> Tensor:
-    if len(rows) == chain:
-        return rows
     if all(node == place for place, node in enumerate(nodes)):
         return rows[: chain + len(nodes)]
     return rows[[*range(chain), *(chain + node for node in nodes)]]

@@ -1014,10 +1014,11 @@ def test_a_new_request_gives_a_broken_drafter_another_chance(model: PreTrainedMo
 class FixedCost:
     """A row costs two hundredths of a forward, on any machine; what it hangs under costs nothing."""
 
-    context_seconds = 0.0
-
     def observe(self, rows: int, seconds: float, context: int = 0) -> None:
         pass
+
+    def reading(self, context: int, rows: int) -> float:
+        return 0.0
 
     def seconds(self, rows: int) -> float:
         return 1.0 + 0.02 * rows
@@ -1275,8 +1276,10 @@ def test_reading_what_rows_hang_under_is_not_counted_as_theirs() -> None:
         cost.observe(16, 0.040, context=1600)
     assert cost.seconds(2) == pytest.approx(0.010)
     assert cost.seconds(16) == pytest.approx(0.024)
+    assert cost.reading(200, 2) == pytest.approx(0.002)
     cost.observe(2, 0.012, context=1_000_000)
-    assert cost.seconds(2) > 0.0, "and a forward is never all reading"
+    assert cost.seconds(2) > 0.0, "a forward is never all reading"
+    assert cost.reading(1_000_000, 2) == pytest.approx(3 * cost.seconds(2)), "and never expected to be"
 
 
 def test_an_engine_knows_what_its_context_costs(model: PreTrainedModel) -> None:
@@ -1286,10 +1289,22 @@ def test_an_engine_knows_what_its_context_costs(model: PreTrainedModel) -> None:
     for stack in pool.stacks:
         stack.view(torch.uint8).fill_(255)
     before = core.target.forwards, core.target.rows, pool.free_pages
-    core._measure()
-    assert core.drafting.cost.context_seconds >= 0.0
+    del core._context_seconds
+    assert core._context_seconds >= 0.0
     assert (core.target.forwards, core.target.rows, pool.free_pages) == before
     assert any((stack == 0).all(dim=-1).any() for stack in pool.stacks)
+
+
+def test_rows_are_measured_again_while_requests_hold_the_pages(model: PreTrainedModel) -> None:
+    """As after a compilation in the background: what finds no page is not measured, and nobody is sent away."""
+    bench = Bench(model, {"echo": echoes(0.5)})
+    core, pool = bench.core, bench.core.target.pool
+    known = core.drafting.cost.context_seconds
+    taken = pool.take(pool.free_pages)
+    core._measure()
+    pool.drop(taken)
+    assert core.drafting.cost.context_seconds == known
+    assert list(bench.alone(PROMPTS[0], max_tokens=8).ids) == greedy(model, PROMPTS[0], 8)
 
 
 def test_one_slow_forward_does_not_spoil_the_cost() -> None:

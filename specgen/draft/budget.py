@@ -15,8 +15,8 @@ from specgen.types import TokenTree
 _SMOOTHING = 0.15
 _ROW_PRIOR = 0.01
 _OUTLIER = 4.0
-_LEAST_SHARE = 0.25
-"""Of a forward's time, that of its rows is at least that."""
+_MOST_READING = 0.75
+"""Of a forward's time: windows look back on less than the longest context that was measured."""
 
 
 class RowCost:
@@ -37,7 +37,7 @@ class RowCost:
 
     def observe(self, rows: int, seconds: float, context: int = 0) -> None:
         """A forward over `rows` rows, hung under `context` tokens in all, took `seconds`."""
-        seconds = max(_LEAST_SHARE * seconds, seconds - context * self.context_seconds)
+        seconds -= min(context * self.context_seconds, _MOST_READING * seconds)
         self._known = None
         group = rows.bit_length()
         if group not in self._groups:
@@ -65,6 +65,10 @@ class RowCost:
                 return low + (high - low) * (rows - low_rows) / max(high_rows - low_rows, 1e-9)
         last_rows, last = points[-1]
         return last * (1.0 + _ROW_PRIOR * (rows - last_rows))
+
+    def reading(self, context: int, rows: int) -> float:
+        """Expected seconds that a forward over `rows` rows takes besides, for what they hang under."""
+        return min(context * self.context_seconds, _MOST_READING / (1.0 - _MOST_READING) * self.seconds(rows))
 
     def _points(self) -> list[tuple[float, float]]:
         """(rows, seconds), ascending in both: what was slow by accident is not believed to exceed a larger forward."""

@@ -137,8 +137,8 @@ class Drafting:
         spent = time.perf_counter() - started
         most = [d.speculation.max_nodes for d in sequences]
         rows = base_rows + sum(map(len, fixed))
-        fixed_seconds = spent + context * self.cost.context_seconds
-        chosen, rate = worthwhile(adaptive, rows, self.cost, most=most, spent=fixed_seconds)
+        gone = spent + self.cost.reading(context, rows)
+        chosen, rate = worthwhile(adaptive, rows, self.cost, most=most, spent=gone)
         if sequences:
             self._token_seconds = 1.0 / rate
             taken = sum(map(len, chosen))

@@ -291,7 +291,8 @@ class Target:
             table.reserve(context + rows)
             table.length = context
             for page in table.pages if context else ():  # memory that nobody wrote to is nowhere, and read in no time
-                self.pool.fill(page, [torch.zeros_like(plane) for plane in self.pool.rows_of(page)])
+                for plane in self.pool.rows_of(page):
+                    plane.zero_()
             segment = Segment(table, [0] * rows, range(context, context + rows), None, range(rows))
             self.forward([segment])
             seconds = min(self._timed(segment) for _ in range(2))

@@ -101,13 +101,13 @@ class Cache:
 class Reading:
     """What a session's head has taken in since `start`, and what it has not.
 
-    heard: the target's states of entries that are `unread`, of each layer [rows, width], put side by side when someone
-    asks. cache: keys and values of the others. root: what the head said of the last of them; `None` if there is none.
+    states: the target's, of all layers side by side, of entries that are `unread`. cache: keys and values of the
+    others. root: what the head said of the last of them; `None` if there is none.
     """
 
     def __init__(self, start: int) -> None:
         self.start = self.stop = start
-        self.heard: list[Sequence[Tensor]] = []
+        self.states: list[Tensor] = []
         self.cache = Cache()
         self.root: Answer | None = None
 
@@ -116,30 +116,25 @@ class Reading:
         """Entries that the head has not taken in."""
         return self.stop - self.start - self.cache.length
 
-    def add(self, states: Sequence[Tensor], window: int) -> None:
-        """Entries that follow, of each layer [rows, width]. While nobody asks, at most two windows are kept."""
-        self.heard.append(states)
-        self.stop += len(states[0])
+    def add(self, states: Tensor, window: int) -> None:
+        """Entries that follow. While nobody asks, at most two windows are kept."""
+        self.states.append(states)
+        self.stop += len(states)
         if self.unread > 2 * window:
             self.cut(window)
 
     def cut(self, window: int) -> None:
         """If more than `window` entries are unread, the text begins anew so many entries back."""
         if self.unread > window:
-            self.heard = [tuple(states[-window:].clone() for states in self._joined())]
+            self.states = [torch.cat(self.states)[-window:].clone()]
             self.start, self.cache, self.root = self.stop - window, Cache(), None
 
     def take(self, most: int) -> tuple[int, Tensor]:
-        """The position of the first unread entry, and the states of at most `most`, all layers' side by side."""
-        states = self._joined()
-        self.heard = [tuple(rows[most:] for rows in states)] if len(states[0]) > most else []
-        return self.start + self.cache.length, torch.cat([rows[:most] for rows in states], dim=-1)
-
-    def _joined(self) -> Sequence[Tensor]:
-        """What was heard, of each layer in one piece."""
-        if len(self.heard) == 1:
-            return self.heard[0]
-        return [torch.cat(pieces) for pieces in zip(*self.heard, strict=True)]
+        """The position of the first unread entry, and the states of at most `most`."""
+        states = self.states[0] if len(self.states) == 1 else torch.cat(self.states)
+        states, rest = states[:most], states[most:]
+        self.states = [rest] if len(rest) else []
+        return self.start + self.cache.length, states
 
 
 class EagleSession(DraftSession):
@@ -164,10 +159,9 @@ class EagleSession(DraftSession):
         if not self.reading.stop or features.position > self.reading.stop:
             # A cached prefix has no states: the head sees the text from here on, as if it began there.
             self.reading = Reading(features.position)
-        new = [features.hidden[layer] for layer in self._drafter.layers]
-        if seen := self.reading.stop - features.position:
-            new = [states[seen:] for states in new]
-        if len(new[0]):
+        seen = self.reading.stop - features.position
+        new = torch.cat([features.hidden[layer][seen:] for layer in self._drafter.layers], dim=-1)
+        if len(new):
             self.reading.add(new, self._drafter.window)
 
     def commit(self, tokens: Sequence[int]) -> None:

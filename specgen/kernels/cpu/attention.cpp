@@ -21,7 +21,8 @@ namespace {
 
 constexpr int64_t AHEAD = 4;     // pages of keys that are asked for before their turn
 constexpr int64_t QUERIES = 16;  // of a task, if it works with tiles: they fill one
-constexpr int64_t MOST_ROWS = 16;  // of a task without
+constexpr int64_t MOST_QUERIES = 48;  // of a task without: what it keeps of each must not fill the cache
+static_assert(2 * WIDTH >= PAGE, "lines of scores are longer by as much: room for a page behind the last");
 
 // Ask for the numbers of one head in all slots of a page: pages lie anywhere, so no core foresees them.
 template <class T>
@@ -36,7 +37,7 @@ bool tiled(const Shape& shape) {
   return std::is_same_v<T, bfloat16> && tiles_allowed() && shape.key_dim % 32 == 0 && shape.group <= QUERIES;
 }
 
-// ---- scores of some queries with the keys of one page
+// ---- scores of some queries with the keys of two pages
 
 template <class T>
 class Queries {
@@ -177,7 +178,7 @@ void weigh_tiled(const Plan& plan, const Segment& segment, const Shape& shape, c
     const Path& path = paths[q / shape.group];
     const float* from = scores + q * line + path.first_score() - low;
     bfloat16* at = &weights[q * width + path.first_position() - begin];
-    const int64_t count = segment.prefix - path.first + path.count;
+    const int64_t count = path.length(segment.prefix);
     for (int64_t i = 0; i < count; i += WIDTH) store_some(at + i, load(from + i), count - i);
   }
   set_tiles(queries, queries);
@@ -202,11 +203,11 @@ void attend_rows(const Plan& plan, const Segment& segment, const Shape& shape, c
                  int64_t begin, int64_t end) {
   static thread_local std::vector<float> scores;
   std::vector<Path> paths;
-  int64_t low = segment.prefix, high = segment.prefix;
+  int64_t low = segment.prefix + segment.tail, high = segment.prefix;
   for (int64_t r = begin; r < end; r++) {
     paths.push_back(plan.path(segment, r, scoring));
     const Path& path = paths.back();
-    low = std::min(low, path.first);
+    low = std::min(low, path.first_score());
     // The last of a path is the row itself.
     high = std::max(high, segment.prefix + path.at(path.count - 1) + 1);
   }
@@ -276,18 +277,13 @@ struct Task {
   int64_t head, begin, end;
 };
 
-// Whether each thread finds enough to do in whole sequences.
-bool plentiful(const Plan& plan, const Shape& shape) {
-  return plan.segments() * shape.kv_heads >= 8 * torch::stable::get_num_threads();
-}
-
 // Rows of a task: a tile of queries; or as many as share the work of reading a page, but some for each thread.
 template <class T>
 int64_t rows_together(const Plan& plan, const Segment& segment, const Shape& shape) {
   if (tiled<T>(shape)) return QUERIES / shape.group;
-  if (plentiful(plan, shape)) return MOST_ROWS;
-  const int64_t threads = torch::stable::get_num_threads();
-  return std::clamp<int64_t>((segment.rows + threads - 1) / threads, 1, MOST_ROWS);
+  const int64_t heads = plan.segments() * shape.kv_heads, wanted = 2 * torch::stable::get_num_threads();
+  const int64_t parts = (wanted + heads - 1) / heads, most = std::max<int64_t>(1, MOST_QUERIES / shape.group);
+  return std::clamp<int64_t>((segment.rows + parts - 1) / parts, 1, most);
 }
 
 template <class T>
@@ -311,10 +307,11 @@ void attend_all(const Tensor& query, const Tensor& key, const Tensor& value, con
   keep(plan, heads<const T>(value), kept_values, shape.kv_heads, shape.value_dim);
   const Heads<const T> queries = heads<const T>(query);
   const std::vector<Task> work = tasks<T>(plan, shape);
-  // Later rows of a prompt see more: whoever is done takes the next; where there are many, all heads of the same rows,
-  // which lie side by side.
+  // Later rows of a prompt see more: whoever is done takes the next; where there are many, several heads of the same
+  // rows, which lie side by side.
   std::atomic<size_t> next{0};
-  const size_t taken = plentiful(plan, shape) ? shape.kv_heads : 1;
+  const int64_t shares = work.size() / (8 * torch::stable::get_num_threads());
+  const size_t taken = std::clamp<int64_t>(shares, 1, shape.kv_heads);
   in_parallel(std::min<int64_t>(work.size(), torch::stable::get_num_threads()), [&](int64_t, int64_t) {
     for (size_t first; (first = next.fetch_add(taken)) < work.size();)
       for (size_t i = first; i < std::min(first + taken, work.size()); i++)

@@ -99,10 +99,13 @@ void panel_rows(const Row<T>* x, const T* panel, const T* bias, T* out, int64_t 
 template <class T>
 void panels(const Row<T>* x, const T* packed, const T* bias, T* out, int64_t rows, int64_t outputs, int64_t inputs,
             int64_t stride, int64_t begin, int64_t end) {
+  const int64_t parts = rounded_up(rows, MANY) / MANY;
   for (int64_t n = begin * PANEL; n < std::min(end * PANEL, outputs); n += PANEL)
-    for (int64_t r = 0; r < rows; r += MANY)
-      panel_rows(x + r * inputs, packed + n * inputs, bias ? bias + n : nullptr, out + r * stride + n,
-                 std::min(MANY, rows - r), inputs, stride, outputs - n);
+    for (int64_t part = 0; part < parts; part++) {
+      const int64_t r = rows * part / parts, count = rows * (part + 1) / parts - r;
+      panel_rows(x + r * inputs, packed + n * inputs, bias ? bias + n : nullptr, out + r * stride + n, count, inputs,
+                 stride, outputs - n);
+    }
 }
 
 // ---- with tiles: [outputs / 32][inputs / 32][2][16 pairs of inputs][16 outputs][2]

@@ -97,9 +97,12 @@ class Values {
   }
 
   void add(int64_t query, int64_t queries, const int32_t* slots, int64_t count, const float* weights, int64_t line) {
-    for (int64_t end = query + queries; query < end; query += TOGETHER)
-      add_values<TOGETHER>(std::min(TOGETHER, end - query), at_, row_, slots, count, weights + query * line, line,
-                           &sums_[query * dims_], dims_, shape_.value_dim);
+    const int64_t parts = (queries + TOGETHER - 1) / TOGETHER;
+    for (int64_t part = 0; part < parts; part++) {
+      const int64_t q = query + queries * part / parts, some = query + queries * (part + 1) / parts - q;
+      add_values<TOGETHER>(some, at_, row_, slots, count, weights + q * line, line, &sums_[q * dims_], dims_,
+                           shape_.value_dim);
+    }
   }
 
   const T* at_;
