@@ -111,6 +111,7 @@ class EngineCore:
         self.counters = Counters()
         if drafters:
             self._measure()
+            self._measure_context()
 
     @property
     def busy(self) -> bool:
@@ -212,17 +213,16 @@ class EngineCore:
     def _measure(self) -> None:
         """Begin with what rows cost on this machine, so that not even the first tree is larger than it pays."""
         pool = self.target.pool
-        self.drafting.cost = RowCost(self._context_seconds)
+        self.drafting.cost = RowCost(self.drafting.cost.context_seconds)
         for rows in _MEASURED_ROWS:
             if rows <= self.target.context_length and pool.has(pool.pages_for(rows)):
                 self.drafting.cost.observe(rows, self.target.row_seconds(rows))
 
-    @cached_property
-    def _context_seconds(self) -> float:
-        """What a forward takes longer for each token that its rows hang under. First asked while no page is taken."""
+    def _measure_context(self) -> None:
+        """What a forward takes longer for each token that its rows hang under. To be asked while no page is taken."""
         context = min(_MEASURED_CONTEXT, self.target.pool.capacity // 2, self.target.context_length - 1)
-        more = self.target.row_seconds(1, context) - self.target.row_seconds(1)
-        return max(0.0, more) / max(1, context)
+        more = self.target.row_seconds(1, context) - self.drafting.cost.seconds(1)
+        self.drafting.cost.context_seconds = max(0.0, more) / max(1, context)
 
     def _propose(self, turns: Many[Turn]) -> list[TokenTree]:
         """The tree of each turn, as far as there are pages for it; empty where the prompt is not through."""

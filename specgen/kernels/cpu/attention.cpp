@@ -67,8 +67,9 @@ class Queries {
     for (int64_t k = 0; k < KEYS; k += WIDTH) stand(pages[k / PAGE] + k % PAGE * key_stride, key_stride, k);
     for (int64_t q = 0; q < count_; q += TOGETHER)
       for (int64_t k = 0; k < KEYS; k += VECTORS * WIDTH)
-        score_some<TOGETHER>(std::min(TOGETHER, count_ - q), &lines_[q * dims_], &columns_[k * STEP],
-                             scores + q * stride + k, stride);
+        with_constant<TOGETHER>(std::min(TOGETHER, count_ - q), [&](auto R) {
+          score_some<R>(&lines_[q * dims_], &columns_[k * STEP], scores + q * stride + k, stride);
+        });
   }
 
  private:
@@ -88,11 +89,9 @@ class Queries {
     }
   }
 
-  // Up to R queries with VECTORS of keys.
+  // R queries with VECTORS of keys.
   template <int R>
-  void score_some(int64_t queries, const Number* lines, const Number* columns, float* scores, int64_t stride) const {
-    if constexpr (R > 1)
-      if (queries < R) return score_some<R - 1>(queries, lines, columns, scores, stride);
+  void score_some(const Number* lines, const Number* columns, float* scores, int64_t stride) const {
     using P = Products<Number>;
     floats sums[R][VECTORS] = {};
     for (int64_t d = 0; d < shape_.key_dim; d += STEP) {
@@ -282,8 +281,8 @@ template <class T>
 int64_t rows_together(const Plan& plan, const Segment& segment, const Shape& shape) {
   if (tiled<T>(shape)) return QUERIES / shape.group;
   const int64_t heads = plan.segments() * shape.kv_heads, wanted = 2 * torch::stable::get_num_threads();
-  const int64_t parts = (wanted + heads - 1) / heads, most = std::max<int64_t>(1, MOST_QUERIES / shape.group);
-  return std::clamp<int64_t>((segment.rows + parts - 1) / parts, 1, most);
+  const int64_t most = std::max<int64_t>(1, MOST_QUERIES / shape.group);
+  return std::clamp<int64_t>(parts_of(segment.rows, parts_of(wanted, heads)), 1, most);
 }
 
 template <class T>

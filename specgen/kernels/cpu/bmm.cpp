@@ -28,16 +28,11 @@ void strip(const float* x, const T* weight, T* out, int64_t inputs, int64_t colu
 
 template <class T>
 void strips(const float* x, const T* weight, T* out, int64_t rows, int64_t inputs, int64_t columns, int64_t count) {
-  for (int64_t r = 0; r < rows; r += ROWS) {
-    const float* at = x + r * inputs;
-    T* to = out + r * columns;
-    switch (std::min(ROWS, rows - r)) {
-      case 1: strip<T, 1>(at, weight, to, inputs, columns, count); break;
-      case 2: strip<T, 2>(at, weight, to, inputs, columns, count); break;
-      case 3: strip<T, 3>(at, weight, to, inputs, columns, count); break;
-      default: strip<T, 4>(at, weight, to, inputs, columns, count);
-    }
-  }
+  in_parts(rows, ROWS, [&](int64_t r, int64_t size) {
+    with_constant<ROWS>(size, [&](auto R) {
+      strip<T, R>(x + r * inputs, weight, out + r * columns, inputs, columns, count);
+    });
+  });
 }
 
 template <class T>
@@ -45,7 +40,7 @@ void multiply_all(const Tensor& x, const Tensor& weight, Tensor& out) {
   const int64_t batch = x.size(0), rows = x.size(1), inputs = x.size(2), columns = weight.size(2);
   std::vector<float> lines(x.numel());
   as_row(data<T>(x), lines.data(), x.numel());
-  const int64_t parts = rounded_up(columns, WIDTH) / WIDTH;
+  const int64_t parts = parts_of(columns, WIDTH);
   in_parallel(batch * parts, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; task++) {
       const int64_t b = task / parts, n = task % parts * WIDTH;

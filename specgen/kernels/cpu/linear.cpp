@@ -62,30 +62,24 @@ void add_inputs(const Row<T>* x, const T* panel, float* sums, int64_t inputs, in
     for (int v = 0; v < VECTORS; v++) store(sums + r * PANEL + v * WIDTH, sum[r][v]);
 }
 
-// R is as many as there are.
-template <class T, int R, class... Rest>
-void add_inputs_of(int64_t rows, Rest... rest) {
-  if (rows == R) return add_inputs<T, R>(rest...);
-  if constexpr (R > 1) add_inputs_of<T, R - 1>(rows, rest...);
-}
-
 // Up to MANY rows.
 template <class T>
 void panel_rows(const Row<T>* x, const T* panel, const T* bias, T* out, int64_t rows, int64_t inputs, int64_t stride,
                 int64_t width) {
   constexpr int64_t input = PANEL * sizeof(T), block = BLOCK / input;
-  const int64_t parts = rounded_up(rows, ROWS) / ROWS;  // of one size or two: few rows make poor use of a weight
-  const int64_t bytes = rounded_up(input * Products<T>::INPUTS, parts) / parts;
+  const int64_t bytes = parts_of(input * Products<T>::INPUTS, parts_of(rows, ROWS));
   alignas(64) float sums[MANY * PANEL];
   std::fill_n(sums, rows * PANEL, 0.0f);
   for (int64_t k = 0; k < inputs; k += block) {
     const int64_t count = std::min(block, inputs - k);
     const char* ahead = (const char*)(panel + k * PANEL) + AHEAD;
-    for (int64_t part = 0; part < parts; part++, ahead += bytes * count / Products<T>::INPUTS) {
-      const int64_t r = rows * part / parts, end = rows * (part + 1) / parts;
-      add_inputs_of<T, ROWS>(end - r, x + r * inputs + k, panel + k * PANEL, sums + r * PANEL, count, inputs, ahead,
-                             bytes);
-    }
+    // Few rows make poor use of a weight: parts of one size.
+    in_parts(rows, ROWS, [&](int64_t r, int64_t size) {
+      with_constant<ROWS>(size, [&](auto R) {
+        add_inputs<T, R>(x + r * inputs + k, panel + k * PANEL, sums + r * PANEL, count, inputs, ahead, bytes);
+      });
+      ahead += bytes * count / Products<T>::INPUTS;
+    });
   }
   for (int64_t v = 0; v < PANEL; v += WIDTH) {
     const int64_t count = width - v;
@@ -99,13 +93,11 @@ void panel_rows(const Row<T>* x, const T* panel, const T* bias, T* out, int64_t 
 template <class T>
 void panels(const Row<T>* x, const T* packed, const T* bias, T* out, int64_t rows, int64_t outputs, int64_t inputs,
             int64_t stride, int64_t begin, int64_t end) {
-  const int64_t parts = rounded_up(rows, MANY) / MANY;
   for (int64_t n = begin * PANEL; n < std::min(end * PANEL, outputs); n += PANEL)
-    for (int64_t part = 0; part < parts; part++) {
-      const int64_t r = rows * part / parts, count = rows * (part + 1) / parts - r;
-      panel_rows(x + r * inputs, packed + n * inputs, bias ? bias + n : nullptr, out + r * stride + n, count, inputs,
+    in_parts(rows, MANY, [&](int64_t r, int64_t size) {
+      panel_rows(x + r * inputs, packed + n * inputs, bias ? bias + n : nullptr, out + r * stride + n, size, inputs,
                  stride, outputs - n);
-    }
+    });
 }
 
 // ---- with tiles: [outputs / 32][inputs / 32][2][16 pairs of inputs][16 outputs][2]
@@ -113,7 +105,7 @@ void panels(const Row<T>* x, const T* packed, const T* bias, T* out, int64_t row
 constexpr int64_t TILE = 32;
 
 void pack_tiles(const bfloat16* weight, bfloat16* packed, int64_t outputs, int64_t inputs) {
-  const int64_t steps = rounded_up(inputs, TILE) / TILE;
+  const int64_t steps = parts_of(inputs, TILE);
   for (int64_t n = 0; n < rounded_up(outputs, TILE); n++)
     for (int64_t k = 0; k < steps * TILE; k++) {
       const int64_t tile = (n / TILE * steps + k / TILE) * 2 + n % TILE / WIDTH;
@@ -231,11 +223,11 @@ void multiply_all(const Tensor& x, const std::vector<Tensor>& weights, const std
     if (inputs == x.size(-1)) lines = data<T>(x);
   if (!lines) lines = (copied = lines_of(data<T>(x), rows, x.size(-1), inputs)).data();
   int64_t groups = 0;
-  for (int64_t count : outputs) groups += rounded_up(count, group) / group;
+  for (int64_t count : outputs) groups += parts_of(count, group);
   in_parallel(groups, [&](int64_t begin, int64_t end) {
     int64_t first = 0, column = 0;
     for (size_t i = 0; i < weights.size(); i++) {
-      const int64_t count = rounded_up(outputs[i], group) / group;
+      const int64_t count = parts_of(outputs[i], group);
       const int64_t from = std::max<int64_t>(begin - first, 0), to = std::min(end - first, count);
       const T* bias = biases[i] ? data<T>(*biases[i]) : nullptr;
       if (from < to)

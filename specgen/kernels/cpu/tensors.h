@@ -5,12 +5,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "parts.h"
+
 namespace specgen {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-inline int64_t rounded_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 template <class T>
 T* data(const Tensor& tensor) {

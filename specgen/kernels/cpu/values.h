@@ -39,13 +39,10 @@ void add_dims(const T* values, int64_t row, const int32_t* slots, int64_t count,
     for (int v = 0; v < V; v++) store(sums + g * dims + v * WIDTH, sum[g][v]);
 }
 
-// For 1 to G queries.
+// All `width` dims of them.
 template <int G, class T>
-void add_values(int64_t queries, const T* values, int64_t row, const int32_t* slots, int64_t count,
-                const float* weights, int64_t line, float* sums, int64_t dims, int64_t width) {
-  if constexpr (G > 1)
-    if (queries < G)
-      return add_values<G - 1>(queries, values, row, slots, count, weights, line, sums, dims, width);
+void add_values(const T* values, int64_t row, const int32_t* slots, int64_t count, const float* weights, int64_t line,
+                float* sums, int64_t dims, int64_t width) {
   constexpr int V = REGISTERS / 8;  // the sums of six queries, the values and a weight just find room
   int64_t d = 0;
   for (; d + V * WIDTH <= width; d += V * WIDTH)
@@ -97,12 +94,12 @@ class Values {
   }
 
   void add(int64_t query, int64_t queries, const int32_t* slots, int64_t count, const float* weights, int64_t line) {
-    const int64_t parts = (queries + TOGETHER - 1) / TOGETHER;
-    for (int64_t part = 0; part < parts; part++) {
-      const int64_t q = query + queries * part / parts, some = query + queries * (part + 1) / parts - q;
-      add_values<TOGETHER>(some, at_, row_, slots, count, weights + q * line, line, &sums_[q * dims_], dims_,
-                           shape_.value_dim);
-    }
+    in_parts(queries, TOGETHER, [&](int64_t begin, int64_t size) {
+      const int64_t q = query + begin;
+      with_constant<TOGETHER>(size, [&](auto G) {
+        add_values<G>(at_, row_, slots, count, weights + q * line, line, &sums_[q * dims_], dims_, shape_.value_dim);
+      });
+    });
   }
 
   const T* at_;
