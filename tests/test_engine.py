@@ -1268,6 +1268,13 @@ def test_the_cost_of_rows_is_learned_from_forwards() -> None:
     assert all(fewer <= more for fewer, more in pairwise(cost.seconds(rows) for rows in range(1, 300)))
 
 
+def test_a_row_more_costs_no_more_than_those_before_it() -> None:
+    """Behind a prompt of hundreds of rows, too."""
+    cost = RowCost()
+    cost.observe(400, 0.4)
+    assert cost.seconds(410) == pytest.approx(0.41)
+
+
 def test_reading_what_rows_hang_under_is_not_counted_as_theirs() -> None:
     """Steps of more sequences have more rows and more to read: a row costs the same in either."""
     cost = RowCost(context_seconds=0.00001)
@@ -1357,7 +1364,7 @@ def asked(pace: Pace, gained: int, seconds: float, steps: int) -> int:
     """How often the drafter is asked in so many steps, when each proposal costs `seconds` and brings `gained`."""
     count = 0
     for _ in range(steps):
-        if pace.ready():
+        if pace.ready(0.01):
             count += 1
             pace.observe(gained, seconds, token_seconds=0.01)
     return count

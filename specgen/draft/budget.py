@@ -23,7 +23,7 @@ class RowCost:
     """Seconds that a forward over n rows takes on this machine, now.
 
     Steps are averaged in groups of similar size (powers of two) and interpolated between them; where nothing was
-    measured yet, one row more is taken to cost a hundredth of the forward.
+    measured yet, one row more is taken to cost a hundredth of the forward, or its share of the rows if that is less.
 
     A forward also reads the keys and values of what its rows hang under, which costs the same however many rows do:
     `context_seconds` for each token. Steps of more sequences have more rows and more to read; were it counted with the
@@ -64,7 +64,7 @@ class RowCost:
             if rows <= high_rows:
                 return low + (high - low) * (rows - low_rows) / max(high_rows - low_rows, 1e-9)
         last_rows, last = points[-1]
-        return last * (1.0 + _ROW_PRIOR * (rows - last_rows))
+        return last * (1.0 + min(_ROW_PRIOR, 1.0 / last_rows) * (rows - last_rows))
 
     def reading(self, context: int, rows: int) -> float:
         """Expected seconds that a forward over `rows` rows takes besides, for what they hang under."""

@@ -75,6 +75,7 @@ class Drafting:
         self._vocab_size = vocab_size
         self._learned: dict[str, dict[str, _Learned]] = {}
         self._token_seconds = self._row_seconds = 0.0
+        self._speedup = 1.0
         self._curious = [name for name, drafter in drafters.items() if drafter.wanted != Wanted()]
         self.wanted = Wanted.union(drafter.wanted for drafter in drafters.values())
 
@@ -124,6 +125,12 @@ class Drafting:
         """The tree to verify for each sequence, at most `deepest[i]` deep, when `base_rows` rows run anyway, hung under
         `context` tokens in all."""
         started = time.perf_counter()
+        if not sequences:
+            return []
+        own_rows = len(sequences)
+        undrafted = (self.cost.seconds(own_rows) + self.cost.reading(context, base_rows)) / own_rows
+        # What drafts brought in the step before they may bring in this one.
+        self._token_seconds = undrafted / self._speedup
         asking = sum(
             self._ask(name, drafter, [d for d, depth in zip(sequences, deepest, strict=True) if depth > 0])
             for name, drafter in self.drafters.items()
@@ -137,12 +144,14 @@ class Drafting:
         spent = time.perf_counter() - started
         most = [d.speculation.max_nodes for d in sequences]
         rows = base_rows + sum(map(len, fixed))
-        gone = spent + self.cost.reading(context, rows)
+        # Prompts take their time whatever is drafted: a token saves of later steps, which have none to read.
+        prompts = self.cost.seconds(rows) - self.cost.seconds(rows - base_rows + own_rows)
+        gone = spent + self.cost.reading(context, rows) - prompts
         chosen, rate = worthwhile(adaptive, rows, self.cost, most=most, spent=gone)
-        if sequences:
-            self._token_seconds = 1.0 / rate
-            taken = sum(map(len, chosen))
-            self._row_seconds = (self.cost.seconds(rows + taken) - self.cost.seconds(rows)) / max(1, taken)
+        self._speedup = rate * undrafted
+        self._token_seconds = 1.0 / rate
+        taken = sum(map(len, chosen))
+        self._row_seconds = (self.cost.seconds(rows + taken) - self.cost.seconds(rows)) / max(1, taken)
         _share(spent - asking, sequences)
         return [select(tree, [*all_of, *nodes]) for tree, all_of, nodes in zip(trees, fixed, chosen, strict=True)]
 
@@ -194,8 +203,8 @@ class Drafting:
         asked = [(active.seconds, name) for name, active in drafts.active.items() if active.seconds]
         for seconds, name in sorted(asked):
             rows = len(verified.union(nodes[name])) - len(verified)
-            gained = max(0, accepted[name] - had) - rows * self._row_seconds / self._token_seconds
-            drafts.active[name].pace.observe(gained, seconds, self._token_seconds)
+            gained = max(0, accepted[name] - had)
+            drafts.active[name].pace.observe(gained, seconds, self._token_seconds, rows * self._row_seconds)
             drafts.active[name].seconds = 0.0
             had = max(had, accepted[name])
             verified.update(nodes[name])
@@ -233,7 +242,7 @@ class Drafting:
             for drafts in sequences
             if (active := drafts.active.get(name))
             and not active.stats.disabled
-            and (not drafts.speculation.adaptive or active.pace.ready())
+            and (not drafts.speculation.adaptive or active.pace.ready(self._token_seconds))
         ]
         if not asked:
             return 0.0

@@ -29,7 +29,8 @@ _LONGEST_PAUSE, _LONGEST_PAUSE_OF_ALL = 256, 2048
 class Pace:
     """Whether a drafter that costs time is worth asking in one sequence, with back-off where it is not.
 
-    Gain and cost of an answer are counted in tokens. A drafter brings no token in many steps and several in others, and
+    What an answer brings is counted in tokens, what it costs in seconds: what a token is worth changes from step to step,
+    with who else runs and whether a prompt is read. A drafter brings no token in many steps and several in others, and
     it does better in some texts than in others. `parent`, the pace over all sequences, measures either: what it expects
     counts in a new sequence as many answers as the noise within sequences is larger than the difference between them
     (the empirical Bayes estimate of Efron and Morris, 1975). The drafter is asked while what is expected, and some of
@@ -40,36 +41,40 @@ class Pace:
         self._parent = parent
         self._gain: float = parent._gain if parent else 0.0
         self._cost: float = parent._cost if parent else 0.0
+        self._rows: float = parent._rows if parent else 0.0
         self._weight: float = min(parent._weight, parent._likeness) if parent else 0.0
         # Variance of one answer around its sequence's mean, and around the mean of all.
         self._noise = self._spread = 0.0
         self._sequences = 0
+        # Seconds that the first answer of a sequence took longer, and the number of sequences and answers, of late.
+        self._entry = self._opened = self._heard = 0.0
         self._answers = 0
         self._last: float | None = None
         self._pause = 0
         self._next_pause = _FIRST_PAUSE
 
-    def ready(self) -> bool:
-        """Ask the drafter in this step? Counts a step of the pause if not."""
-        if self._rests():
-            return False
-        return bool(self._answers) or self._parent is None or self._parent._admits()
+    def ready(self, token_seconds: float) -> bool:
+        """Ask the drafter in this step, in which a token is worth `token_seconds`? Counts a step of the pause if not."""
+        if not self._answers and self._parent:
+            return self._parent._admits(token_seconds)
+        return self._pays(self._weight, _DOUBT, token_seconds) or not self._rests()
 
-    def observe(self, gained: float, seconds: float, token_seconds: float) -> None:
-        """A proposal that took `seconds` brought `gained` tokens, less those that its rows cost; a token is worth
+    def observe(self, gained: float, seconds: float, token_seconds: float, row_seconds: float = 0.0) -> None:
+        """A proposal that took `seconds`, and its rows `row_seconds`, brought `gained` tokens, each worth
         `token_seconds`."""
-        cost = seconds / token_seconds
+        if self._parent:
+            self._parent._count(seconds, first=not self._answers)
         if self._cost and not self._answers:
             # The first answer may have read a prompt. That is paid once, and tells nothing of the next.
-            cost = min(cost, self._cost)
+            seconds = min(seconds, self._cost)
         if self._parent and self._answers < _EARLY:
-            self._parent._learn(gained, cost, self._last, _LONG)
-        self._learn(gained, cost, self._last, _SHORT)
+            self._parent._learn(gained, seconds, row_seconds, self._last, _LONG)
+        self._learn(gained, seconds, row_seconds, self._last, _SHORT)
         self._answers += 1
         self._last = gained
-        if self._pays(self._weight, _DOUBT):
+        if self._pays(self._weight, _DOUBT, token_seconds):
             self._next_pause = max(_FIRST_PAUSE, self._next_pause // 2)
-        else:
+        elif not self._pause:
             self._begin_pause()
 
     @property
@@ -79,9 +84,9 @@ class Pace:
         between = self._spread - self._noise
         return most if between <= _ALIKE else min(most, max(_LEAST_LIKE, self._noise / between))
 
-    def _admits(self) -> bool:
+    def _admits(self, token_seconds: float) -> bool:
         """May a new sequence ask?"""
-        if self._pays(self._likeness, _CURIOSITY):
+        if self._pays(self._likeness, _CURIOSITY, token_seconds, self._entry * self._opened / max(1.0, self._heard)):
             self._next_pause = _FIRST_PAUSE
             return True
         if self._rests():
@@ -89,13 +94,21 @@ class Pace:
         self._begin_pause()
         return True
 
-    def _pays(self, weight: float, doubt: float) -> bool:
-        if self._cost <= _NEGLIGIBLE:
+    def _pays(self, weight: float, doubt: float, token_seconds: float, besides: float = 0.0) -> bool:
+        if self._cost <= _NEGLIGIBLE * token_seconds:
             return True
         if self._weight < _TRIALS:
-            return self._cost <= MAX_TREE_NODES
+            return self._cost <= MAX_TREE_NODES * token_seconds
         noise = self._parent._noise if self._parent else self._noise
-        return self._gain + doubt * math.sqrt(noise / weight) >= self._cost
+        return (self._gain + doubt * math.sqrt(noise / weight)) * token_seconds >= self._cost + self._rows + besides
+
+    def _count(self, seconds: float, *, first: bool) -> None:
+        """An answer of some sequence, perhaps its first."""
+        if first:
+            fade = 1.0 - 1.0 / _LONG
+            self._opened, self._heard = self._opened * fade + 1.0, self._heard * fade
+            self._entry += (max(0.0, seconds - self._cost) - self._entry) / self._opened
+        self._heard += 1.0
 
     def _rests(self) -> bool:
         """Is this a step of the pause? Counts it."""
@@ -107,7 +120,7 @@ class Pace:
         longest = _LONGEST_PAUSE if self._parent else _LONGEST_PAUSE_OF_ALL
         self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, longest)
 
-    def _learn(self, gained: float, cost: float, last: float | None, reach: float) -> None:
+    def _learn(self, gained: float, seconds: float, row_seconds: float, last: float | None, reach: float) -> None:
         """`last` is what the same sequence gained before: two answers differ by twice the noise, squared."""
         self._weight = min(self._weight + 1.0, reach)
         share = 1.0 / self._weight
@@ -118,4 +131,5 @@ class Pace:
         missed = gained - self._gain
         self._gain += share * missed
         self._spread += share * (missed * (gained - self._gain) - self._spread)
-        self._cost = self._cost + share * (cost - self._cost) if self._cost else cost
+        self._rows += share * (row_seconds - self._rows)
+        self._cost = self._cost + share * (seconds - self._cost) if self._cost else seconds

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from specgen import Drafter, DraftHints, DraftSession, Speculation, TokenTree
+from specgen.draft.budget import RowCost
 from specgen.draft.drafting import Drafting, Drafts
 from specgen.tree import chain
 from specgen.types import EMPTY_TREE
@@ -81,3 +82,19 @@ def test_without_a_budget_all_nodes_are_asked_for() -> None:
     for _ in range(20):
         step(drafting, drafts, 1)
     assert set(listening.asked) == {63}
+
+
+def test_a_prompt_that_is_read_beside_makes_tokens_worth_no_more() -> None:
+    """It takes its time whatever is drafted: a token saves a later step, which is short again."""
+
+    class Linear(RowCost):
+        def seconds(self, rows: int) -> float:
+            return 1.0 + 0.2 * rows
+
+    def taken(base_rows: int) -> int:
+        drafting, drafts = opened(Listening(offers=20))
+        drafting.cost = Linear()
+        return len(drafting.propose([drafts], [99], base_rows)[0])
+
+    assert 0 < taken(base_rows=1) < 20
+    assert taken(base_rows=500) == taken(base_rows=1)

@@ -21,7 +21,7 @@ def asked(everyone: Pace, rng: random.Random, mean: float, cost: float) -> float
     """Share of a sequence's steps in which the drafter is asked."""
     pace, count = Pace(everyone), 0
     for _ in range(STEPS):
-        if pace.ready():
+        if pace.ready(1.0):
             count += 1
             pace.observe(brought(rng, mean), cost, token_seconds=1.0)
     return count / STEPS
@@ -53,9 +53,9 @@ def test_reading_a_prompt_is_no_reason_not_to_ask_again() -> None:
     for _ in range(10):
         asked(everyone, rng, mean=0.9, cost=0.3)
     pace = Pace(everyone)
-    assert pace.ready()
+    assert pace.ready(1.0)
     pace.observe(0, seconds=20.0, token_seconds=1.0)
-    assert pace.ready()
+    assert pace.ready(1.0)
 
 
 def test_a_drafter_that_pays_nowhere_costs_little() -> None:
@@ -67,7 +67,38 @@ def test_a_drafter_that_pays_nowhere_costs_little() -> None:
         for _ in range(STEPS):
             for pace in paces:
                 steps += 1
-                if pace.ready():
+                if pace.ready(1.0):
                     count += 1
                     pace.observe(brought(rng, 0.3), 1.0, token_seconds=1.0)
     assert 0 < count / steps < 0.03
+
+
+def test_a_drafter_is_asked_where_a_token_is_worth_its_time() -> None:
+    """As the batch around a sequence grows and shrinks, and at once: no pause has to pass."""
+    rng, everyone = random.Random(0), Pace()
+    pace = Pace(everyone)
+    for _ in range(40):
+        pace.observe(brought(rng, 0.9), seconds=0.3, token_seconds=1.0)
+    asked = 0
+    for _ in range(60):
+        assert pace.ready(1.0)
+        if pace.ready(0.01):
+            asked += 1
+            pace.observe(brought(rng, 0.9), seconds=0.3, token_seconds=0.01)
+    assert asked <= 4
+
+
+def test_new_sequences_that_ask_a_few_times_do_not_pay_for_reading_their_prompts() -> None:
+    """Answers that come after it pay; where they are many, so does reading the prompt."""
+
+    def asked_after(answers: int) -> int:
+        rng, everyone = random.Random(0), Pace()
+        for _ in range(60):
+            pace = Pace(everyone)
+            pace.observe(brought(rng, 0.9), seconds=8.0, token_seconds=1.0)
+            for _ in range(answers - 1):
+                pace.observe(brought(rng, 0.9), seconds=0.3, token_seconds=1.0)
+        return sum(Pace(everyone).ready(1.0) for _ in range(60))
+
+    assert asked_after(answers=50) == 60
+    assert asked_after(answers=2) < 10
