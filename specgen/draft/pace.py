@@ -29,9 +29,9 @@ _LONGEST_PAUSE, _LONGEST_PAUSE_OF_ALL = 256, 2048
 class Pace:
     """Whether a drafter that costs time is worth asking in one sequence, with back-off where it is not.
 
-    What an answer brings is counted in tokens, what it costs in seconds: what a token is worth changes from step to step,
-    with who else runs and whether a prompt is read. A drafter brings no token in many steps and several in others, and
-    it does better in some texts than in others. `parent`, the pace over all sequences, measures either: what it expects
+    What an answer brings is counted in tokens, what it costs in seconds: what a token is worth changes from step to
+    step, with who else runs. A drafter brings no token in many steps and several in others, and it does better in some
+    texts than in others. `parent`, the pace over all sequences, measures either: what it expects
     counts in a new sequence as many answers as the noise within sequences is larger than the difference between them
     (the empirical Bayes estimate of Efron and Morris, 1975). The drafter is asked while what is expected, and some of
     the doubt about it, reach the cost. Where new sequences are not expected to pay, few of them ask, now and then.
@@ -54,7 +54,7 @@ class Pace:
         self._next_pause = _FIRST_PAUSE
 
     def ready(self, token_seconds: float) -> bool:
-        """Ask the drafter in this step, in which a token is worth `token_seconds`? Counts a step of the pause if not."""
+        """Ask the drafter in this step, where a token is worth `token_seconds`? Counts a step of the pause if not."""
         if not self._answers and self._parent:
             return self._parent._admits(token_seconds)
         return self._pays(self._weight, _DOUBT, token_seconds) or not self._rests()
