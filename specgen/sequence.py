@@ -70,7 +70,9 @@ class Sequence:
         self.cached_tokens: int | None = None
         self.ids = list(request.ids)
         self.finish: Finish | None = None
+        # Few look at ids as a tensor: those behind `_buffered` are put there when somebody does.
         self._buffer = torch.tensor([self.ids], device=table.pool.device)
+        self._buffered = len(self.ids)
         self._text: list[str] = []
         self._logprobs: list[Logprob] = []
         self._accepted: list[int] = []
@@ -119,7 +121,6 @@ class Sequence:
     def commit(self, chain: int, drafted: int, accepted: Acceptance, cursor: TextCursor, text: str) -> StepOutput:
         """Take in a walk over `chain` pending rows and a tree of `drafted` nodes: ids, KV rows, text, end."""
         self.table.commit(chain, [chain + node for node in accepted.nodes])
-        self.ids_with(accepted.committed)
         self.ids.extend(accepted.committed)
         self.cursor = cursor
         self._text.append(text)
@@ -172,8 +173,9 @@ class Sequence:
             grown = self._buffer.new_zeros(1, 2 * length)
             grown[:, : self._buffer.shape[1]] = self._buffer
             self._buffer = grown
-        if path:
-            self._buffer[0, len(self.ids) : length] = torch.tensor(path)
+        if self._buffered < length:
+            self._buffer[0, self._buffered : length] = torch.tensor([*self.ids[self._buffered :], *path])
+        self._buffered = len(self.ids)
         return self._buffer[:, :length]
 
 

@@ -39,7 +39,7 @@ from specgen.draft.budget import Calibration, RowCost, likeliest, survivals, wor
 from specgen.draft.draft_model import DraftModel
 from specgen.draft.merge import Merged
 from specgen.draft.ngram import NgramIndex, continuations
-from specgen.draft.pace import Pace
+from specgen.draft.pace import Experience, Pace
 from specgen.draft.prediction import Prediction
 from specgen.draft.prompt_lookup import PromptLookup
 from specgen.engine import EngineCore
@@ -1371,7 +1371,7 @@ def asked(pace: Pace, gained: int, seconds: float, steps: int) -> int:
 
 
 def test_a_slow_drafter_that_brings_nothing_is_asked_ever_less() -> None:
-    pace = Pace()
+    pace = Pace(Experience())
     counts = [asked(pace, gained=0, seconds=0.01, steps=100) for _ in range(6)]
     assert counts[0] <= 10
     assert counts[-1] <= 1
@@ -1379,13 +1379,13 @@ def test_a_slow_drafter_that_brings_nothing_is_asked_ever_less() -> None:
 
 
 def test_a_drafter_that_pays_or_costs_nothing_is_always_asked() -> None:
-    assert asked(Pace(), gained=2, seconds=0.01, steps=100) == 100
-    assert asked(Pace(), gained=0, seconds=0.00005, steps=100) == 100
+    assert asked(Pace(Experience()), gained=2, seconds=0.01, steps=100) == 100
+    assert asked(Pace(Experience()), gained=0, seconds=0.00005, steps=100) == 100
 
 
 def test_new_sequences_know_that_a_drafter_did_not_pay() -> None:
     """Short requests would else give it four trials each, for ever; and yet it is tried now and then."""
-    everyone = Pace()
+    everyone = Experience()
     counts = [asked(Pace(everyone), gained=0, seconds=0.01, steps=20) for _ in range(60)]
     assert counts[0] <= 5
     assert sum(counts[1:]) < 20
@@ -1397,7 +1397,7 @@ def test_new_sequences_know_that_a_drafter_did_not_pay() -> None:
 
 def test_a_drafter_that_pays_in_some_sequences_is_tried_in_each() -> None:
     """Two of three are no place for it; in the third it is asked in nearly every step all the same."""
-    everyone = Pace()
+    everyone = Experience()
     for number in range(60):
         good = number % 3 == 0
         count = asked(Pace(everyone), gained=3 if good else 0, seconds=0.01, steps=50)
@@ -1405,11 +1405,11 @@ def test_a_drafter_that_pays_in_some_sequences_is_tried_in_each() -> None:
 
 
 def test_an_answer_that_takes_longer_than_its_tree_could_save_is_one_trial_too_many() -> None:
-    assert asked(Pace(), gained=0, seconds=0.7, steps=8) == 1
+    assert asked(Pace(Experience()), gained=0, seconds=0.7, steps=8) == 1
 
 
 def test_a_drafter_that_gets_better_is_asked_again() -> None:
-    pace = Pace()
+    pace = Pace(Experience())
     asked(pace, gained=0, seconds=0.01, steps=60)
     assert asked(pace, gained=4, seconds=0.01, steps=400) > 200
 

@@ -12,7 +12,7 @@ from specgen.draft.budget import Calibration, RowCost, likeliest, worthwhile
 from specgen.draft.drafter import Drafter, DraftHints, DraftSession
 from specgen.draft.features import Features, Wanted
 from specgen.draft.merge import Merged
-from specgen.draft.pace import Pace
+from specgen.draft.pace import Experience, Pace
 from specgen.errors import UnknownName
 from specgen.log import Log
 from specgen.tree import check, depths, select
@@ -44,7 +44,7 @@ class _Learned:
     """What is known of a drafter over all sequences under one adapter, or under none."""
 
     calibration: Calibration = field(default_factory=Calibration)
-    pace: Pace = field(default_factory=Pace)
+    experience: Experience = field(default_factory=Experience)
 
 
 @dataclass(slots=True)
@@ -109,7 +109,7 @@ class Drafting:
                 drafts.unopened[name] = DrafterStats(disabled=repr(error))
                 continue
             known = learned[name]
-            drafts.active[name] = _Active(session, Calibration(known.calibration), Pace(known.pace))
+            drafts.active[name] = _Active(session, Calibration(known.calibration), Pace(known.experience))
         return drafts
 
     def forget(self, adapter: str) -> None:

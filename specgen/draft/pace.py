@@ -6,6 +6,7 @@ Nothing here changes what is generated, only how fast.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 from specgen.types import MAX_TREE_NODES
 
@@ -26,110 +27,160 @@ _LONGEST_PAUSE, _LONGEST_PAUSE_OF_ALL = 256, 2048
 """Steps without an answer: in one sequence; and of all new ones together, each of which counts."""
 
 
+@dataclass(slots=True)
+class _Means:
+    """Of answers, old ones fading: the tokens that they gained, the seconds that asking took, and those of their rows.
+
+    weight: how many answers they are worth.
+    """
+
+    gain: float = 0.0
+    seconds: float = 0.0
+    row_seconds: float = 0.0
+    weight: float = 0.0
+
+    def add(self, gained: float, seconds: float, row_seconds: float, reach: float) -> float:
+        """Another answer; the share that it has in the means, which reach back over `reach` answers."""
+        self.weight = min(self.weight + 1.0, reach)
+        share = 1.0 / self.weight
+        self.gain += share * (gained - self.gain)
+        self.seconds = self.seconds + share * (seconds - self.seconds) if self.seconds else seconds
+        self.row_seconds += share * (row_seconds - self.row_seconds)
+        return share
+
+    def pay(self, token_seconds: float, *, doubt: float, besides: float = 0.0) -> bool:
+        """Whether an answer is worth its time, and `besides` seconds, when it may gain `doubt` tokens more than is
+        known, each worth `token_seconds`."""
+        if self.seconds <= _NEGLIGIBLE * token_seconds:
+            return True
+        if self.weight < _TRIALS:
+            return self.seconds <= MAX_TREE_NODES * token_seconds
+        return (self.gain + doubt) * token_seconds >= self.seconds + self.row_seconds + besides
+
+
+class _Pause:
+    """Steps without an answer, twice as many each time, up to `longest`."""
+
+    def __init__(self, longest: int) -> None:
+        self._longest = longest
+        self._left = 0
+        self._next = _FIRST_PAUSE
+
+    def begin(self) -> None:
+        """Unless one goes on."""
+        if not self._left:
+            self._left, self._next = self._next, min(2 * self._next, self._longest)
+
+    def shorten(self) -> None:
+        """The next one, by half."""
+        self._next = max(_FIRST_PAUSE, self._next // 2)
+
+    def reset(self) -> None:
+        """The next one is short again."""
+        self._next = _FIRST_PAUSE
+
+    def goes_on(self) -> bool:
+        """Is this a step of it? Counts it."""
+        resting = self._left > 0
+        self._left -= resting
+        return resting
+
+
+class Experience:
+    """A drafter's answers over all sequences: what is expected of it in a new one, and whether that may ask.
+
+    An answer's tokens vary around its sequence's mean (`noise`, their variance), and around the mean of all (`spread`).
+    """
+
+    def __init__(self) -> None:
+        self.means = _Means()
+        self.noise = 0.0
+        self._spread = 0.0
+        self._sequences = 0
+        self._pause = _Pause(_LONGEST_PAUSE_OF_ALL)
+        # Of late: the seconds that the first answer of a sequence took longer, sequences, and their answers.
+        self._entry = self._opened = self._heard = 0.0
+
+    @property
+    def likeness(self) -> float:
+        """How many answers of a sequence's own the mean over all counts for."""
+        most = min(_MOST_LIKE, 2.0 * self._sequences)
+        between = self._spread - self.noise
+        return most if between <= _ALIKE else min(most, max(_LEAST_LIKE, self.noise / between))
+
+    def admits(self, token_seconds: float) -> bool:
+        """May a new sequence ask? Where it is not expected to pay, few do, now and then."""
+        doubt = _CURIOSITY * math.sqrt(self.noise / self.likeness) if self._sequences else 0.0
+        # A first answer reads the prompt. What that costs is spread over as many answers as sequences ask for.
+        entry = self._entry * self._opened / max(1.0, self._heard)
+        if self.means.pay(token_seconds, doubt=doubt, besides=entry):
+            self._pause.reset()
+            return True
+        if self._pause.goes_on():
+            return False
+        self._pause.begin()
+        return True
+
+    def count(self, seconds: float, *, first: bool) -> None:
+        """An answer that took `seconds`, perhaps the first of its sequence."""
+        if first:
+            fade = 1.0 - 1.0 / _LONG
+            self._opened, self._heard = self._opened * fade + 1.0, self._heard * fade
+            self._entry += (max(0.0, seconds - self.means.seconds) - self._entry) / self._opened
+        self._heard += 1.0
+
+    def learn(self, gained: float, seconds: float, row_seconds: float, last: float | None) -> None:
+        """An early answer. `last` is what the same sequence gained before: two answers differ by twice the noise,
+        squared."""
+        missed = gained - self.means.gain
+        share = self.means.add(gained, seconds, row_seconds, _LONG)
+        self._spread += share * (missed * (gained - self.means.gain) - self._spread)
+        if last is None:
+            self._sequences += 1
+        else:
+            self.noise += ((gained - last) ** 2 / 2 - self.noise) / max(1.0, self.means.weight - 1.0)
+
+
 class Pace:
     """Whether a drafter that costs time is worth asking in one sequence, with back-off where it is not.
 
     What an answer brings is counted in tokens, what it costs in seconds: what a token is worth changes from step to
     step, with who else runs. A drafter brings no token in many steps and several in others, and it does better in some
-    texts than in others. `parent`, the pace over all sequences, measures either: what it expects
-    counts in a new sequence as many answers as the noise within sequences is larger than the difference between them
-    (the empirical Bayes estimate of Efron and Morris, 1975). The drafter is asked while what is expected, and some of
-    the doubt about it, reach the cost. Where new sequences are not expected to pay, few of them ask, now and then.
+    texts than in others. The experience of all sequences counts in a new one as many answers as the noise within
+    sequences is larger than the difference between them (the empirical Bayes estimate of Efron and Morris, 1975). The
+    drafter is asked while what is expected, and some of the doubt about it, reach the cost.
     """
 
-    def __init__(self, parent: Pace | None = None) -> None:
-        self._parent = parent
-        self._gain: float = parent._gain if parent else 0.0
-        self._cost: float = parent._cost if parent else 0.0
-        self._rows: float = parent._rows if parent else 0.0
-        self._weight: float = min(parent._weight, parent._likeness) if parent else 0.0
-        # Variance of one answer around its sequence's mean, and around the mean of all.
-        self._noise = self._spread = 0.0
-        self._sequences = 0
-        # Seconds that the first answer of a sequence took longer, and the number of sequences and answers, of late.
-        self._entry = self._opened = self._heard = 0.0
+    def __init__(self, everyone: Experience) -> None:
+        self._everyone = everyone
+        self._means = replace(everyone.means, weight=min(everyone.means.weight, everyone.likeness))
         self._answers = 0
         self._last: float | None = None
-        self._pause = 0
-        self._next_pause = _FIRST_PAUSE
+        self._pause = _Pause(_LONGEST_PAUSE)
 
     def ready(self, token_seconds: float) -> bool:
         """Ask the drafter in this step, where a token is worth `token_seconds`? Counts a step of the pause if not."""
-        if not self._answers and self._parent:
-            return self._parent._admits(token_seconds)
-        return self._pays(self._weight, _DOUBT, token_seconds) or not self._rests()
+        if not self._answers:
+            return self._everyone.admits(token_seconds)
+        return self._pays(token_seconds) or not self._pause.goes_on()
 
     def observe(self, gained: float, seconds: float, token_seconds: float, row_seconds: float = 0.0) -> None:
         """A proposal that took `seconds`, and its rows `row_seconds`, brought `gained` tokens, each worth
         `token_seconds`."""
-        if self._parent:
-            self._parent._count(seconds, first=not self._answers)
-        if self._cost and not self._answers:
+        self._everyone.count(seconds, first=not self._answers)
+        if self._means.seconds and not self._answers:
             # The first answer may have read a prompt. That is paid once, and tells nothing of the next.
-            seconds = min(seconds, self._cost)
-        if self._parent and self._answers < _EARLY:
-            self._parent._learn(gained, seconds, row_seconds, self._last, _LONG)
-        self._learn(gained, seconds, row_seconds, self._last, _SHORT)
+            seconds = min(seconds, self._means.seconds)
+        if self._answers < _EARLY:
+            self._everyone.learn(gained, seconds, row_seconds, self._last)
+        self._means.add(gained, seconds, row_seconds, _SHORT)
         self._answers += 1
         self._last = gained
-        if self._pays(self._weight, _DOUBT, token_seconds):
-            self._next_pause = max(_FIRST_PAUSE, self._next_pause // 2)
-        elif not self._pause:
-            self._begin_pause()
-
-    @property
-    def _likeness(self) -> float:
-        """How many answers of a sequence's own the mean over all counts for."""
-        most = min(_MOST_LIKE, 2.0 * self._sequences)
-        between = self._spread - self._noise
-        return most if between <= _ALIKE else min(most, max(_LEAST_LIKE, self._noise / between))
-
-    def _admits(self, token_seconds: float) -> bool:
-        """May a new sequence ask?"""
-        if self._pays(self._likeness, _CURIOSITY, token_seconds, self._entry * self._opened / max(1.0, self._heard)):
-            self._next_pause = _FIRST_PAUSE
-            return True
-        if self._rests():
-            return False
-        self._begin_pause()
-        return True
-
-    def _pays(self, weight: float, doubt: float, token_seconds: float, besides: float = 0.0) -> bool:
-        if self._cost <= _NEGLIGIBLE * token_seconds:
-            return True
-        if self._weight < _TRIALS:
-            return self._cost <= MAX_TREE_NODES * token_seconds
-        noise = self._parent._noise if self._parent else self._noise
-        return (self._gain + doubt * math.sqrt(noise / weight)) * token_seconds >= self._cost + self._rows + besides
-
-    def _count(self, seconds: float, *, first: bool) -> None:
-        """An answer of some sequence, perhaps its first."""
-        if first:
-            fade = 1.0 - 1.0 / _LONG
-            self._opened, self._heard = self._opened * fade + 1.0, self._heard * fade
-            self._entry += (max(0.0, seconds - self._cost) - self._entry) / self._opened
-        self._heard += 1.0
-
-    def _rests(self) -> bool:
-        """Is this a step of the pause? Counts it."""
-        resting = self._pause > 0
-        self._pause -= resting
-        return resting
-
-    def _begin_pause(self) -> None:
-        longest = _LONGEST_PAUSE if self._parent else _LONGEST_PAUSE_OF_ALL
-        self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, longest)
-
-    def _learn(self, gained: float, seconds: float, row_seconds: float, last: float | None, reach: float) -> None:
-        """`last` is what the same sequence gained before: two answers differ by twice the noise, squared."""
-        self._weight = min(self._weight + 1.0, reach)
-        share = 1.0 / self._weight
-        if last is None:
-            self._sequences += 1
+        if self._pays(token_seconds):
+            self._pause.shorten()
         else:
-            self._noise += ((gained - last) ** 2 / 2 - self._noise) / max(1.0, self._weight - 1.0)
-        missed = gained - self._gain
-        self._gain += share * missed
-        self._spread += share * (missed * (gained - self._gain) - self._spread)
-        self._rows += share * (row_seconds - self._rows)
-        self._cost = self._cost + share * (seconds - self._cost) if self._cost else seconds
+            self._pause.begin()
+
+    def _pays(self, token_seconds: float) -> bool:
+        doubt = _DOUBT * math.sqrt(self._everyone.noise / self._means.weight)
+        return self._means.pay(token_seconds, doubt=doubt)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from specgen.draft.pace import Pace
+from specgen.draft.pace import Experience, Pace
 
 STEPS = 60
 
@@ -17,7 +17,7 @@ def brought(rng: random.Random, mean: float) -> int:
     return count
 
 
-def asked(everyone: Pace, rng: random.Random, mean: float, cost: float) -> float:
+def asked(everyone: Experience, rng: random.Random, mean: float, cost: float) -> float:
     """Share of a sequence's steps in which the drafter is asked."""
     pace, count = Pace(everyone), 0
     for _ in range(STEPS):
@@ -29,14 +29,14 @@ def asked(everyone: Pace, rng: random.Random, mean: float, cost: float) -> float
 
 def test_noise_does_not_stop_a_drafter_that_pays_in_every_sequence() -> None:
     """Half of its answers bring nothing, and four in a row often do."""
-    rng, everyone = random.Random(0), Pace()
+    rng, everyone = random.Random(0), Experience()
     shares = [asked(everyone, rng, mean=0.9, cost=0.3) for _ in range(100)]
     assert sum(shares[5:]) / 95 > 0.97
 
 
 def test_sequences_are_told_apart() -> None:
     """The drafter pays on average, but in one sequence of four it never does; and in one of four by far."""
-    rng, everyone = random.Random(0), Pace()
+    rng, everyone = random.Random(0), Experience()
     means = (0.1, 0.3, 0.8, 1.5)
     shares: dict[float, list[float]] = {mean: [] for mean in means}
     for _ in range(60):
@@ -49,7 +49,7 @@ def test_sequences_are_told_apart() -> None:
 
 
 def test_reading_a_prompt_is_no_reason_not_to_ask_again() -> None:
-    rng, everyone = random.Random(0), Pace()
+    rng, everyone = random.Random(0), Experience()
     for _ in range(10):
         asked(everyone, rng, mean=0.9, cost=0.3)
     pace = Pace(everyone)
@@ -60,7 +60,7 @@ def test_reading_a_prompt_is_no_reason_not_to_ask_again() -> None:
 
 def test_a_drafter_that_pays_nowhere_costs_little() -> None:
     """Sixteen sequences at a time, all of which might try."""
-    rng, everyone = random.Random(0), Pace()
+    rng, everyone = random.Random(0), Experience()
     count = steps = 0
     for _ in range(20):
         paces = [Pace(everyone) for _ in range(16)]
@@ -75,7 +75,7 @@ def test_a_drafter_that_pays_nowhere_costs_little() -> None:
 
 def test_a_drafter_is_asked_where_a_token_is_worth_its_time() -> None:
     """As the batch around a sequence grows and shrinks, and at once: no pause has to pass."""
-    rng, everyone = random.Random(0), Pace()
+    rng, everyone = random.Random(0), Experience()
     pace = Pace(everyone)
     for _ in range(40):
         pace.observe(brought(rng, 0.9), seconds=0.3, token_seconds=1.0)
@@ -92,7 +92,7 @@ def test_new_sequences_that_ask_a_few_times_do_not_pay_for_reading_their_prompts
     """Answers that come after it pay; where they are many, so does reading the prompt."""
 
     def asked_after(answers: int) -> int:
-        rng, everyone = random.Random(0), Pace()
+        rng, everyone = random.Random(0), Experience()
         for _ in range(60):
             pace = Pace(everyone)
             pace.observe(brought(rng, 0.9), seconds=8.0, token_seconds=1.0)
