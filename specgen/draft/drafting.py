@@ -23,6 +23,7 @@ log = Log("specgen.draft")
 _STALL_SECONDS = 5.0
 _FEWEST_ASKED, _FIRST_ASKED = 12, 32
 _SHRINK = 0.9
+_SMOOTHING = 0.1
 
 
 @dataclass(slots=True)
@@ -75,6 +76,7 @@ class Drafting:
         self._vocab_size = vocab_size
         self._learned: dict[str, dict[str, _Learned]] = {}
         self._token_seconds = self._row_seconds = 0.0
+        # What drafts are expected to bring, lately: one step without them does not make tokens dear.
         self._speedup = 1.0
         self._curious = [name for name, drafter in drafters.items() if drafter.wanted != Wanted()]
         self.wanted = Wanted.union(drafter.wanted for drafter in drafters.values())
@@ -129,7 +131,6 @@ class Drafting:
             return []
         own_rows = len(sequences)
         undrafted = (self.cost.seconds(own_rows) + self.cost.reading(context, base_rows)) / own_rows
-        # What drafts brought in the step before they may bring in this one.
         self._token_seconds = undrafted / self._speedup
         asking = sum(
             self._ask(name, drafter, [d for d, depth in zip(sequences, deepest, strict=True) if depth > 0])
@@ -148,8 +149,7 @@ class Drafting:
         prompts = self.cost.seconds(rows) - self.cost.seconds(rows - base_rows + own_rows)
         gone = spent + self.cost.reading(context, rows) - prompts
         chosen, rate = worthwhile(adaptive, rows, self.cost, most=most, spent=gone)
-        self._speedup = rate * undrafted
-        self._token_seconds = 1.0 / rate
+        self._speedup += _SMOOTHING * (rate * undrafted - self._speedup)
         taken = sum(map(len, chosen))
         self._row_seconds = (self.cost.seconds(rows + taken) - self.cost.seconds(rows)) / max(1, taken)
         _share(spent - asking, sequences)
