@@ -126,9 +126,9 @@ class Drafting:
     ) -> list[TokenTree]:
         """The tree to verify for each sequence, at most `deepest[i]` deep, when `base_rows` rows run anyway, hung under
         `context` tokens in all."""
-        started = time.perf_counter()
         if not sequences:
             return []
+        started = time.perf_counter()
         own_rows = len(sequences)
         undrafted = (self.cost.seconds(own_rows) + self.cost.reading(context, base_rows)) / own_rows
         self._token_seconds = undrafted / self._speedup

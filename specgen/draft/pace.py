@@ -98,8 +98,8 @@ class Experience:
         self._spread = 0.0
         self._sequences = 0
         self._pause = _Pause(_LONGEST_PAUSE_OF_ALL)
-        # Of late: the seconds that the first answer of a sequence took longer, sequences, and their answers.
-        self._entry = self._opened = self._heard = 0.0
+        # Of late: the seconds that first answers of sequences took longer than others, and the number of all answers.
+        self._entries = self._heard = 0.0
 
     @property
     def likeness(self) -> float:
@@ -112,8 +112,7 @@ class Experience:
         """May a new sequence ask? Where it is not expected to pay, few do, now and then."""
         doubt = _CURIOSITY * math.sqrt(self.noise / self.likeness) if self._sequences else 0.0
         # A first answer reads the prompt. What that costs is spread over as many answers as sequences ask for.
-        entry = self._entry * self._opened / max(1.0, self._heard)
-        if self.means.pay(token_seconds, doubt=doubt, besides=entry):
+        if self.means.pay(token_seconds, doubt=doubt, besides=self._entries / max(1.0, self._heard)):
             self._pause.reset()
             return True
         if self._pause.goes_on():
@@ -125,8 +124,8 @@ class Experience:
         """An answer that took `seconds`, perhaps the first of its sequence."""
         if first:
             fade = 1.0 - 1.0 / _LONG
-            self._opened, self._heard = self._opened * fade + 1.0, self._heard * fade
-            self._entry += (max(0.0, seconds - self.means.seconds) - self._entry) / self._opened
+            self._entries = fade * self._entries + max(0.0, seconds - self.means.seconds)
+            self._heard *= fade
         self._heard += 1.0
 
     def learn(self, gained: float, seconds: float, row_seconds: float, last: float | None) -> None:
