@@ -38,8 +38,11 @@ if TYPE_CHECKING:
     from specgen.options import read_options
     from specgen.params import Request, SamplingParams
     from specgen.stream import Stream
+    from specgen.tree import chain
     from specgen.types import (
+        MAX_TREE_NODES,
         Chat,
+        DrafterStats,
         DraftTrace,
         Logprob,
         Result,
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "MAX_TREE_NODES",
     "AdapterRefused",
     "Chat",
     "Coder",
@@ -69,6 +73,7 @@ __all__ = [
     "DrafterFactory",
     "DrafterMismatch",
     "DrafterSetup",
+    "DrafterStats",
     "DuplicateName",
     "Engine",
     "EngineClosed",
@@ -101,6 +106,7 @@ __all__ = [
     "Wanted",
     "__version__",
     "best_first",
+    "chain",
     "custom_generate",
     "generate",
     "hookimpl",
@@ -131,6 +137,7 @@ _HOMES = {
     "DrafterFactory": "specgen.draft.drafter",
     "DrafterMismatch": "specgen.errors",
     "DrafterSetup": "specgen.draft.drafter",
+    "DrafterStats": "specgen.types",
     "DuplicateName": "specgen.errors",
     "Engine": "specgen.api",
     "EngineClosed": "specgen.errors",
@@ -140,6 +147,7 @@ _HOMES = {
     "Levels": "specgen.draft.growth",
     "InvalidRequest": "specgen.errors",
     "LogitsProcessorFactory": "specgen.hookspecs",
+    "MAX_TREE_NODES": "specgen.types",
     "Logprob": "specgen.types",
     "Matcher": "specgen.constraint",
     "PluginError": "specgen.errors",
@@ -159,6 +167,7 @@ _HOMES = {
     "Usage": "specgen.types",
     "Wanted": "specgen.draft.features",
     "best_first": "specgen.draft.growth",
+    "chain": "specgen.tree",
     "custom_generate": "specgen.dropin",
     "generate": "specgen.api",
     "hookimpl": "specgen.hookspecs",

@@ -184,12 +184,12 @@ def worthwhile(
     tokens = float(len(trees))
     best, taken = tokens / (spent + cost.seconds(base_rows)), 0
     chosen: list[tuple[int, int]] = []
-    for survival, node, index in offers:
+    for minus_survival, node, index in offers:
         if not room[index]:
             continue
         room[index] -= 1
         chosen.append((index, node))
-        tokens -= survival
+        tokens -= minus_survival
         rate = tokens / (spent + cost.seconds(base_rows + len(chosen)))
         if rate > best:
             best, taken = rate, len(chosen)

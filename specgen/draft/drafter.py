@@ -98,7 +98,7 @@ class DrafterSetup:
     options: Mapping[str, Any] = field(default_factory=dict)
     load_model: Callable[[Any], tuple[Any, Any]] | None = None
     target: Any = None
-    compile_rows: Callable[[CompiledRows, Sequence[tuple[Any, int]]], CompiledRows] = lambda function, examples: (
+    compile_rows: Callable[[CompiledRows, Sequence[tuple[Any, Any]]], CompiledRows] = lambda function, examples: (
         function
     )
 

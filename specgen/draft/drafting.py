@@ -129,31 +129,41 @@ class Drafting:
         if not sequences:
             return []
         started = time.perf_counter()
-        own_rows = len(sequences)
-        undrafted = (self.cost.seconds(own_rows) + self.cost.reading(context, base_rows)) / own_rows
-        self._token_seconds = undrafted / self._speedup
+        self._token_seconds = self._undrafted(len(sequences), base_rows, context) / self._speedup
         asking = sum(
             self._ask(name, drafter, [d for d, depth in zip(sequences, deepest, strict=True) if depth > 0])
             for name, drafter in self.drafters.items()
         )
         trees = [_shallow(self._merged(d), depth) for d, depth in zip(sequences, deepest, strict=True)]
+        spent = time.perf_counter() - started
+        chosen = self._choose(sequences, trees, base_rows, context, spent)
+        _share(spent - asking, sequences)
+        return [select(tree, nodes) for tree, nodes in zip(trees, chosen, strict=True)]
+
+    def _undrafted(self, sequences: int, base_rows: int, context: int) -> float:
+        """Seconds that a token of each sequence takes without drafts. Prompts read beside make none dearer."""
+        return (self.cost.seconds(sequences) + self.cost.reading(context, base_rows)) / sequences
+
+    def _choose(
+        self, sequences: Sequence[Drafts], trees: Sequence[TokenTree], base_rows: int, context: int, spent: float
+    ) -> list[list[int]]:
+        """Of each tree the nodes to verify, when drafting took `spent` seconds; learns what they are expected to bring
+        and what their rows take."""
         adaptive = [tree if d.speculation.adaptive else EMPTY_TREE for d, tree in zip(sequences, trees, strict=True)]
         fixed = [
             [] if d.speculation.adaptive else likeliest(tree, d.speculation.max_nodes)
             for d, tree in zip(sequences, trees, strict=True)
         ]
-        spent = time.perf_counter() - started
         most = [d.speculation.max_nodes for d in sequences]
         rows = base_rows + sum(map(len, fixed))
         # Prompts take their time whatever is drafted: a token saves of later steps, which have none to read.
-        prompts = self.cost.seconds(rows) - self.cost.seconds(rows - base_rows + own_rows)
+        prompts = self.cost.seconds(rows) - self.cost.seconds(rows - base_rows + len(sequences))
         gone = spent + self.cost.reading(context, rows) - prompts
         chosen, rate = worthwhile(adaptive, rows, self.cost, most=most, spent=gone)
-        self._speedup += _SMOOTHING * (rate * undrafted - self._speedup)
+        self._speedup *= 1.0 + _SMOOTHING * (rate * self._token_seconds - 1.0)
         taken = sum(map(len, chosen))
         self._row_seconds = (self.cost.seconds(rows + taken) - self.cost.seconds(rows)) / max(1, taken)
-        _share(spent - asking, sequences)
-        return [select(tree, [*all_of, *nodes]) for tree, all_of, nodes in zip(trees, fixed, chosen, strict=True)]
+        return [[*all_of, *nodes] for all_of, nodes in zip(fixed, chosen, strict=True)]
 
     def guessers(self, drafts: Drafts, verified: TokenTree) -> tuple[tuple[str, ...], ...]:
         """For each node of the tree of this step, who offered it. To be asked before `commit`."""

@@ -52,6 +52,9 @@ _CLOSE = 0.25
 Rows: TypeAlias = Callable[..., tuple[Tensor, ...]]
 """A function of tensors whose rows belong to any number of sequences."""
 
+Example: TypeAlias = tuple[Tensor, int | tuple[int, ...]]
+"""An argument of such a function, and the dimensions whose size may be any."""
+
 
 class CompiledForward:
     """A compiled forward of `model`, which nobody else may run. Not thread-safe.
@@ -100,26 +103,37 @@ class CompiledForward:
         _first_call(self._graph, [(tensor, tensor.ndim - 1) for tensor in inputs])
 
 
-def compile_rows(function: Rows, examples: Sequence[tuple[Tensor, int]]) -> Rows:
+def compile_rows(function: Rows, examples: Sequence[Example]) -> Rows:
     """Compile a function of packed rows, for any number of them.
 
-    examples: an argument each, of several rows, and the dimension in which they lie. Arguments must be contiguous, as
+    examples: an argument each, of several rows, and the dimensions in which they lie. Arguments must be contiguous, as
     these are. The compiled function is tried on them, on two rows and on one; where it cannot be compiled or does not
     say what `function` says, that is what is returned, and the log says why.
     """
     graph = _compiled(function)
     # One tensor in two places would be compiled as one argument.
-    examples = [(tensor.clone(), dim) for tensor, dim in examples]
+    examples = [(tensor.clone(), dims) for tensor, dims in examples]
     try:
         _first_call(graph, examples)
         with torch.inference_mode():
             for rows in (_EXAMPLE_ROWS, _LEAST, 1):
-                some = [tensor.narrow(dim, 0, min(rows, tensor.shape[dim])).contiguous() for tensor, dim in examples]
+                some = [_first(rows, *example) for example in examples]
                 _check_same(graph(*some), function(*some), rows)
     except Exception as error:  # a compiler, a plugin's code, a full disk
         log.warning("not compiled", function=function.__qualname__, reason=str(error)[:500])
         return function
     return graph
+
+
+def _first(rows: int, tensor: Tensor, dims: int | tuple[int, ...]) -> Tensor:
+    """So many rows of an example, where it has them."""
+    for dim in _all_of(dims):
+        tensor = tensor.narrow(dim, 0, min(rows, tensor.shape[dim]))
+    return tensor.contiguous()
+
+
+def _all_of(dims: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (dims,) if isinstance(dims, int) else dims
 
 
 def _check_same(found: Sequence[Tensor], wanted: Sequence[Tensor], rows: int) -> None:
@@ -146,10 +160,11 @@ def _compiled(function: Rows) -> Rows:
     )
 
 
-def _first_call(graph: Rows, examples: Sequence[tuple[Tensor, int]]) -> None:
-    """Compile for these arguments, whose size in the dimension given may be any in later calls."""
-    for tensor, dim in examples:
-        torch._dynamo.mark_dynamic(tensor, dim)
+def _first_call(graph: Rows, examples: Sequence[Example]) -> None:
+    """Compile for these arguments, whose size in the dimensions given may be any in later calls."""
+    for tensor, dims in examples:
+        for dim in _all_of(dims):
+            torch._dynamo.mark_dynamic(tensor, dim)
     with _kept(), _uncollected(), torch.inference_mode():
         graph(*(tensor for tensor, _ in examples))
 

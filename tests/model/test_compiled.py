@@ -203,6 +203,18 @@ def test_a_function_of_rows_is_compiled_for_any_number_of_them() -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+def _crossed(ones: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return ((ones[:, None] * others[None]).sum(-1),)
+
+
+def test_a_function_of_rows_may_have_any_number_in_several_dimensions() -> None:
+    quick = compile_rows(_crossed, [(torch.ones(16, 16, 3), (0, 1)), (torch.ones(16, 16, 3), (0, 1))])
+    assert quick is not _crossed
+    for a, b, c in ((1, 1, 4), (2, 5, 2), (3, 7, 9), (16, 16, 16)):
+        ones, others = torch.randn(a, c, 3), torch.randn(b, c, 3)
+        torch.testing.assert_close(quick(ones, others), _crossed(ones, others))
+
+
 def test_a_function_that_compiled_says_something_else_is_given_back(capsys: pytest.CaptureFixture[str]) -> None:
     assert compile_rows(_twice, [(torch.ones(16, 3), 0)]) is _twice
     assert "16 rows differ by" in capsys.readouterr().err

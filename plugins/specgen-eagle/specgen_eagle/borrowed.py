@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from specgen_eagle.head import EagleHead
 
 _MOST = 256
-_PADDING = 2  # columns: a compiler treats sizes of 0 and 1 as something else
-_NOTHING = -1
+_PADDING = 2  # a compiler treats sizes of 0 and 1 as something else
+NOTHING = -1
 _ALIKE = 0.01  # a share of the norm: half precision rounds by less
 
 
@@ -28,7 +28,6 @@ class Lender:
 
     def __init__(self, head: EagleHead, rows: Tensor | None) -> None:
         self.rows = rows
-        self.width = head.lm_head.in_features
         self.device = head.lm_head.weight.device
         self._said = frozenset(head.tokens.tolist())
 
@@ -38,12 +37,12 @@ class Lender:
 
 
 class Borrowed:
-    """What one text borrows, the latest tokens of it. Rows are fetched when someone asks: few do where few pay."""
+    """What one text borrows: the latest tokens of it that the head cannot say."""
 
     def __init__(self, lender: Lender, text: Sequence[int]) -> None:
         self._lender = lender
         self._ids: dict[int, None] = {}
-        self._fetched: tuple[Tensor, Tensor] | None = None
+        self._words: Tensor | None = None
         self.add(text)
 
     def add(self, text: Sequence[int]) -> None:
@@ -51,21 +50,14 @@ class Borrowed:
         new = [token for token in dict.fromkeys(text) if token not in self._ids and self._lender.lends(token)]
         if new:
             self._ids = dict.fromkeys([*self._ids, *new][-_MOST:])
-            self._fetched = None
+            self._words = None
 
-    def fetch(self) -> tuple[Tensor, Tensor]:
-        """The tokens, int64[n], -1 where there is none, and a column for each of them, [width, n], float32."""
-        if self._fetched is None:
-            self._fetched = self._take()
-        return self._fetched
-
-    def _take(self) -> tuple[Tensor, Tensor]:
-        device = self._lender.device
-        tokens = torch.tensor([_NOTHING] * _PADDING + list(self._ids), device=device)
-        columns = torch.zeros(self._lender.width, len(tokens), device=device)
-        if self._lender.rows is not None:
-            columns[:, _PADDING:] = self._lender.rows[tokens[_PADDING:]].T
-        return tokens, columns
+    @property
+    def words(self) -> Tensor:
+        """The tokens, int64[n], n at least 2, and -1 where there is none. Not to be changed."""
+        if self._words is None:
+            self._words = torch.tensor([NOTHING] * _PADDING + list(self._ids), device=self._lender.device)
+        return self._words
 
 
 def lender(head: EagleHead, target_head: object) -> Lender:

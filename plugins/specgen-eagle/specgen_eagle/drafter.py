@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from specgen import Drafter, DraftHints, DraftSession, Levels, TokenTree, Wanted
-from specgen_eagle.borrowed import Lender
+from specgen_eagle.borrowed import NOTHING, Lender
 from specgen_eagle.head import EagleHead
 from specgen_eagle.session import Answer, EagleSession, Part
 
@@ -23,11 +23,9 @@ WINDOW = 256
 # A level costs little beside a step of the target: grow what is unlikely too, the budget may leave it out.
 LEAST_SURVIVAL = 0.02
 
-T = TypeVar("T")
-
 
 class Halves:
-    """What the head does before its attention, and behind it, for rows of any sequences.
+    """What the head does before its attention, and behind it, for rows of any texts.
 
     embeddings: the target's, [vocabulary, width]. children: guesses for each row. lender: of words that the head cannot
     say.
@@ -44,56 +42,64 @@ class Halves:
 
     def compile(self, compile_rows: Callable[..., Any]) -> None:
         """Compile both."""
-        tokens, positions, states, attended = self._examples()
-        self.before = compile_rows(self._before, [(tokens, 0), (positions, 0), (states, 0)])
-        borrowed = self._borrowed_examples(states, positions)
-        self.behind = compile_rows(self._behind, [(attended, 1), (states, 0), (positions, 0), *borrowed])
+        rows, square, states, attended = self._examples()
+        self.before = compile_rows(self._before, [(rows, 0), (rows, 0), (states, 0)])
+        behind = [(attended, 1), (states, 0), (square, (0, 1)), (square, (0, 1))]
+        self.behind = compile_rows(self._behind, behind)
 
     def _examples(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens, positions, states and attended of some rows."""
-        rows, like = _EXAMPLE_ROWS, self._embeddings
-        tokens = torch.zeros(rows, dtype=torch.int64, device=like.device)
-        positions = torch.arange(rows, device=like.device)
+        """Whole numbers in a row and in a square, states and attended of some rows."""
+        count, like = _EXAMPLE_ROWS, self._embeddings
+        rows = torch.arange(count, device=like.device)
         random = torch.Generator().manual_seed(0)
-        states = torch.randn(rows, self.head.fc.out_features, generator=random).to(like)
-        attended = torch.randn(self.head.heads, rows, self.head.head_dim, generator=random).to(like)
-        return tokens, positions, states, attended
-
-    def _borrowed_examples(self, states: Tensor, positions: Tensor) -> list[tuple[Tensor, int]]:
-        """Texts, columns, borrowed and owners, of one text."""
-        one = torch.zeros_like(positions)
-        return [(one, 0), (states.float().T.contiguous(), 1), (positions, 0), (one, 0)]
+        states = torch.randn(count, self.head.fc.out_features, generator=random).to(like)
+        attended = exact(torch.randn(self.head.heads, count, self.head.head_dim, generator=random).to(like))
+        return rows, rows.repeat(count, 1), states, attended
 
     def _before(self, tokens: Tensor, positions: Tensor, states: Tensor) -> tuple[Tensor, ...]:
-        """Query [heads, rows, head_dim], key and value [kv_heads, rows, head_dim], and the residual path.
+        """Query [heads, rows, head_dim], scaled, key and value [kv_heads, rows, head_dim], in float32 at least, and the
+        residual path.
 
-        states: [rows, width], the target's or the head's own before each token.
+        states: [rows, width], the target's, fused, or the head's own before each token.
         """
-        return self.head.project(F.embedding(tokens, self._embeddings), states, positions)
+        embedded = F.embedding(tokens, self._embeddings)
+        query, key, value, residual = self.head.project(embedded, states, positions)
+        return exact(query) * self.head.head_dim**-0.5, exact(key), exact(value), residual
 
-    def _behind(self, attended: Tensor, residual: Tensor, wanted: Tensor, *borrowed: Tensor) -> tuple[Tensor, ...]:
+    def _behind(self, attended: Tensor, residual: Tensor, wanted: Tensor, words: Tensor) -> tuple[Tensor, ...]:
         """The head's states [rows, width]; for each of the rows `wanted` the chances of its likeliest tokens, and
-        these, [wanted, children] both. borrowed: as in `_scores`."""
-        states = self.head.finish(attended, residual)
-        scores, sayable = self._scores(states[wanted], *borrowed)
-        logits = scores.float()
+        these, [texts, wanted, children] both.
+
+        wanted: int64[texts, wanted], numbers of rows. words: as in `_scores`.
+        """
+        states = self._finished(attended, residual)
+        logits = self._scores(states[wanted], words).float()
         top, places = logits.topk(self.children)
-        return states, (top - logits.logsumexp(dim=-1, keepdim=True)).exp(), sayable[places]
+        return states, (top - logits.logsumexp(dim=-1, keepdim=True)).exp(), self._said(places, words)
 
-    def _scores(
-        self, states: Tensor, texts: Tensor, columns: Tensor, lent: Tensor, owners: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Logits of what the head can say and of what is borrowed, [rows, vocabulary + n], in float32 at least, and the
-        token of each, int64[vocabulary + n].
+    def _finished(self, attended: Tensor, residual: Tensor) -> Tensor:
+        return self.head.finish(attended.to(residual.dtype), residual)
 
-        texts: int64[rows], the text of each. columns: float32[width, n], lent: int64[n], owners: int64[n], tokens that
-        may be said too, in the text that is their owner; -1 is none.
+    def _scores(self, states: Tensor, words: Tensor) -> Tensor:
+        """Logits of what the head can say and of what is borrowed, [texts, rows, vocabulary + n], in float32 at least.
+
+        states: [texts, rows, width]. words: int64[texts, n], tokens that may be said in a text too; -1 is none.
         """
         normed = self.head.norm(states)
         own = exact(self.head.lm_head(normed))
-        more = torch.bmm(exact(normed)[None], columns.to(own.dtype)[None])[0]
-        strange = (owners != texts[:, None]) | (lent < 0)
-        return torch.cat([own, more.masked_fill(strange, -math.inf)], dim=-1), torch.cat([self._tokens, lent])
+        rows = exact(F.embedding(words.clamp(min=0), self._lent))
+        more = torch.bmm(exact(normed), rows.mT)
+        return torch.cat([own, more.masked_fill((words < 0)[:, None], -math.inf)], dim=-1)
+
+    @property
+    def _lent(self) -> Tensor:
+        """Rows of the tokens; of a head that borrows nothing, some."""
+        return self.head.lm_head.weight if self.lender.rows is None else self.lender.rows
+
+    def _said(self, places: Tensor, words: Tensor) -> Tensor:
+        """The tokens at places of `_scores`, int64[texts, rows, n] both."""
+        sayable = torch.cat([self._tokens.expand(len(words), -1), words], dim=-1)
+        return sayable.gather(1, places.flatten(1)).view_as(places)
 
 
 class Eagle(Drafter):
@@ -153,59 +159,44 @@ class Eagle(Drafter):
                 session.advance(answer)
             behind = [session for session in behind if session.reading.unread]
 
-    def _fused(self, parts: Sequence[Part]) -> list[Part]:
+    def _fused(self, parts: Sequence[Part]) -> Sequence[Part]:
         """The same with the head's states in place of the target's."""
-        fused = self.head.fuse(_joined([part.states for part in parts])).split([len(part.tokens) for part in parts])
+        fused = self.head.fuse(joined([part.states for part in parts])).split([len(part.tokens) for part in parts])
         return [replace(part, states=states) for part, states in zip(parts, fused, strict=True)]
 
     def _forward(self, parts: Sequence[Part], *, every: bool = False) -> list[Answer]:
         """What the head says of the rows of all parts, whose keys and values are written to their caches; it guesses
         behind `every` row, or behind the last one of each part."""
         rows = [len(part.tokens) for part in parts]
-        ends = list(accumulate(rows))
-        asked = rows if every else [1] * len(parts)
-        device = parts[0].states.device
-        wanted = torch.arange(ends[-1], device=device) if every else torch.tensor(ends, device=device) - 1
-        _, attended, residual = attend(self.halves, parts)
-        states, chances, guesses = self.halves.behind(attended, residual, wanted, *borrowed_by(parts, asked))
+        *projected, residual = self.halves.before(*told(parts), joined([part.states for part in parts]))
+        numbers = torch.arange(sum(rows), device=residual.device).split(rows)
+        wanted = pad_sequence([some if every else some[-1:] for some in numbers], batch_first=True)
+        states, chances, guesses = self.halves.behind(attend(parts, *projected), residual, wanted, words_of(parts))
         return [
-            Answer(mine, some, guessed)
-            for mine, some, guessed in zip(
-                states.split(rows), _dealt(chances.tolist(), asked), _dealt(guesses.tolist(), asked), strict=True
-            )
+            Answer(mine, some[: len(mine)], guessed[: len(mine)])
+            for mine, some, guessed in zip(states.split(rows), chances.tolist(), guesses.tolist(), strict=True)
         ]
 
 
-def attend(halves: Halves, parts: Sequence[Part]) -> tuple[Tensor, Tensor, Tensor]:
-    """Write the keys and values of all rows of all parts to their caches. Answers their tokens int64[rows], what they
-    attended to [heads, rows, head_dim], and the residual path [rows, width]."""
-    rows = [len(part.tokens) for part in parts]
+def told(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+    """The tokens and positions of all rows, int64[rows] both."""
     device = parts[0].states.device
     tokens = torch.tensor([token for part in parts for token in part.tokens], device=device)
-    positions = torch.tensor([place for part in parts for place in part.positions], device=device)
-    *projected, residual = halves.before(tokens, positions, _joined([part.states for part in parts]))
-    # Once for all parts, not for each of many.
-    query, key, value = map(exact, projected)
-    query = query * query.shape[-1] ** -0.5
-    attended = [
-        part.cache.attend(q, k, v, part.visible)
-        for part, q, k, v in zip(
-            parts, query.split(rows, dim=1), key.split(rows, dim=1), value.split(rows, dim=1), strict=True
-        )
-    ]
-    return tokens, _joined(attended, dim=1).to(residual.dtype), residual
+    return tokens, torch.tensor([place for part in parts for place in part.positions], device=device)
 
 
-def borrowed_by(parts: Sequence[Part], asked: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of the rows that are asked, the texts; what these may say besides, and whose it is: see `Halves`."""
-    numbers = torch.arange(len(parts), device=parts[0].states.device)
-    tokens, columns = zip(*(part.borrowed.fetch() for part in parts), strict=True)
-    return (
-        numbers.repeat_interleave(torch.tensor(asked, device=numbers.device)),
-        _joined(columns, dim=1),
-        _joined(tokens),
-        numbers.repeat_interleave(torch.tensor(list(map(len, tokens)), device=numbers.device)),
-    )
+def attend(parts: Sequence[Part], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Write the keys and values of all rows of all parts to their caches; what the rows attended to,
+    [heads, rows, head_dim]."""
+    rows = [len(part.tokens) for part in parts]
+    split = (projected.split(rows, dim=1) for projected in (query, key, value))
+    attended = [part.cache.attend(*own, part.visible) for part, *own in zip(parts, *split, strict=True)]
+    return joined(attended, dim=1)
+
+
+def words_of(parts: Sequence[Part]) -> Tensor:
+    """What the text of each part may say besides, int64[parts, n]; -1 is none."""
+    return pad_sequence([part.borrowed.words for part in parts], batch_first=True, padding_value=NOTHING)
 
 
 def exact(rows: Tensor) -> Tensor:
@@ -213,10 +204,6 @@ def exact(rows: Tensor) -> Tensor:
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
-def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Side by side, contiguous."""
     return parts[0].contiguous() if len(parts) == 1 else torch.cat(list(parts), dim=dim)
-
-
-def _dealt(rows: Sequence[T], counts: Sequence[int]) -> list[Sequence[T]]:
-    """The first count, then the next, and so on."""
-    return [rows[end - count : end] for count, end in zip(counts, accumulate(counts), strict=True)]

@@ -125,6 +125,15 @@ class Transition(nn.Module):
 
     def forward(self, states: Tensor, last: Tensor, before: Tensor) -> Tensor:
         """[..., width] all: states, embeddings of the token before, and of the one before that."""
+        return self.behind(states, self.of_states(states), last, before)
+
+    def of_states(self, states: Tensor) -> Tensor:
+        """The share that needs no tokens, [..., inner]."""
+        projected: Tensor = self.states_proj(self.norm(states))
+        return projected
+
+    def behind(self, states: Tensor, projected: Tensor, last: Tensor, before: Tensor) -> Tensor:
+        """The states behind two tokens; `projected` is what `of_states` gave."""
         tokens = torch.cat([self.token_norm(last), self.token_norm(before)], dim=-1)
-        changed: Tensor = self.out_proj(F.silu(self.states_proj(self.norm(states)) + self.tokens_proj(tokens)))
+        changed: Tensor = self.out_proj(F.silu(projected + self.tokens_proj(tokens)))
         return states + changed

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specgen import DraftSession, Speculation, TokenTree
+from specgen import MAX_TREE_NODES, DraftSession, TokenTree
 from specgen_eagle.borrowed import Lender
-from specgen_eagle.drafter import LEAST_SURVIVAL, WINDOW, Eagle, Halves, attend, borrowed_by, exact
+from specgen_eagle.drafter import LEAST_SURVIVAL, WINDOW, Eagle, Halves, attend, exact, joined, told, words_of
 from specgen_eagle.head import EagleHead
 from specgen_eagle.session import EMPTY, Answer, EagleSession, Part, causal
 
 _CANDIDATES = 64
 """Tokens of each depth, the likeliest before those in between are known, among which a tree chooses."""
-_MOST = Speculation().max_nodes
 
 
 class ParallelHalves(Halves):
@@ -34,39 +32,54 @@ class ParallelHalves(Halves):
         super().__init__(head, embeddings, children, lender)
         self.depth = min(depth, head.config.parallel)
         self._candidates = min(_CANDIDATES, head.config.vocabulary)
-        self.behind = self._trees
+        self.before, self.behind = self._ahead, self._trees
 
     def compile(self, compile_rows: Callable[..., Any]) -> None:
         """Compile both."""
-        tokens, positions, states, attended = self._examples()
-        self.before = compile_rows(self._before, [(tokens, 0), (positions, 0), (states, 0)])
-        wanted = positions[:, None].expand(-1, self.depth).contiguous()
-        borrowed = self._borrowed_examples(states, positions)
-        self.behind = compile_rows(self._trees, [(attended, 1), (states, 0), (tokens, 0), (wanted, 0), *borrowed])
+        rows, square, states, attended = self._examples()
+        shown = states.repeat(1, len(self.head.config.layers))
+        self.before = compile_rows(self._ahead, [(rows, 0), (rows, 0), (shown, 0), (rows, 0), (rows, 0)])
+        wanted = rows[:, None].repeat(1, self.depth)
+        behind = [(attended, 1), (states, 0), (rows, 0), (wanted, 0), (square, (0, 1))]
+        self.behind = compile_rows(self._trees, behind)
+
+    def _ahead(
+        self, tokens: Tensor, positions: Tensor, states: Tensor, lasts: Tensor, order: Tensor
+    ) -> tuple[Tensor, ...]:
+        """What `_before` gives, of entries and of the depths behind the last one of each text.
+
+        states: [entries, layers * target_width], the target's. lasts: int64[texts]. order: int64[rows], which entry a
+        row is; behind all of them are numbered the depths, text by text.
+        """
+        fused = self.head.fuse(states)
+        ahead = self.head.look_ahead(fused[lasts])[:, : self.depth - 1].flatten(0, 1)
+        return self._before(tokens, positions, torch.cat([fused, ahead])[order])
 
     def _trees(
-        self, attended: Tensor, residual: Tensor, tokens: Tensor, wanted: Tensor, texts: Tensor, *borrowed: Tensor
+        self, attended: Tensor, residual: Tensor, tokens: Tensor, wanted: Tensor, words: Tensor
     ) -> tuple[Tensor, ...]:
-        """The likeliest nodes of a tree for each of several sequences, likeliest first, parents before their children.
+        """The likeliest nodes of a tree for each of several texts, likeliest first, parents before their children.
 
         tokens: int64[rows]. wanted: int64[trees, depth], the rows of each tree's root and of the depths behind it.
-        texts: int64[trees]. borrowed: what follows the texts in `_scores`.
+        words: as in `_scores`.
         Returns, [trees, nodes] all, the chance of each node's path, its token, its number and its parent's, which is -1
         for children of the root.
         """
         width, rows = self.children, wanted.flatten()
-        states = self.head.finish(attended[:, rows], residual[rows])
-        scores, sayable = self._scores(states, texts.repeat_interleave(self.depth), *borrowed)
-        logits = scores.unflatten(0, wanted.shape)
-        states = states.unflatten(0, wanted.shape)
+        states = self._finished(attended[:, rows], residual[rows]).unflatten(0, wanted.shape)
+        logits = self._scores(states, words)
         top, places = logits.topk(self._candidates)
+        candidates = self._said(places, words)
         shares = (top - logits.logsumexp(dim=-1, keepdim=True)).exp()
-        # The candidates together keep the share that they had before the tokens in between were known.
-        kept = shares.sum(dim=-1, keepdim=True)
+        # The candidates together keep the share that they had before the tokens in between were known. Were the sum
+        # rounded above 1, a child would survive its parent.
+        kept = shares.sum(dim=-1, keepdim=True).clamp(max=1.0)
+        # What all depths read is read at once.
+        projected = self.head.transition.of_states(states)
+        columns = self._columns(places[:, 1:].transpose(0, 1), candidates[:, 1:].transpose(0, 1))
         first = min(width * width, self._candidates)
-        chance = shares[:, 0, :first]
-        said = sayable[places[:, 0, :first]]
-        levels = [(chance, said, torch.full_like(said, -1))]
+        said = candidates[:, 0, :first]
+        levels = [(shares[:, 0, :first], said, torch.full_like(said, -1))]
         last = tokens[wanted[:, :1]]
         numbers = 0
         for depth in range(1, self.depth):
@@ -74,38 +87,34 @@ class ParallelHalves(Halves):
             sure, picked = survival.topk(width)
             before = last.expand(-1, width) if depth == 1 else last.gather(1, picked // width)
             last = said.gather(1, picked)
-            scores = self._seeing(states[:, depth], last, before, places[:, depth], borrowed[0])
+            seeing = self._seeing(states[:, depth], projected[:, depth], last, before)
+            scores = torch.bmm(seeing, columns[depth - 1].mT)
             chance, chosen = (scores.softmax(dim=-1) * kept[:, depth, None]).topk(width)
             levels.append(
                 (
                     (sure[..., None] * chance).flatten(1),
-                    sayable[places[:, depth].gather(1, chosen.flatten(1))],
+                    candidates[:, depth].gather(1, chosen.flatten(1)),
                     (numbers + picked).repeat_interleave(width, dim=1),
                 )
             )
             numbers += said.shape[1]
         survival, said, parents = (torch.cat(part, dim=1) for part in zip(*levels, strict=True))
         ordered, order = survival.nan_to_num(0.0).sort(dim=1, descending=True, stable=True)
-        ordered, order = ordered[:, :_MOST], order[:, :_MOST]
+        ordered, order = ordered[:, :MAX_TREE_NODES], order[:, :MAX_TREE_NODES]
         return ordered, said.gather(1, order), order, parents.gather(1, order)
 
-    def _seeing(self, states: Tensor, last: Tensor, before: Tensor, places: Tensor, columns: Tensor) -> Tensor:
-        """Logits of the candidates `places` [trees, candidates] behind each beam, [trees, width, candidates].
+    def _columns(self, places: Tensor, tokens: Tensor) -> Tensor:
+        """Rows of the language-model head for candidates, [..., width]: the target's own where it lends them."""
+        return exact(F.embedding(places if self.lender.rows is None else tokens, self._lent))
 
-        states: [trees, width of the head]. last, before: int64[trees, width], the tokens of each beam.
-        columns: of what is borrowed, see `_scores`; its places are behind the vocabulary's.
+    def _seeing(self, states: Tensor, projected: Tensor, last: Tensor, before: Tensor) -> Tensor:
+        """The states behind each beam, normed, [trees, width, width of the head].
+
+        states: [trees, width of the head]. projected: of these; see `Transition`. last, before: int64[trees, width],
+        the tokens of each beam.
         """
-        seeing = self.head.transition(
-            states.repeat_interleave(last.shape[1], dim=0),
-            F.embedding(last.flatten(), self._embeddings),
-            F.embedding(before.flatten(), self._embeddings),
-        )
-        normed = exact(self.head.norm(seeing)).unflatten(0, last.shape)
-        own, vocabulary = self.head.lm_head.weight, self.head.config.vocabulary
-        rows = exact(F.embedding(places.clamp(max=vocabulary - 1), own))
-        lent = F.embedding((places - vocabulary).clamp(min=0), columns.T).to(rows)
-        scores: Tensor = normed @ torch.where(places[..., None] < vocabulary, rows, lent).transpose(1, 2)
-        return scores
+        seen = F.embedding(last, self._embeddings), F.embedding(before, self._embeddings)
+        return exact(self.head.norm(self.head.transition.behind(states[:, None], projected[:, None], *seen)))
 
 
 class ParallelSession(EagleSession):
@@ -133,28 +142,39 @@ class ParallelEagle(Eagle):
         self._read([session for session, most in zip(asked, max_nodes, strict=True) if most and session.is_ready])
         return [session.tree(most) for session, most in zip(asked, max_nodes, strict=True)]
 
+    def _fused(self, parts: Sequence[Part]) -> Sequence[Part]:
+        """As they are: fused they are where the depths behind them are added."""
+        return parts
+
     def _forward(self, parts: Sequence[Part], *, every: bool = False) -> list[Answer]:
         """The tree behind the last row of each part."""
-        following = self.head.look_ahead(torch.stack([part.states[-1] for part in parts]))[:, : self.depth - 1]
-        longer = [_longer(part, further) for part, further in zip(parts, following, strict=True)]
-        tokens, attended, residual = attend(self.halves, longer)
-        ends = accumulate(len(part.tokens) for part in longer)
-        wanted = torch.tensor([range(end - self.depth, end) for end in ends], device=tokens.device)
-        borrowed = borrowed_by(parts, [1] * len(parts))
-        trees = [column.tolist() for column in self.halves.behind(attended, residual, tokens, wanted, *borrowed)]
-        return [Answer(part.states, tree=_tree(*nodes)) for part, *nodes in zip(parts, *trees, strict=True)]
+        longer = [_longer(part, self.depth - 1) for part in parts]
+        tokens, positions = told(longer)
+        lasts, order, wanted = self._rows([len(part.tokens) for part in parts], tokens.device)
+        states = joined([part.states for part in parts])
+        *projected, residual = self.halves.before(tokens, positions, states, lasts, order)
+        trees = self.halves.behind(attend(longer, *projected), residual, tokens, wanted, words_of(parts))
+        nodes = zip(parts, *(column.tolist() for column in trees), strict=True)
+        return [Answer(part.states, tree=_tree(*columns)) for part, *columns in nodes]
+
+    def _rows(self, entries: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """`lasts` and `order` of `ParallelHalves._ahead`, `wanted` of its `_trees`, for texts with so many entries."""
+        count, further = sum(entries), self.depth - 1
+        numbers = torch.arange(count + further * len(entries), device=device)
+        own, behind = numbers[:count].split(entries), numbers[count:].split([further] * len(entries))
+        order = torch.cat([part for both in zip(own, behind, strict=True) for part in both])
+        rows = numbers.split([some + further for some in entries])
+        return torch.stack([some[-1] for some in own]), order, torch.stack([some[-self.depth :] for some in rows])
 
 
-def _longer(part: Part, following: Tensor) -> Part:
+def _longer(part: Part, further: int) -> Part:
     """A part with rows for the entries behind its last one, which see what that sees and leave nothing behind."""
-    count, rows = len(following), len(part.tokens)
     last = part.positions[-1]
     return replace(
         part,
-        tokens=[*part.tokens, *[part.tokens[-1]] * count],
-        positions=[*part.positions, *range(last + 1, last + 1 + count)],
-        states=torch.cat([part.states, following]),
-        visible=causal(rows, following.device, count),
+        tokens=[*part.tokens, *[part.tokens[-1]] * further],
+        positions=[*part.positions, *range(last + 1, last + 1 + further)],
+        visible=causal(len(part.tokens), part.states.device, further),
     )
 
 

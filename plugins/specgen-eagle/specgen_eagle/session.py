@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _FIRST_ROOM = 256
 
-EMPTY = TokenTree((), (), ())
+EMPTY = TokenTree()
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from specgen_eagle.drafter import Eagle, Halves
 from specgen_eagle.factory import eagle
 from specgen_eagle.head import EagleHead
 from specgen_eagle.head_student import new_head
-from specgen_eagle.parallel_drafter import ParallelEagle, ParallelHalves
+from specgen_eagle.parallel_drafter import ParallelEagle, ParallelHalves, _tree
 from specgen_eagle.recipe import HeadRecipe, Recipe
 from specgen_eagle.unrolled import make_batch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -181,17 +181,19 @@ def test_compiled_the_head_says_the_same(model: PreTrainedModel, ahead: int) -> 
     quick.compile(compile_rows)
     assert quick.before is not plain.before
     assert quick.behind is not plain.behind
+    words = torch.tensor([[-1, -1, 60, 61], [-1, -1, 62, -1]])
     for rows in (1, 2, 5, 17):
-        tokens, positions = torch.arange(rows) * 3 % VOCABULARY, torch.arange(rows) + 9
-        last = torch.arange(rows)[-2:].contiguous()
-        asked = (last,) if ahead == 1 else (tokens, last[:, None].expand(-1, ahead).contiguous())
-        lent = torch.tensor([-1, -1, 60, 61, -1, -1, 62]), torch.tensor([0, 0, 0, 0, 1, 1, 1])
-        asked = *asked, torch.zeros_like(last), torch.randn(32, 7), *lent
+        numbers = torch.arange(rows)
+        before = numbers * 3 % VOCABULARY, numbers + 9, torch.randn(rows, 32)
+        asked = (numbers[-2:, None].expand(-1, 3).contiguous(),)
+        if ahead > 1:
+            lasts, order = numbers[-2:], torch.arange(rows + 2 * (ahead - 1)).flip(0)[-rows:].contiguous()
+            before = *before[:2], torch.randn(rows, 3 * 32), lasts, order
+            asked = before[0], numbers[-2:, None].expand(-1, ahead).contiguous()
+        behind = torch.randn(4, rows, 8), torch.randn(rows, 32), *asked, words[: min(rows, 2)]
         with torch.inference_mode():
-            before = tokens, positions, torch.randn(rows, 32)
             for one, other in zip(quick.before(*before), plain.before(*before), strict=True):
                 torch.testing.assert_close(one, other)
-            behind = torch.randn(4, rows, 8), torch.randn(rows, 32), *asked
             for one, other in zip(quick.behind(*behind), plain.behind(*behind), strict=True):
                 torch.testing.assert_close(one, other)
 
@@ -343,6 +345,23 @@ def test_parallel_trees_of_any_shape_are_trees(width: int, depth: int, vocabular
     assert set(tree.tokens) <= set(head.tokens.tolist())
     few = shown(drafter, torch.randn(4, len(LAYERS), 32), [], ids).propose(2)
     check(few, 100, 2)
+
+
+def test_chances_that_round_above_one_put_no_child_before_its_parent(model: PreTrainedModel) -> None:
+    """The chances of all tokens may sum to a little more than 1, and one beam be sure of its next token."""
+    head = untrained(model, AHEAD, VOCABULARY).requires_grad_(False)
+    head.lm_head.weight.mul_(1000)
+    halves = ParallelHalves(head, model.get_input_embeddings().weight, 2, AHEAD)
+    rows, words = torch.arange(AHEAD), torch.full((1, 2), -1)
+    random = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        logits = 6 * torch.rand(1, AHEAD, VOCABULARY + 2, generator=random)
+        logits[..., 5] = 20 + 4 * torch.rand(1, generator=random)
+        logits[..., VOCABULARY:] = -torch.inf
+        halves._scores = lambda states, words, logits=logits: logits
+        states = torch.randn(AHEAD, 32, generator=random)
+        columns = halves.behind(torch.zeros(4, AHEAD, 8), states, rows, rows[None], words)
+        check(_tree(*(column[0].tolist() for column in columns)), VOCABULARY)
 
 
 @pytest.mark.parametrize("lengths", [[3], [3, 5], [4, 2], [7, 3, 3]])
