@@ -14,11 +14,11 @@ from collections.abc import Callable
 from specgen.tree import children
 from specgen.types import Acceptance, Finish, Logprob, TokenTree
 
-Draw = Callable[[int], tuple[int, Finish | None]]
+DrawToken = Callable[[int], tuple[int, Finish | None]]
 """Node (-1 = root) -> the token drawn at its row, and why the sequence ends with it, if it does."""
 
 
-def walk(tree: TokenTree, draw: Draw) -> tuple[tuple[int, ...], tuple[int, ...], Finish | None]:
+def walk(tree: TokenTree, draw: DrawToken) -> tuple[tuple[int, ...], tuple[int, ...], Finish | None]:
     """Committed tokens, accepted nodes, and the end if a stop rule said so.
 
     `draw` is called once per committed token, in order. Walks of deterministic trees are lossless for any tree.
@@ -37,7 +37,7 @@ def walk(tree: TokenTree, draw: Draw) -> tuple[tuple[int, ...], tuple[int, ...],
         node = child
 
 
-def acceptance(tree: TokenTree, draw: Draw, logprob: Callable[[int, int], Logprob] | None = None) -> Acceptance:
+def acceptance(tree: TokenTree, draw: DrawToken, logprob: Callable[[int, int], Logprob] | None = None) -> Acceptance:
     """The walk with the log-probabilities of what it committed: `logprob(node, token)`."""
     committed, nodes, finish = walk(tree, draw)
     rows = (-1, *nodes)

@@ -51,7 +51,7 @@ async def admit(request: web.Request, handler: Handler) -> web.StreamResponse:
     if access == "admin":
         service.keys.check_admin(caller)
     if request.method == "POST":
-        service.runner.gate.check_rate(caller)
+        service.jobs.gate.check_rate(caller)
     return await handler(request)
 
 
@@ -68,7 +68,7 @@ async def _beside(app: web.Application) -> AsyncIterator[None]:
     watching.cancel()
     with suppress(asyncio.CancelledError):
         await watching
-    service.runner.close()
+    service.jobs.close()
 
 
 _ACCESS: web.AppKey[dict[object, Access]] = web.AppKey("access", dict)

@@ -20,9 +20,9 @@ from specgen.server.answers import (
     Usage,
 )
 from specgen.server.auth import CALLER
+from specgen.server.jobs import Job
 from specgen.server.protocol import ChatRequest, ToolCall
 from specgen.server.reading import read
-from specgen.server.runner import Job
 from specgen.server.service import SERVICE, Service
 from specgen.server.tools import CallParser
 from specgen.server.writing import Writer, respond, usage

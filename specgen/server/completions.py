@@ -9,9 +9,9 @@ from msgspec import UNSET, UnsetType
 
 from specgen.server.answers import CompletionAnswer, CompletionChoice, CompletionLogprobs, RequestMetrics, Usage
 from specgen.server.auth import CALLER
+from specgen.server.jobs import Job
 from specgen.server.protocol import CompletionRequest
 from specgen.server.reading import read
-from specgen.server.runner import Job
 from specgen.server.service import SERVICE, Service
 from specgen.server.texts import LOWEST
 from specgen.server.writing import Writer, respond, usage

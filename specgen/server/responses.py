@@ -21,6 +21,7 @@ from specgen.server.answers import (
 )
 from specgen.server.auth import CALLER
 from specgen.server.errors import ErrorBody, invalid
+from specgen.server.jobs import Job
 from specgen.server.logs import TIMING
 from specgen.server.protocol import (
     CalledFunction,
@@ -34,7 +35,6 @@ from specgen.server.protocol import (
     text_of,
 )
 from specgen.server.reading import read
-from specgen.server.runner import Job
 from specgen.server.service import SERVICE, Service
 from specgen.server.tools import CallParser
 from specgen.server.writing import json_response, stream
@@ -48,7 +48,7 @@ async def respond(request: web.Request) -> web.StreamResponse:
     service.check_model(asked.model)
     prompts, params = await service.aside(request, lambda: service.asker.chat(as_chat(asked), request[CALLER]))
     writer = ResponseWriter(asked, service)
-    running = service.runner.run(request[CALLER], request[TIMING], prompts, params)
+    running = service.jobs.run(request[CALLER], request[TIMING], prompts, params)
     if not asked.stream:
         async with running as job:
             return json_response(await writer.whole(job))

@@ -17,8 +17,8 @@ from specgen.server.bodies import whole
 from specgen.server.config import ServerConfig
 from specgen.server.errors import ApiError
 from specgen.server.health import Health
+from specgen.server.jobs import Jobs
 from specgen.server.metrics import Metrics
-from specgen.server.runner import Runner
 from specgen.server.texts import Texts
 
 T = TypeVar("T")
@@ -35,7 +35,7 @@ class Service:
     name: str
     keys: Keys
     metrics: Metrics
-    runner: Runner
+    jobs: Jobs
     asker: Asker
     texts: Texts
     health: Health
@@ -52,7 +52,7 @@ class Service:
             name,
             Keys(config.api_keys, config.admin_key),
             metrics,
-            Runner(engine, config),
+            Jobs(engine, config),
             Asker(config, name, engine),
             Texts(engine.tokenizer),
             Health(engine, config),
@@ -67,7 +67,7 @@ class Service:
     async def aside(self, request: web.Request, function: Callable[[], T]) -> T:
         """What `function` makes of a request that was read: on a thread where it is large, so that nobody waits."""
         small = len(await whole(request)) <= _SMALL_BYTES
-        return function() if small else await self.runner.in_thread(function)
+        return function() if small else await self.jobs.in_thread(function)
 
     def models(self) -> list[str]:
         """The names that requests may use: the model's and its adapters'."""

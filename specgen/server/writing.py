@@ -25,9 +25,9 @@ from specgen.server.answers import (
 )
 from specgen.server.auth import CALLER
 from specgen.server.errors import ErrorAnswer, ErrorBody, api_error
+from specgen.server.jobs import Job
 from specgen.server.logs import TIMING, report
 from specgen.server.protocol import Sampling, StreamOptions
-from specgen.server.runner import Job
 from specgen.server.service import SERVICE, Service
 from specgen.server.sse import EventStream, ReaderTooSlow
 from specgen.server.texts import Tracer
@@ -133,7 +133,7 @@ async def respond(
 ) -> web.StreamResponse:
     """Run a request and answer it, whole or as a stream."""
     service = request.app[SERVICE]
-    running = service.runner.run(request[CALLER], request[TIMING], prompts, params)
+    running = service.jobs.run(request[CALLER], request[TIMING], prompts, params)
     if not writer.asked.stream:
         async with running as job:
             return json_response(writer.answer(job, await job.results()))

@@ -67,7 +67,7 @@ class Job:
             stream.cancel()
 
 
-class Runner:
+class Jobs:
     """Brings requests to an engine and keeps account of those that are there."""
 
     def __init__(self, engine: Engine, config: ServerConfig) -> None:
