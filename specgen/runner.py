@@ -198,6 +198,8 @@ class Runner:
 
     def _cancel(self, request_id: str) -> None:
         """End a request; a run that others listen to goes on without it."""
+        if self._runs.has_left(request_id):
+            return
         finish, run = cancelled(request_id), self._runs.heard_by(request_id)
         if run is None or len(run.listeners) == 1:
             self._hand_out(self._core.cancel(run.request.id if run else request_id, finish))
