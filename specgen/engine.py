@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -142,25 +143,14 @@ class EngineCore:
         return StoredPrefixes(self.prefix, self._identity) if self.prefix else None
 
     def add(self, request: Request, samples: Many[Sample]) -> None:
-        """Queue one sequence per sample."""
-        hints = _hints(request)
-        for index, sample in enumerate(samples):
-            drafts = self.drafting.open(request.ids, hints, request.params.speculation, sample.constraint)
-            self.scheduler.add(
-                Sequence(
-                    request,
-                    index,
-                    sampler=sample.sampler,
-                    stops=sample.stops,
-                    cursor=sample.cursor,
-                    constraint=sample.constraint,
-                    drafts=drafts,
-                    table=self.target.pool.open(),
-                    key=self.key(request),
-                )
-            )
-            if request.adapter:
-                self.adapters.use(request.adapter)
+        """Queue one sequence per sample; none where one cannot be made."""
+        with ExitStack() as undo:
+            sequences = [self._sequence(request, index, sample, undo) for index, sample in enumerate(samples)]
+            undo.pop_all()
+        for sequence in sequences:
+            self.scheduler.add(sequence)
+            if sequence.adapter:
+                self.adapters.use(sequence.adapter)
 
     def cancel(self, request_id: str, finish: Finish | None = None) -> list[StepOutput]:
         """End all sequences of a request where they stand; none if it is finished or unknown."""
@@ -206,6 +196,24 @@ class EngineCore:
         self.adapters.check(busy=self.busy)
         if not self.busy and self.target.pool.open_tables:
             raise RuntimeError("KV pool: tables are open though no sequence is left")
+
+    def _sequence(self, request: Request, index: int, sample: Sample, undo: ExitStack) -> Sequence:
+        """A sequence to be queued; `undo` gives back what was opened for it."""
+        drafts = self.drafting.open(request.ids, _hints(request), request.params.speculation, sample.constraint)
+        undo.callback(self.drafting.close, drafts)
+        table = self.target.pool.open()
+        undo.callback(table.release)
+        return Sequence(
+            request,
+            index,
+            sampler=sample.sampler,
+            stops=sample.stops,
+            cursor=sample.cursor,
+            constraint=sample.constraint,
+            drafts=drafts,
+            table=table,
+            key=self.key(request),
+        )
 
     def _of(self, request_id: str) -> list[Sequence]:
         return [s for s in (*self.scheduler.running, *self.scheduler.waiting) if s.request.id == request_id]

@@ -40,6 +40,7 @@ from specgen import (
     api,
     runner,
 )
+from specgen.kv.pool import BlockTable
 from specgen.params import Request
 from specgen.plugins import load_plugins
 from tests.models.tiny import VOCABULARY, build
@@ -436,6 +437,39 @@ def test_a_step_that_fails_fails_those_who_ran_and_nobody_else(
             assert list(second.results(SECONDS)[0].ids) == greedy(model, PROMPTS[1], 10)
         assert list(engine.generate(PROMPT, max_tokens=10).ids) == greedy(model, PROMPT, 10)
         engine.check()
+
+
+def test_a_request_that_can_be_queued_only_in_part_fails_as_a_whole(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of its samples runs, and nothing is held for them."""
+    pool = engine.target.pool
+    opened, faults = pool.open, iter([None, torch.OutOfMemoryError("no memory for a table")])
+
+    def opens_one() -> BlockTable:
+        if fault := next(faults, None):
+            raise fault
+        return opened()
+
+    monkeypatch.setattr(pool, "open", opens_one)
+    with capture_logs():
+        stream = engine.stream(PROMPT, max_tokens=5, n=3, temperature=1.0)
+        with pytest.raises(RequestFailed, match="could not be queued: .*no memory for a table"):
+            stream.results(SECONDS)
+    assert list(engine.generate(PROMPT, max_tokens=5, speculation="off").ids) == greedy(engine.model, PROMPT, 5)
+    assert (engine.counters.steps, engine.counters.finished) == (5, {"length": 1})
+    assert pool.open_tables == 0
+
+
+def test_a_stream_that_failed_takes_nothing_more() -> None:
+    stream = Stream("one", 2, lambda request_id: None)
+    stream.fail(RequestFailed("no more"))
+    for index in range(2):
+        stream.put(StepOutput("one", index, (5,), "a"))
+    with pytest.raises(RequestFailed, match="no more"):
+        next(stream)
+    with pytest.raises(RequestFailed, match="no more"):
+        stream.results(0)
 
 
 def test_plugins_watch_requests_steps_and_ends(model: PreTrainedModel) -> None:

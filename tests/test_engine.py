@@ -43,6 +43,7 @@ from specgen.draft.pace import Experience, Pace
 from specgen.draft.prediction import Prediction
 from specgen.draft.prompt_lookup import PromptLookup
 from specgen.engine import EngineCore
+from specgen.kv.pool import BlockTable
 from specgen.model.target import Target
 from specgen.plugins import load_plugins
 from specgen.requests import RequestBuilder
@@ -592,6 +593,25 @@ def test_a_cancelled_request_gives_everything_back_at_once(model: PreTrainedMode
     bench.run()
     assert list(bench.result(stays).ids) == greedy(model, PROMPTS[0], 20)
     assert not drafter.model.pool.open_tables
+
+
+def test_a_request_is_queued_as_a_whole_or_not_at_all(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the second of three sequences cannot be made, the first gives back what it was given."""
+    drafter = Scripted(lambda ids: BUSH)
+    bench = Bench(model, {"bush": drafter})
+    opened, faults = bench.target.pool.open, iter([None, torch.OutOfMemoryError("no memory for a table")])
+
+    def opens_one() -> BlockTable:
+        if fault := next(faults, None):
+            raise fault
+        return opened()
+
+    monkeypatch.setattr(bench.target.pool, "open", opens_one)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory for a table"):
+        bench.add(PROMPTS[0], max_tokens=4, n=3)
+    assert not bench.core.busy
+    assert (drafter.sessions, bench.target.pool.open_tables) == (0, 0)
+    assert list(bench.alone(PROMPTS[0], max_tokens=4).ids) == greedy(model, PROMPTS[0], 4)
 
 
 # Where a text ends.
