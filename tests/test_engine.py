@@ -48,6 +48,7 @@ from specgen.model.target import Target
 from specgen.plugins import load_plugins
 from specgen.requests import RequestBuilder
 from specgen.sampling import PositionKeys, gumbel_argmax, processors
+from specgen.scheduler import Turn
 from specgen.testing import DrafterContract
 from specgen.tree import chain, check, depths, path
 from specgen.types import EMPTY_TREE, MAX_TREE_NODES
@@ -507,6 +508,22 @@ def test_prompts_share_the_room_for_prompts(model: PreTrainedModel) -> None:
     assert list(bench.result(names[2]).ids) == greedy(model, PROMPTS[0], 3)
 
 
+def test_a_turn_stays_what_it_was_when_it_was_planned(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is committed of it afterwards."""
+    bench = Bench(model, max_prompt_rows=16)
+    plan, turns = bench.core.scheduler.plan, []
+
+    def noted() -> list[Turn]:
+        planned = plan()
+        turns.extend(planned)
+        return planned
+
+    monkeypatch.setattr(bench.core.scheduler, "plan", noted)
+    bench.alone(PROMPTS[2], max_tokens=3)
+    expected = [(16, False), (16, False), (8, True), (1, True), (1, True)]
+    assert [(turn.chain, turn.complete) for turn in turns] == expected
+
+
 def test_no_more_run_than_allowed(model: PreTrainedModel) -> None:
     bench = Bench(model, max_running=3)
     names = [bench.add(PROMPTS[number], max_tokens=4) for number in range(8)]
@@ -540,7 +557,7 @@ def test_the_engine_counts_what_it_does(model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("mode", ["off", "everything, whatever it costs"])
 def test_preemption_changes_nothing(model: PreTrainedModel, smaller: PreTrainedModel, mode: str) -> None:
-    """Eight texts of up to 80 tokens in a pool of 160: the youngest give way and read their text again."""
+    """Eight texts of up to 80 tokens in a pool of 160: those admitted last give way and read their text again."""
     bench = Bench(model, all_drafters(smaller), kv_tokens=160)
     names = []
     for number, prompt in enumerate(PROMPTS):
