@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from specgen.adapter_cache import AdapterCache, Presence
 from specgen.kv.pool import KVPool
 from specgen.kv.prefix import PrefixCache
+from specgen.log import Log
 from specgen.sequence import Sequence
+
+log = Log("specgen.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,9 +163,13 @@ class Scheduler:
         return False
 
     def _retire(self, sequence: Sequence) -> None:
-        if self._prefix:
-            self._prefix.retire(sequence.key, sequence.ids, sequence.table)
-        else:
+        """Give a sequence's pages back, to the prefix cache if it can take them."""
+        try:
+            if self._prefix:
+                self._prefix.retire(sequence.key, sequence.ids, sequence.table)
+        except Exception:  # the cache's loss: the sequence ends, or waits, all the same
+            log.exception("what a sequence leaves could not be cached", request=sequence.request.id)
+        finally:
             sequence.table.release()
 
     def _reserve(self, sequence: Sequence, chain: int, turns: Mapping[Sequence, Turn]) -> bool:

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from itertools import count
 from typing import Any
 
 import pytest
@@ -470,6 +471,57 @@ def test_a_stream_that_failed_takes_nothing_more() -> None:
         next(stream)
     with pytest.raises(RequestFailed, match="no more"):
         stream.results(0)
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_a_commit_that_fails_takes_no_token_from_the_others(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """Neither the last one of who ends in that step, nor one of who goes on, though memory may come back."""
+    commit, calls = BlockTable.commit, count(1)
+
+    def fails_once(table: BlockTable, chain: int, accepted: Sequence[int] = ()) -> None:
+        if next(calls) == 3:
+            raise error("no memory for this commit")
+        commit(table, chain, accepted)
+
+    with Engine(model, kv_tokens=1024) as engine:
+        monkeypatch.setattr(BlockTable, "commit", fails_once)
+        lengths = (1, 10, 10)
+        built = [engine.prepare(prompt, max_tokens=n) for prompt, n in zip(PROMPTS[:3], lengths, strict=True)]
+        with capture_logs():
+            ends, goes_on, fails = engine.start(*built)
+            for stream, prompt, length in zip((ends, goes_on), PROMPTS, lengths, strict=False):
+                whole, said = list(stream.results(SECONDS)[0].ids), []
+                read(stream, said)
+                assert said == whole == greedy(model, prompt, length)
+            with pytest.raises(RequestFailed, match="no memory for this commit") as caught:
+                fails.results(SECONDS)
+        assert isinstance(caught.value.__cause__, error)
+        assert list(engine.generate(PROMPT, max_tokens=10).ids) == greedy(model, PROMPT, 10)
+        engine.check()
+
+
+def test_what_the_cache_cannot_take_over_is_lost_to_it_alone(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose pages they were has its text, though they were taken from it on the way, and they are free in the end."""
+
+    def full(*args: object) -> None:
+        raise MemoryError("no memory in the cache")
+
+    prompts = PROMPTS[0], PROMPTS[3]
+    with Engine(model, kv_tokens=96) as engine, capture_logs() as logs:
+        monkeypatch.setattr(engine._core.prefix, "retire", full)
+        streams = engine.start(*(engine.prepare(prompt, max_tokens=60, speculation="off") for prompt in prompts))
+        found = [list(stream.results(SECONDS)[0].ids) for stream in streams]
+        assert found == [greedy(model, prompt, 60) for prompt in prompts]
+        assert engine.load.preemptions > 0
+        assert [line["event"] for line in logs] == ["what a sequence leaves could not be cached"] * (
+            engine.load.preemptions + 2
+        )
+        engine.check()
+        assert engine.failed_steps == engine.target.pool.open_tables == 0
 
 
 def test_plugins_watch_requests_steps_and_ends(model: PreTrainedModel) -> None:
