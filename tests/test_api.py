@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from itertools import count
 from typing import Any
@@ -114,6 +114,20 @@ def read(stream: Stream, said: list[int]) -> None:
     """Append what a stream says, as far as it comes."""
     for output in stream:
         said += output.tokens
+
+
+def in_thread(function: Callable[[], Any]) -> Future[Any]:
+    """What comes of a call on a thread that holds up nobody if it waits for ever."""
+    answer: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(function())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return answer
 
 
 def engine_threads() -> int:
@@ -609,6 +623,95 @@ def test_an_idle_engine_has_no_thread_and_starts_another(
         until(lambda: engine_threads() == 0)
         engine.check()
         assert engine.generate(PROMPT, max_tokens=3).ids == expected
+
+
+def test_what_an_idle_engine_is_asked_holds_up_no_request(model: PreTrainedModel) -> None:
+    """It is answered on the engine's thread; others get in line meanwhile."""
+    asked, answered = threading.Event(), threading.Event()
+
+    def ask() -> str:
+        asked.set()
+        assert answered.wait(SECONDS)
+        return threading.current_thread().name
+
+    with Engine(model, kv_tokens=512) as engine:
+        name = in_thread(lambda: engine._runner.call(ask))
+        assert asked.wait(SECONDS)
+        try:
+            stream = in_thread(lambda: engine.stream(PROMPT, max_tokens=3)).result(5)
+        finally:
+            answered.set()
+        assert name.result(SECONDS) == "specgen-engine"
+        assert list(stream.results(SECONDS)[0].ids) == greedy(model, PROMPT, 3)
+
+
+def test_the_engines_thread_may_ask_its_own_engine(model: PreTrainedModel) -> None:
+    """A plugin does, which watches the ends of requests."""
+    found: list[int] = []
+
+    class Asks:
+        @specgen.hookimpl
+        def on_finish(self, result: Result) -> None:
+            found.append(engine.prefix.stats.queries)
+
+    plugins = load_plugins()
+    plugins.register(Asks(), "asks")
+    engine = Engine(model, plugins=plugins, kv_tokens=512)
+    assert len(engine.stream(PROMPT, max_tokens=3).results(SECONDS)[0].ids) == 3
+    until(lambda: found)
+    engine.close()
+    assert found == [1]
+
+
+@pytest.mark.parametrize("error", [KeyError, SystemExit])
+def test_whoever_asks_gets_what_that_raised(engine: Engine, error: type[BaseException]) -> None:
+    """And it ends nothing else."""
+
+    def raises() -> None:
+        raise error("asked for it")
+
+    with pytest.raises(error, match="asked for it"):
+        engine._runner.call(raises)
+    stream = engine.stream(PROMPT, max_tokens=60, ignore_eos=True, processors=[Slow(0.01)])
+    next(stream)
+    with pytest.raises(error, match="asked for it"):
+        in_thread(lambda: engine._runner.call(raises)).result(SECONDS)
+    assert len(stream.results(SECONDS)[0].ids) == 60
+    assert engine.failure is None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_death_of_the_engines_thread_is_told_to_those_who_asked(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it died, and afterwards."""
+    inside, dies = threading.Event(), threading.Event()
+
+    def step() -> None:
+        inside.set()
+        assert dies.wait(SECONDS)
+        raise SystemExit("killed")
+
+    engine = Engine(model, kv_tokens=512)
+    monkeypatch.setattr(engine._core, "step", step)
+    with capture_logs():
+        stream = engine.stream(PROMPT, max_tokens=3)
+        assert inside.wait(SECONDS)
+        asking = [in_thread(lambda: engine.prefix.stats), in_thread(engine.check)]
+        until(lambda: len(engine._runner._commands) == 2)
+        dies.set()
+        for asked in asking:
+            with pytest.raises(EngineClosed, match="the engine's thread ended: SystemExit") as caught:
+                asked.result(SECONDS)
+            assert isinstance(caught.value.__cause__, SystemExit)
+        with pytest.raises(RequestFailed, match="the engine's thread ended"):
+            stream.results(SECONDS)
+        with pytest.raises(EngineClosed, match="the engine's thread ended: SystemExit"):
+            engine.check()
+        with pytest.raises(EngineClosed):
+            engine.generate(PROMPT)
+        engine.close()
+    until(lambda: engine_threads() == 0)
 
 
 @pytest.mark.parametrize("closed", [True, False])
