@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -142,25 +143,14 @@ class EngineCore:
         return StoredPrefixes(self.prefix, self._identity) if self.prefix else None
 
     def add(self, request: Request, samples: Many[Sample]) -> None:
-        """Queue one sequence per sample."""
-        hints = _hints(request)
-        for index, sample in enumerate(samples):
-            drafts = self.drafting.open(request.ids, hints, request.params.speculation, sample.constraint)
-            self.scheduler.add(
-                Sequence(
-                    request,
-                    index,
-                    sampler=sample.sampler,
-                    stops=sample.stops,
-                    cursor=sample.cursor,
-                    constraint=sample.constraint,
-                    drafts=drafts,
-                    table=self.target.pool.open(),
-                    key=self.key(request),
-                )
-            )
-            if request.adapter:
-                self.adapters.use(request.adapter)
+        """Queue one sequence per sample; none where one cannot be made."""
+        with ExitStack() as undo:
+            sequences = [self._sequence(request, index, sample, undo) for index, sample in enumerate(samples)]
+            undo.pop_all()
+        for sequence in sequences:
+            self.scheduler.add(sequence)
+            if sequence.adapter:
+                self.adapters.use(sequence.adapter)
 
     def cancel(self, request_id: str, finish: Finish | None = None) -> list[StepOutput]:
         """End all sequences of a request where they stand; none if it is finished or unknown."""
@@ -175,7 +165,8 @@ class EngineCore:
     def step(self, *, drafting: bool = True) -> list[StepOutput]:
         """One forward over everything that runs; what it added to each sequence that drew.
 
-        drafting: False verifies no trees, so that the forward is as small as it can be.
+        Where it raises nothing is committed, so it may be tried again: what fails behind the forward ends the sequence
+        that it concerns. drafting: False verifies no trees, so that the forward is as small as it can be.
         """
         if self.target.take_compiled():
             self._measure()
@@ -190,11 +181,8 @@ class EngineCore:
         segments = [turn.sequence.rows(turn.chain, tree) for turn, tree in zip(turns, trees, strict=True)]
         views = self._score(segments, self._draws(turns, trees))
         self.counters.steps += 1
-        return [
-            output
-            for turn, tree, view in zip(turns, trees, views, strict=True)
-            if (output := self._settle(turn, tree, view)) is not None
-        ]
+        settled = (self._settle(turn, tree, view) for turn, tree, view in zip(turns, trees, views, strict=True))
+        return [output for outputs in settled for output in outputs]
 
     def check(self) -> None:
         """Raise RuntimeError if anything is held that no sequence owns. Cheap; tests call it after every step."""
@@ -206,6 +194,24 @@ class EngineCore:
         self.adapters.check(busy=self.busy)
         if not self.busy and self.target.pool.open_tables:
             raise RuntimeError("KV pool: tables are open though no sequence is left")
+
+    def _sequence(self, request: Request, index: int, sample: Sample, undo: ExitStack) -> Sequence:
+        """A sequence to be queued; `undo` gives back what was opened for it."""
+        drafts = self.drafting.open(request.ids, _hints(request), request.params.speculation, sample.constraint)
+        undo.callback(self.drafting.close, drafts)
+        table = self.target.pool.open()
+        undo.callback(table.release)
+        return Sequence(
+            request,
+            index,
+            sampler=sample.sampler,
+            stops=sample.stops,
+            cursor=sample.cursor,
+            constraint=sample.constraint,
+            drafts=drafts,
+            table=table,
+            key=self.key(request),
+        )
 
     def _of(self, request_id: str) -> list[Sequence]:
         return [s for s in (*self.scheduler.running, *self.scheduler.waiting) if s.request.id == request_id]
@@ -276,34 +282,43 @@ class EngineCore:
         self.drafting.cost.observe(rows, time.perf_counter() - started, context)
         return views(segments, scores, (top[0], top[1]), drawn_rows, self.drafting.wanted.layers)
 
-    def _settle(self, turn: Turn, tree: TokenTree, view: View) -> StepOutput | None:
-        """Walk and commit one turn. A sequence whose own code raises ends with the error; the others go on."""
+    def _settle(self, turn: Turn, tree: TokenTree, view: View) -> list[StepOutput]:
+        """Walk and commit one turn. A sequence for which anything raises ends with the error; the others go on."""
         sequence = turn.sequence
-        curious = self.drafting.wants(sequence.drafts)
-        if not turn.complete:
-            if curious:
-                self.drafting.observe(sequence.drafts, view.features(turn.chain))
-            sequence.table.commit(turn.chain)
-            self.scheduler.publish(sequence, tail=False)
-            return None
+        outputs: list[StepOutput] = []
         try:
-            walked = sequence.walk(tree, view.logits, view.drawn if self._is_drawn(sequence, view) else None)
-        except Exception as error:  # processors and stopping criteria are the caller's code
-            return self._close(sequence, sequence.end(Finish("error", error=error)))
+            if turn.complete:
+                outputs.append(self._commit(turn, tree, view))
+            else:
+                self._read(turn, view)
+            # One that has ended is published as a whole when its pages are given back.
+            if sequence.finish is None and (turn.chain > 1 or not turn.complete):
+                self.scheduler.publish(sequence, tail=turn.complete)
+        except Exception as error:  # processors and stopping criteria are the caller's code; memory may run out
+            outputs.append(sequence.end(Finish("error", error=error)))
+        return [self._close(sequence, output) if output.result else output for output in outputs]
+
+    def _read(self, turn: Turn, view: View) -> None:
+        """Take in a part of a prompt, behind which nothing is drawn."""
+        sequence = turn.sequence
+        if self.drafting.wants(sequence.drafts):
+            self.drafting.observe(sequence.drafts, view.features(turn.chain))
+        sequence.table.commit(turn.chain)
+
+    def _commit(self, turn: Turn, tree: TokenTree, view: View) -> StepOutput:
+        """Walk a tree and take in what was accepted of it."""
+        sequence = turn.sequence
+        walked = sequence.walk(tree, view.logits, view.drawn if self._is_drawn(sequence, view) else None)
         trace = self._trace(sequence, tree, walked[0])
         # Before the sequence, whose result may hold the drafters' share in this step.
-        if curious:
+        if self.drafting.wants(sequence.drafts):
             self.drafting.observe(sequence.drafts, view.features(turn.chain, walked[0].nodes))
         self.drafting.commit(sequence.drafts, tree, walked[0].committed)
-        output = sequence.commit(turn.chain, len(tree), *walked)
-        if trace:
-            output = replace(output, trace=trace)
-        if turn.chain > 1:
-            self.scheduler.publish(sequence, tail=True)
+        output = replace(sequence.commit(turn.chain, len(tree), *walked), trace=trace)
         self.counters.committed += len(output.tokens)
         self.counters.drafted += len(tree)
         self.counters.accepted += len(output.tokens) - 1
-        return self._close(sequence, output) if output.result else output
+        return output
 
     def _end_lost(self) -> list[StepOutput]:
         """End those whose adapter cannot be brought back."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextvars import copy_context
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,8 +31,8 @@ T = TypeVar("T")
 
 
 class Runner:
-    """Runs an `EngineCore` on a daemon thread that starts with a request and ends when there was none for a while,
-    so that an engine nobody holds can be collected.
+    """Runs an `EngineCore` on a daemon thread that starts when something is asked of it and ends when nothing was for a
+    while, so that an engine nobody holds can be collected.
 
     responses: what finished requests were answered; where it is enabled, identical requests share a run.
     """
@@ -45,6 +45,7 @@ class Runner:
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._streams: weakref.WeakValueDictionary[str, Stream] = weakref.WeakValueDictionary()
+        self._answers: weakref.WeakSet[Future[Any]] = weakref.WeakSet()
         self._thread: threading.Thread | None = None
         self._closed = False
         self.failure: BaseException | None = None
@@ -66,11 +67,7 @@ class Runner:
             if self._closed:
                 raise EngineClosed("this engine was closed; open a new one")
             self._streams.update({stream.request_id: stream for stream in streams})
-            self._commands.append(partial(copy_context().run, self._accept, built, keys))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="specgen-engine", daemon=True)
-                self._thread.start()
-            self._wake.notify()
+            self._order(partial(copy_context().run, self._accept, built, keys))
         return streams
 
     def cancel(self, request_id: str) -> None:
@@ -80,21 +77,20 @@ class Runner:
             self._wake.notify()
 
     def call(self, function: Callable[[], T]) -> T:
-        """What `function` returns or raises, on the engine's thread between two steps."""
-        done: Future[T] = Future()
+        """What `function` returns or raises, on the engine's thread between two steps; after `close` too.
 
-        def command() -> None:
-            try:
-                done.set_result(function())
-            except Exception as error:
-                done.set_exception(error)
-
+        On that thread itself it runs at once. Raises EngineClosed if an error ended the thread.
+        """
+        if threading.current_thread() is self._thread:
+            return function()
+        release_workers()
+        answer: Future[T] = Future()
         with self._wake:
-            self._commands.append(command)
-            self._wake.notify()
-            if self._thread is None:
-                self._drain()
-        return done.result()
+            if self.failure is not None:
+                raise _ended(self.failure)
+            self._answers.add(answer)
+            self._order(partial(_answer, answer, function))
+        return answer.result()
 
     def close(self) -> None:
         """Cancel what runs, end the thread and wait for it. Doing so twice is harmless."""
@@ -104,6 +100,15 @@ class Runner:
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
+
+    def _order(self, command: Callable[[], None]) -> None:
+        """Have a command run between two steps, by a new thread where there is none. Called with the lock held."""
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name="specgen-engine", daemon=True)
+            thread.start()
+            self._thread = thread
+        self._commands.append(command)
+        self._wake.notify()
 
     def _wanted(self) -> bool:
         return bool(self._commands) or self._closed or self._core.busy
@@ -115,11 +120,19 @@ class Runner:
             log.exception("the engine's thread ended")
             with self._wake:
                 self._thread, self._closed, self.failure = None, True, error
-            failed = RequestFailed(f"the engine's thread ended: {error!r}")
-            failed.__cause__ = EngineClosed("the engine's thread ended")
-            for stream in list(self._streams.values()):
-                stream.fail(failed)
+                self._commands.clear()
+            self._fail_all(error)
             raise
+
+    def _fail_all(self, error: BaseException) -> None:
+        """Tell all who wait for something that the thread has ended."""
+        failed = RequestFailed(f"the engine's thread ended: {error!r}")
+        failed.__cause__ = EngineClosed("the engine's thread ended")
+        for stream in list(self._streams.values()):
+            stream.fail(failed)
+        for answer in list(self._answers):
+            if not answer.done():
+                answer.set_exception(_ended(error))
 
     def _loop(self) -> None:
         while True:
@@ -135,10 +148,10 @@ class Runner:
             if closing:
                 self._fail(Finish("cancelled", error=EngineClosed("the engine was closed")))
                 with self._wake:
-                    self._drain()
-                    self._thread = None
-                return
-            if self._core.busy:
+                    if not self._commands:
+                        self._thread = None
+                        return
+            elif self._core.busy:
                 self._step()
 
     def _drain(self) -> None:
@@ -198,6 +211,8 @@ class Runner:
 
     def _cancel(self, request_id: str) -> None:
         """End a request; a run that others listen to goes on without it."""
+        if self._runs.has_left(request_id):
+            return
         finish, run = cancelled(request_id), self._runs.heard_by(request_id)
         if run is None or len(run.listeners) == 1:
             self._hand_out(self._core.cancel(run.request.id if run else request_id, finish))
@@ -224,3 +239,16 @@ class Runner:
         for output in outputs:
             if output.result is not None:
                 self._plugins.notify("on_finish", result=output.result)
+
+
+def _answer(answer: Future[T], function: Callable[[], T]) -> None:
+    try:
+        answer.set_result(function())
+    except BaseException as error:  # whatever it is, it is the caller's
+        answer.set_exception(error)
+
+
+def _ended(error: BaseException) -> EngineClosed:
+    closed = EngineClosed(f"the engine's thread ended: {error!r}")
+    closed.__cause__ = error
+    return closed

@@ -76,6 +76,10 @@ class Runs:
         """A request hears no more of its run, which goes on for the others."""
         self._by_listener.pop(request_id).listeners.remove(request_id)
 
+    def has_left(self, request_id: str) -> bool:
+        """Whether a request hears no more of the run that it began: the run has its id still, and is the others'."""
+        return request_id in self._by_request and request_id not in self._by_listener
+
     def spread(self, output: StepOutput) -> Iterator[StepOutput]:
         """An output as each listener of its run gets it. The last one ends the run, and its answer is kept."""
         run = self._by_request.get(output.request_id)

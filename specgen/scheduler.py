@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from specgen.adapter_cache import AdapterCache, Presence
 from specgen.kv.pool import KVPool
 from specgen.kv.prefix import PrefixCache
+from specgen.log import Log
 from specgen.sequence import Sequence
+
+log = Log("specgen.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,15 +21,17 @@ class Turn:
 
     sequence: Sequence
     chain: int
+    complete: bool
 
-    @property
-    def complete(self) -> bool:
-        """Whether the sequence draws in this step."""
-        return self.chain == self.sequence.pending
+    @classmethod
+    def of(cls, sequence: Sequence, chain: int) -> Turn:
+        """The turn of a sequence as it stands now. It draws in this step if the turn is complete."""
+        return cls(sequence, chain, chain == sequence.pending)
 
 
 class Scheduler:
-    """Sequences in order of arrival. Those that run are served first, the oldest before the youngest.
+    """Sequences wait in order of arrival, those whose pages were taken before all others. They run in order of
+    admission: one that comes back stands behind those that stayed. Those that run are served first, in that order.
 
     max_running: sequences in one forward. max_prompt_rows: prompt tokens in one forward, over all sequences, so that
     a long prompt does not hold up running streams. awaits_adapter: whether the last plan left out a sequence whose
@@ -74,7 +79,7 @@ class Scheduler:
             if not chain or sequence not in self.running or not self._reserve(sequence, chain, turns):
                 continue
             room -= chain if sequence.pending > 1 else 0
-            turns[sequence] = Turn(sequence, chain)
+            turns[sequence] = Turn.of(sequence, chain)
         # Who was preempted just now would only be so again.
         if preemptions == self.preemptions:
             for sequence in self._admissible():
@@ -82,7 +87,7 @@ class Scheduler:
                     break
                 chain = min(sequence.pending, room)
                 room -= chain
-                turns[sequence] = Turn(sequence, chain)
+                turns[sequence] = Turn.of(sequence, chain)
         return list(turns.values())
 
     def publish(self, sequence: Sequence, *, tail: bool) -> None:
@@ -158,15 +163,19 @@ class Scheduler:
         return False
 
     def _retire(self, sequence: Sequence) -> None:
-        if self._prefix:
-            self._prefix.retire(sequence.key, sequence.ids, sequence.table)
-        else:
+        """Give a sequence's pages back, to the prefix cache if it can take them."""
+        try:
+            if self._prefix:
+                self._prefix.retire(sequence.key, sequence.ids, sequence.table)
+        except Exception:  # the cache's loss: the sequence ends, or waits, all the same
+            log.exception("what a sequence leaves could not be cached", request=sequence.request.id)
+        finally:
             sequence.table.release()
 
     def _reserve(self, sequence: Sequence, chain: int, turns: Mapping[Sequence, Turn]) -> bool:
-        """Pages for the chain: free ones, then what drafts left unused, then those of the youngest sequences.
+        """Pages for the chain: free ones, then what drafts left unused, then those of whoever was admitted last.
 
-        False when the youngest was the sequence itself.
+        False when that was the sequence itself.
         """
         needed = sequence.table.length + chain
         if not self._pool.has(sequence.table.missing_pages(needed)):

@@ -36,8 +36,10 @@ class Stream:
         self._error: RequestFailed | None = None
 
     def put(self, output: StepOutput) -> None:
-        """Hand over one output. Called from the engine's thread."""
+        """Hand over one output; nothing once the stream has failed. Called from the engine's thread."""
         with self._changing():
+            if self._error is not None:
+                return
             self._outputs.append(output)
             if output.result is not None:
                 self._results[output.index] = output.result

@@ -8,8 +8,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
+from itertools import count
 from typing import Any
 
 import pytest
@@ -40,6 +41,7 @@ from specgen import (
     api,
     runner,
 )
+from specgen.kv.pool import BlockTable
 from specgen.params import Request
 from specgen.plugins import load_plugins
 from tests.models.tiny import VOCABULARY, build
@@ -112,6 +114,20 @@ def read(stream: Stream, said: list[int]) -> None:
     """Append what a stream says, as far as it comes."""
     for output in stream:
         said += output.tokens
+
+
+def in_thread(function: Callable[[], Any]) -> Future[Any]:
+    """What comes of a call on a thread that holds up nobody if it waits for ever."""
+    answer: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(function())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return answer
 
 
 def engine_threads() -> int:
@@ -438,6 +454,90 @@ def test_a_step_that_fails_fails_those_who_ran_and_nobody_else(
         engine.check()
 
 
+def test_a_request_that_can_be_queued_only_in_part_fails_as_a_whole(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of its samples runs, and nothing is held for them."""
+    pool = engine.target.pool
+    opened, faults = pool.open, iter([None, torch.OutOfMemoryError("no memory for a table")])
+
+    def opens_one() -> BlockTable:
+        if fault := next(faults, None):
+            raise fault
+        return opened()
+
+    monkeypatch.setattr(pool, "open", opens_one)
+    with capture_logs():
+        stream = engine.stream(PROMPT, max_tokens=5, n=3, temperature=1.0)
+        with pytest.raises(RequestFailed, match="could not be queued: .*no memory for a table"):
+            stream.results(SECONDS)
+    assert list(engine.generate(PROMPT, max_tokens=5, speculation="off").ids) == greedy(engine.model, PROMPT, 5)
+    assert (engine.counters.steps, engine.counters.finished) == (5, {"length": 1})
+    assert pool.open_tables == 0
+
+
+def test_a_stream_that_failed_takes_nothing_more() -> None:
+    stream = Stream("one", 2, lambda request_id: None)
+    stream.fail(RequestFailed("no more"))
+    for index in range(2):
+        stream.put(StepOutput("one", index, (5,), "a"))
+    with pytest.raises(RequestFailed, match="no more"):
+        next(stream)
+    with pytest.raises(RequestFailed, match="no more"):
+        stream.results(0)
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_a_commit_that_fails_takes_no_token_from_the_others(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """Neither the last one of who ends in that step, nor one of who goes on, though memory may come back."""
+    commit, calls = BlockTable.commit, count(1)
+
+    def fails_once(table: BlockTable, chain: int, accepted: Sequence[int] = ()) -> None:
+        if next(calls) == 3:
+            raise error("no memory for this commit")
+        commit(table, chain, accepted)
+
+    with Engine(model, kv_tokens=1024) as engine:
+        monkeypatch.setattr(BlockTable, "commit", fails_once)
+        lengths = (1, 10, 10)
+        built = [engine.prepare(prompt, max_tokens=n) for prompt, n in zip(PROMPTS[:3], lengths, strict=True)]
+        with capture_logs():
+            ends, goes_on, fails = engine.start(*built)
+            for stream, prompt, length in zip((ends, goes_on), PROMPTS, lengths, strict=False):
+                whole, said = list(stream.results(SECONDS)[0].ids), []
+                read(stream, said)
+                assert said == whole == greedy(model, prompt, length)
+            with pytest.raises(RequestFailed, match="no memory for this commit") as caught:
+                fails.results(SECONDS)
+        assert isinstance(caught.value.__cause__, error)
+        assert list(engine.generate(PROMPT, max_tokens=10).ids) == greedy(model, PROMPT, 10)
+        engine.check()
+
+
+def test_what_the_cache_cannot_take_over_is_lost_to_it_alone(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose pages they were has its text, though they were taken from it on the way, and they are free in the end."""
+
+    def full(*args: object) -> None:
+        raise MemoryError("no memory in the cache")
+
+    prompts = PROMPTS[0], PROMPTS[3]
+    with Engine(model, kv_tokens=96) as engine, capture_logs() as logs:
+        monkeypatch.setattr(engine._core.prefix, "retire", full)
+        streams = engine.start(*(engine.prepare(prompt, max_tokens=60, speculation="off") for prompt in prompts))
+        found = [list(stream.results(SECONDS)[0].ids) for stream in streams]
+        assert found == [greedy(model, prompt, 60) for prompt in prompts]
+        assert engine.load.preemptions > 0
+        assert [line["event"] for line in logs] == ["what a sequence leaves could not be cached"] * (
+            engine.load.preemptions + 2
+        )
+        engine.check()
+        assert engine.failed_steps == engine.target.pool.open_tables == 0
+
+
 def test_plugins_watch_requests_steps_and_ends(model: PreTrainedModel) -> None:
     """On the engine's thread, in order; one that raises does not disturb."""
     seen: list[tuple[str, Any]] = []
@@ -523,6 +623,95 @@ def test_an_idle_engine_has_no_thread_and_starts_another(
         until(lambda: engine_threads() == 0)
         engine.check()
         assert engine.generate(PROMPT, max_tokens=3).ids == expected
+
+
+def test_what_an_idle_engine_is_asked_holds_up_no_request(model: PreTrainedModel) -> None:
+    """It is answered on the engine's thread; others get in line meanwhile."""
+    asked, answered = threading.Event(), threading.Event()
+
+    def ask() -> str:
+        asked.set()
+        assert answered.wait(SECONDS)
+        return threading.current_thread().name
+
+    with Engine(model, kv_tokens=512) as engine:
+        name = in_thread(lambda: engine._runner.call(ask))
+        assert asked.wait(SECONDS)
+        try:
+            stream = in_thread(lambda: engine.stream(PROMPT, max_tokens=3)).result(5)
+        finally:
+            answered.set()
+        assert name.result(SECONDS) == "specgen-engine"
+        assert list(stream.results(SECONDS)[0].ids) == greedy(model, PROMPT, 3)
+
+
+def test_the_engines_thread_may_ask_its_own_engine(model: PreTrainedModel) -> None:
+    """A plugin does, which watches the ends of requests."""
+    found: list[int] = []
+
+    class Asks:
+        @specgen.hookimpl
+        def on_finish(self, result: Result) -> None:
+            found.append(engine.prefix.stats.queries)
+
+    plugins = load_plugins()
+    plugins.register(Asks(), "asks")
+    engine = Engine(model, plugins=plugins, kv_tokens=512)
+    assert len(engine.stream(PROMPT, max_tokens=3).results(SECONDS)[0].ids) == 3
+    until(lambda: found)
+    engine.close()
+    assert found == [1]
+
+
+@pytest.mark.parametrize("error", [KeyError, SystemExit])
+def test_whoever_asks_gets_what_that_raised(engine: Engine, error: type[BaseException]) -> None:
+    """And it ends nothing else."""
+
+    def raises() -> None:
+        raise error("asked for it")
+
+    with pytest.raises(error, match="asked for it"):
+        engine._runner.call(raises)
+    stream = engine.stream(PROMPT, max_tokens=60, ignore_eos=True, processors=[Slow(0.01)])
+    next(stream)
+    with pytest.raises(error, match="asked for it"):
+        in_thread(lambda: engine._runner.call(raises)).result(SECONDS)
+    assert len(stream.results(SECONDS)[0].ids) == 60
+    assert engine.failure is None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_death_of_the_engines_thread_is_told_to_those_who_asked(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it died, and afterwards."""
+    inside, dies = threading.Event(), threading.Event()
+
+    def step() -> None:
+        inside.set()
+        assert dies.wait(SECONDS)
+        raise SystemExit("killed")
+
+    engine = Engine(model, kv_tokens=512)
+    monkeypatch.setattr(engine._core, "step", step)
+    with capture_logs():
+        stream = engine.stream(PROMPT, max_tokens=3)
+        assert inside.wait(SECONDS)
+        asking = [in_thread(lambda: engine.prefix.stats), in_thread(engine.check)]
+        until(lambda: len(engine._runner._commands) == 2)
+        dies.set()
+        for asked in asking:
+            with pytest.raises(EngineClosed, match="the engine's thread ended: SystemExit") as caught:
+                asked.result(SECONDS)
+            assert isinstance(caught.value.__cause__, SystemExit)
+        with pytest.raises(RequestFailed, match="the engine's thread ended"):
+            stream.results(SECONDS)
+        with pytest.raises(EngineClosed, match="the engine's thread ended: SystemExit"):
+            engine.check()
+        with pytest.raises(EngineClosed):
+            engine.generate(PROMPT)
+        engine.close()
+    until(lambda: engine_threads() == 0)
 
 
 @pytest.mark.parametrize("closed", [True, False])

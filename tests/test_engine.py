@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from itertools import pairwise
+from itertools import count, pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,19 +37,23 @@ from specgen.context.pipeline import ContextPipeline
 from specgen.draft import drafting
 from specgen.draft.budget import Calibration, RowCost, likeliest, survivals, worthwhile
 from specgen.draft.draft_model import DraftModel
+from specgen.draft.features import Wanted
 from specgen.draft.merge import Merged
 from specgen.draft.ngram import NgramIndex, continuations
 from specgen.draft.pace import Experience, Pace
 from specgen.draft.prediction import Prediction
 from specgen.draft.prompt_lookup import PromptLookup
 from specgen.engine import EngineCore
+from specgen.kv.pool import BlockTable
 from specgen.model.target import Target
 from specgen.plugins import load_plugins
 from specgen.requests import RequestBuilder
 from specgen.sampling import PositionKeys, gumbel_argmax, processors
+from specgen.scheduler import Scheduler, Turn
 from specgen.testing import DrafterContract
 from specgen.tree import chain, check, depths, path
 from specgen.types import EMPTY_TREE, MAX_TREE_NODES
+from specgen.view import View
 from tests.models.tiny import VOCABULARY, build
 
 PROMPTS = (
@@ -506,6 +510,22 @@ def test_prompts_share_the_room_for_prompts(model: PreTrainedModel) -> None:
     assert list(bench.result(names[2]).ids) == greedy(model, PROMPTS[0], 3)
 
 
+def test_a_turn_stays_what_it_was_when_it_was_planned(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is committed of it afterwards."""
+    bench = Bench(model, max_prompt_rows=16)
+    plan, turns = bench.core.scheduler.plan, []
+
+    def noted() -> list[Turn]:
+        planned = plan()
+        turns.extend(planned)
+        return planned
+
+    monkeypatch.setattr(bench.core.scheduler, "plan", noted)
+    bench.alone(PROMPTS[2], max_tokens=3)
+    expected = [(16, False), (16, False), (8, True), (1, True), (1, True)]
+    assert [(turn.chain, turn.complete) for turn in turns] == expected
+
+
 def test_no_more_run_than_allowed(model: PreTrainedModel) -> None:
     bench = Bench(model, max_running=3)
     names = [bench.add(PROMPTS[number], max_tokens=4) for number in range(8)]
@@ -539,7 +559,7 @@ def test_the_engine_counts_what_it_does(model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("mode", ["off", "everything, whatever it costs"])
 def test_preemption_changes_nothing(model: PreTrainedModel, smaller: PreTrainedModel, mode: str) -> None:
-    """Eight texts of up to 80 tokens in a pool of 160: the youngest give way and read their text again."""
+    """Eight texts of up to 80 tokens in a pool of 160: those admitted last give way and read their text again."""
     bench = Bench(model, all_drafters(smaller), kv_tokens=160)
     names = []
     for number, prompt in enumerate(PROMPTS):
@@ -592,6 +612,25 @@ def test_a_cancelled_request_gives_everything_back_at_once(model: PreTrainedMode
     bench.run()
     assert list(bench.result(stays).ids) == greedy(model, PROMPTS[0], 20)
     assert not drafter.model.pool.open_tables
+
+
+def test_a_request_is_queued_as_a_whole_or_not_at_all(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the second of three sequences cannot be made, the first gives back what it was given."""
+    drafter = Scripted(lambda ids: BUSH)
+    bench = Bench(model, {"bush": drafter})
+    opened, faults = bench.target.pool.open, iter([None, torch.OutOfMemoryError("no memory for a table")])
+
+    def opens_one() -> BlockTable:
+        if fault := next(faults, None):
+            raise fault
+        return opened()
+
+    monkeypatch.setattr(bench.target.pool, "open", opens_one)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory for a table"):
+        bench.add(PROMPTS[0], max_tokens=4, n=3)
+    assert not bench.core.busy
+    assert (drafter.sessions, bench.target.pool.open_tables) == (0, 0)
+    assert list(bench.alone(PROMPTS[0], max_tokens=4).ids) == greedy(model, PROMPTS[0], 4)
 
 
 # Where a text ends.
@@ -832,6 +871,67 @@ def test_what_raises_fails_its_own_request_only(model: PreTrainedModel, where: s
     assert list(bench.result(stays).ids) == greedy(model, PROMPTS[3], 12)
     assert bench.core.counters.finished == {"error": 1, "length": 1}
     assert drafter.sessions == 0
+
+
+class Watchful(Scripted):
+    """One that looks at what the forward said."""
+
+    wanted = Wanted(successors=1)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "said"),
+    # One that ends is not published: all that it leaves is.
+    [(BlockTable, "commit", 2, 0), (View, "features", 2, 0), (Scheduler, "publish", 1, 1)],
+)
+def test_what_fails_while_one_sequence_is_settled_is_its_own_end_only(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int, said: int
+) -> None:
+    """The others have what they drew in that step, be it their last; who had spoken when it failed keeps that too."""
+    drafter = Watchful(lambda ids: BUSH)
+    bench = Bench(model, {"bush": drafter})
+    ends, breaks, stays = (
+        bench.add(prompt, max_tokens=most, logprobs=0)
+        for prompt, most in ((PROMPTS[0], 1), (PROMPTS[3], 12), (PROMPTS[2], 12))
+    )
+    works, calls = getattr(owner, name), count(1)
+
+    def breaks_once(*args: Any, **options: Any) -> Any:
+        if next(calls) == call:
+            raise torch.OutOfMemoryError("no memory for this one")
+        return works(*args, **options)
+
+    monkeypatch.setattr(owner, name, breaks_once)
+    outputs = bench.step()
+    assert {output.request_id for output in outputs} == {ends, breaks, stays}
+    result = bench.result(breaks)
+    assert (result.finish_reason, list(result.ids)) == ("error", greedy(model, PROMPTS[3], 1)[:said])
+    assert isinstance(result.error, torch.OutOfMemoryError)
+    bench.run()
+    assert list(bench.result(ends).ids) == greedy(model, PROMPTS[0], 1)
+    assert list(bench.result(stays).ids) == greedy(model, PROMPTS[2], 12)
+    assert bench.core.counters.finished == {"error": 1, "length": 2}
+    assert (drafter.sessions, bench.target.pool.open_tables) == (0, 0)
+
+
+def test_a_prompt_that_cannot_be_read_on_ends_alone(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(model, max_prompt_rows=16)
+    stays = bench.add(PROMPTS[0], max_tokens=12)
+    bench.step()
+    breaks = bench.add(PROMPTS[2], max_tokens=12)
+    commit = BlockTable.commit
+
+    def breaks_on_chunks(table: BlockTable, chain: int, accepted: Sequence[int] = ()) -> None:
+        if chain == 16:
+            raise RuntimeError("no chunk")
+        commit(table, chain, accepted)
+
+    monkeypatch.setattr(BlockTable, "commit", breaks_on_chunks)
+    assert [output.request_id for output in bench.step()] == [stays, breaks]
+    result = bench.result(breaks)
+    assert (result.finish_reason, result.ids, str(result.error)) == ("error", (), "no chunk")
+    bench.run()
+    assert list(bench.result(stays).ids) == greedy(model, PROMPTS[0], 12)
 
 
 def test_a_stopping_criterion_is_asked_after_every_token_as_by_transformers(
