@@ -42,7 +42,7 @@ class Engine:
         engine = Engine.from_pretrained("path/to/model")
         result = engine.generate([{"role": "user", "content": "Hello"}], max_tokens=64)
 
-    `options` are the fields of `EngineConfig`, and `draft_model` for a smaller model.
+    `options` are the fields of `EngineConfig`, and `draft_model` for a smaller model; or give `config` instead.
     `adapters` loads, reloads and unloads LoRA adapters. `prefix` pins, saves and loads the prefix cache. `responses`
     has the response cache's `stats` and `clear()`.
     Raises UnsupportedModel, DrafterMismatch, PluginError or InvalidRequest when something does not fit.
@@ -57,7 +57,7 @@ class Engine:
         plugins: Plugins | None = None,
         **options: Any,
     ) -> None:
-        self.config = config or EngineConfig.of(options)
+        self.config = EngineConfig.chosen(config, options)
         self.plugins = plugins or load_plugins()
         self.tokenizer = tokenizer
         self.model = model

@@ -109,6 +109,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             values["adapters"] = AdapterOptions.of(values["adapters"])
         return cls(**values)
 
+    @classmethod
+    def chosen(cls, config: EngineConfig | None, options: Mapping[str, Any]) -> EngineConfig:
+        """The config of an engine: `config`, or keywords as `of` reads them. Both at once is an error."""
+        if config is None:
+            return cls.of(options)
+        if options:
+            raise InvalidRequest(f"give config or keywords, not both: {', '.join(options)}", param="config")
+        if not isinstance(config, EngineConfig):
+            raise InvalidRequest(f"config is {config!r}; it must be EngineConfig, or keywords", param="config")
+        return config
+
     def __post_init__(self) -> None:
         msgspec.structs.force_setattr(self, "drafters", _with_options(self.drafters))
         msgspec.structs.force_setattr(self, "context", _listed("context", self.context, "a stage, or a list of stages"))

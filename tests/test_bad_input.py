@@ -484,6 +484,15 @@ def test_an_engine_that_cannot_be_is_refused_when_it_is_built(model: PreTrainedM
     assert caught.value.param == param
 
 
+def test_a_config_and_keywords_at_once_are_refused(model: PreTrainedModel) -> None:
+    """Misspelt ones too."""
+    with pytest.raises(InvalidRequest, match="^give config or keywords, not both: max_running, nonsense$") as caught:
+        Engine(model, config=EngineConfig(kv_tokens=512), max_running=2, nonsense=3)
+    assert caught.value.param == "config"
+    with pytest.raises(InvalidRequest, match="^config is {'kv_tokens': 512}; it must be EngineConfig, or keywords$"):
+        Engine(model, config={"kv_tokens": 512})  # type: ignore[arg-type]
+
+
 def test_a_drafter_of_another_vocabulary_is_refused(model: PreTrainedModel) -> None:
     other = deepcopy(model)
     other.resize_token_embeddings(VOCABULARY + 8)
