@@ -262,12 +262,17 @@ _making = threading.Lock()
 
 def engine_of(model: PreTrainedModel, tokenizer: Any = None) -> Engine:
     """The engine that the one-line helpers use for `model`: made once, kept until they are called for another model."""
-    for engine in _latest:
-        if engine.model is model and tokenizer in (None, engine.tokenizer):
-            return engine
-    with _making:
-        _latest[:] = [wrap(model, tokenizer)]
-        return _latest[0]
+    engine = _kept(model, tokenizer)
+    if engine is None:
+        with _making:
+            # Another thread may have made it meanwhile.
+            engine = _kept(model, tokenizer) or wrap(model, tokenizer)
+            _latest[:] = [engine]
+    return engine
+
+
+def _kept(model: PreTrainedModel, tokenizer: Any) -> Engine | None:
+    return next((e for e in _latest if e.model is model and tokenizer in (None, e.tokenizer)), None)
 
 
 def generate(model: PreTrainedModel, prompt: Any, *, tokenizer: Any = None, **options: Any) -> Result | Any:

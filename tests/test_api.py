@@ -579,6 +579,37 @@ def test_one_line_generates_and_keeps_the_engine(model: PreTrainedModel) -> None
     assert gone() is None
 
 
+def test_threads_that_come_at_once_share_the_engine_of_one_line(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them have found none when the first begins to make it."""
+    made: list[Engine] = []
+    threads, lock = 4, threading.Lock()
+    all_look = threading.Barrier(threads)
+
+    class Together:
+        """A lock that nobody gets before all want it."""
+
+        def __enter__(self) -> None:
+            all_look.wait(SECONDS)
+            lock.acquire()
+
+        def __exit__(self, *exc: object) -> None:
+            lock.release()
+
+    def wrap(*arguments: Any) -> Engine:
+        made.append(Engine(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(api, "_making", Together())
+    monkeypatch.setattr(api, "wrap", wrap)
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(lambda _: api.engine_of(model), range(threads)))
+    assert len(made) == 1
+    assert found == made * threads
+    assert api._latest == made
+
+
 def test_a_caller_may_use_the_model_while_the_engine_runs(model: PreTrainedModel) -> None:
     """The engine's forwards go through a twin that shares the weights."""
     expected = greedy(model, PROMPT, 12)
