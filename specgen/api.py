@@ -89,10 +89,10 @@ class Engine:
                 ConstraintSetup(tokenizer, self.target.vocab_size, model_ends(model.generation_config, tokenizer)),
             ),
             self.adapters.named,
+            self.config.speculation,
         )
-        self._base = SamplingParams(speculation=self.config.speculation)
         self._core.drafting.check_names(self.config.speculation)
-        self.prefix = EnginePrefix(self._core, self._runner, self._builder, self._base)
+        self.prefix = EnginePrefix(self._core, self._runner, self._builder)
         self._finalizer = weakref.finalize(self, self._runner.close)
 
     @classmethod
@@ -127,7 +127,7 @@ class Engine:
         Returns a `Result` for one prompt and a list of them for several; with n > 1 a list of n for each prompt.
         Raises InvalidRequest before anything runs, RequestFailed if a sequence failed on the way.
         """
-        params = with_options(params, options, self._base)
+        params = with_options(params, options)
         many = _is_batch(prompt)
         prompts = list(prompt) if many else [prompt]
         built = [self._builder.build(one, params, copies=len(prompts) > 1) for one in prompts]
@@ -142,7 +142,7 @@ class Engine:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Stream:
         """Continue one prompt and hand out what each step adds: iterate over it with `for` or `async for`."""
-        params = with_options(params, options, self._base)
+        params = with_options(params, options)
         (stream,) = self._runner.submit(self._builder.build(prompt, params, copies=False))
         # An engine that only its stream holds must not be closed by the collector before the stream ends.
         stream.owner = self
@@ -151,7 +151,7 @@ class Engine:
     def prepare(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Prepared:
         """Check and tokenise one prompt without running it; `start` runs it. For servers, whose event loop must not
         wait for a chat template, and who look at a prompt's length first."""
-        return self._builder.build(prompt, with_options(params, options, self._base), copies=False)
+        return self._builder.build(prompt, with_options(params, options), copies=False)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The ids that a prompt has behind the context stages."""

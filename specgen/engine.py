@@ -145,7 +145,7 @@ class EngineCore:
         """Queue one sequence per sample."""
         hints = _hints(request)
         for index, sample in enumerate(samples):
-            drafts = self.drafting.open(request.ids, hints, request.params.speculation, sample.constraint)
+            drafts = self.drafting.open(request.ids, hints, request.speculation, sample.constraint)
             self.scheduler.add(
                 Sequence(
                     request,

@@ -35,6 +35,8 @@ from specgen import (
     RequestCancelled,
     RequestFailed,
     Result,
+    SamplingParams,
+    Speculation,
     StepOutput,
     Stream,
     api,
@@ -274,6 +276,26 @@ def test_what_was_prepared_is_run_later(engine: Engine) -> None:
     assert [result.ids for result in results] == [
         result.ids for result in engine.generate([list(prompt) for prompt in PROMPTS], max_tokens=7)
     ]
+
+
+def test_what_says_nothing_of_speculation_drafts_as_its_engine_does(model: PreTrainedModel) -> None:
+    """By keywords and by params, which may say otherwise, "auto" too."""
+    silent: dict[str, Any] = {"max_tokens": 30, "prediction": tuple(greedy(model, PROMPT, 30))}
+
+    def drafted(engine: Engine, **options: Any) -> list[bool]:
+        results = [engine.generate(PROMPT, **options), engine.generate(PROMPT, SamplingParams(**options))]
+        return [result.stats.num_draft_tokens > 0 for result in results]
+
+    with Engine(model, kv_tokens=512, speculation="off") as off:
+        assert drafted(off, **silent) == [False, False]
+        assert drafted(off, **silent, speculation={"adaptive": False}) == [True, True]
+        request, _ = off.prepare(PROMPT, SamplingParams(speculation=Speculation()))
+        assert request.speculation == Speculation()
+        request, _ = off.prepare(PROMPT, SamplingParams())
+        assert request.speculation == Speculation(max_nodes=0)
+    with Engine(model, kv_tokens=512, speculation={"adaptive": False}) as eager:
+        assert drafted(eager, **silent) == [True, True]
+        assert drafted(eager, **silent, speculation="off") == [False, False]
 
 
 def test_a_traced_stream_tells_who_guessed_what(engine: Engine) -> None:

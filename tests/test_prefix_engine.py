@@ -17,6 +17,7 @@ from specgen.kv import pagefile
 from specgen.kv.formats import FORMATS
 from specgen.kv.pagefile import read_header
 from specgen.kv.radix import CacheKey
+from specgen.params import SamplingParams
 from tests.engines import evict, watched
 from tests.models.tiny import build
 
@@ -251,7 +252,7 @@ def test_the_cache_keeps_to_its_bytes(opened: Callable[..., Engine]) -> None:
 
 def test_a_request_that_can_never_fit_fails_and_the_next_one_runs(opened: Callable[..., Engine]) -> None:
     engine = opened(kv_tokens=64)
-    request, samples = engine._builder.build([3] * 60, engine._base, copies=False)
+    request, samples = engine._builder.build([3] * 60, SamplingParams(), copies=False)
     object.__setattr__(request, "ids", (3,) * 80)
     with pytest.raises(Exception, match="81 tokens do not fit a KV pool of 64"):
         engine._runner.submit((request, samples))[0].results()
@@ -260,7 +261,7 @@ def test_a_request_that_can_never_fit_fails_and_the_next_one_runs(opened: Callab
 
 def test_keys_hold_what_changes_kv(opened: Callable[..., Engine]) -> None:
     llama, int8, mistral = opened(), opened(kv_format="int8"), opened("mistral")
-    request, _ = llama._builder.build(PHRASE, llama._base, copies=False)
+    request, _ = llama._builder.build(PHRASE, SamplingParams(), copies=False)
     keys = {engine._core.key(request) for engine in (llama, int8, mistral)}
     assert len(keys) == 3
     assert CacheKey() not in keys
