@@ -104,9 +104,11 @@ class EnginePrefix:
             if pin.tokens == wanted or attempt == _ATTEMPTS - 1:
                 break
             # Others may evict it between its end and the next look; what is pinned already stays meanwhile.
-            for stream in self._runner.submit((request, samples), computed=True):
-                stream.results()
-            self._runner.call(pin.release)
+            try:
+                for stream in self._runner.submit((request, samples), computed=True):
+                    stream.results()
+            finally:
+                self._runner.call(pin.release)
         return PinnedPrefix(self._runner, pin)
 
     @property

@@ -12,7 +12,7 @@ import torch
 
 from specgen.api import Engine
 from specgen.config import EngineConfig
-from specgen.errors import InvalidRequest
+from specgen.errors import InvalidRequest, RequestFailed
 from specgen.kv import pagefile
 from specgen.kv.formats import FORMATS
 from specgen.kv.pagefile import read_header
@@ -190,6 +190,27 @@ def test_a_pinned_prompt_outlives_others(opened: Callable[..., Engine]) -> None:
     for n in range(6):
         engine.generate([n + 3] * 50, max_tokens=2)
     assert engine.generate(PROMPTS[0], max_tokens=1).usage.cached_tokens == 0
+
+
+def test_a_pin_whose_rest_cannot_be_computed_is_released(
+    opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was cached of the prompt was pinned first."""
+    engine = opened()
+    engine.generate(PROMPTS[0][:20], max_tokens=1)
+
+    def fail(step: Any) -> None:
+        assert engine._core.prefix
+        assert [pin.tokens for pin in engine._core.prefix.pins] == [16]
+        raise RuntimeError("the model is broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.target, "score", fail)
+        with pytest.raises(RequestFailed, match="the model is broken"):
+            engine.prefix.pin(PROMPTS[0])
+    assert engine.prefix.stats.pinned_pages == 0
+    with engine.prefix.pin(PROMPTS[0]) as pinned:
+        assert pinned.tokens == 32
 
 
 def test_pins_give_way_before_a_request_waits_for_ever(opened: Callable[..., Engine]) -> None:
