@@ -32,7 +32,8 @@ _MAY_BE_NONE = ("max_context", "kv_tokens", "prefix_cache_bytes")
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of an engine.
 
-    drafters: name -> options, in order of preference. Names are what the plugins offer.
+    drafters: name -> options. Names are what the plugins offer. What they guess is merged into one tree of the guesses
+    that survive most often: the order decides exact ties alone.
     context: the stages that turn a prompt into ids, in order; a name, or a pair of a name and its options.
     speculation: what requests do that do not say it themselves.
     max_context: most tokens of one sequence; `None` takes what the model's positions allow.
