@@ -61,7 +61,7 @@ class Engine:
         self.plugins = plugins or load_plugins()
         self.tokenizer = tokenizer
         self.model = model
-        self._draft_target: Target | None = None
+        self._draft_targets: list[Target] = []
         self.target = self._target(model, tokenizer, self.config.kv_tokens, self._invariant())
         self._core = EngineCore(
             self.target,
@@ -74,7 +74,7 @@ class Engine:
         )
         self.responses = ResponseCache(self.config.response_cache_bytes, self.config.response_cache_seconds)
         self._runner = Runner(self._core, self.plugins, self.responses)
-        self.adapters = EngineAdapters(self._core, self.config.adapters, self._draft_target, self._runner)
+        self.adapters = EngineAdapters(self._core, self.config.adapters, self._draft_targets, self._runner)
         self._builder = RequestBuilder(
             tokenizer,
             model.generation_config,
@@ -221,7 +221,7 @@ class Engine:
         # What a drafter rounds changes no text.
         drafter = self._target(source, tokenizer, self.target.pool.capacity, invariant=False)
         drafter.compile(self.config.compile)
-        self._draft_target = drafter
+        self._draft_targets.append(drafter)
         return drafter, tokenizer
 
     def _target(self, model: PreTrainedModel, tokenizer: Any, kv_tokens: int | None, invariant: bool | None) -> Target:
