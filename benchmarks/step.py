@@ -22,7 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks import harness
 from benchmarks.harness import Sizes
-from specgen import Drafter, DraftSession, Engine, TokenTree, hookimpl
+from specgen import Drafter, DraftSession, Engine, SamplingParams, TokenTree, hookimpl
 from specgen.plugins import load_plugins
 from specgen.sequence import Sequence as EngineSequence
 
@@ -160,7 +160,7 @@ def steps(engine: Engine, rows: int, sequences: int, count: int) -> Steps:
     speculation = {"drafters": ["chains"], "adaptive": False} if rows > sequences else "off"
     for number in range(sequences):
         prompt = [(number * 31 + place * 7) % (vocabulary // 2) + 1 for place in range(_CONTEXT)]
-        params = engine._base.of(
+        params = SamplingParams.of(
             {"max_tokens": 4 * count + 8, "temperature": 0, "ignore_eos": True, "speculation": speculation}
         )
         core.add(*engine._builder.build(prompt, params, copies=False))

@@ -67,7 +67,7 @@ class AdapterCache:
         self._fetched = self._evicted = 0
 
     def add(self, adapter: Adapter, *, replacing: Adapter | None = None) -> None:
-        """Take over an adapter, in host memory. Raises AdapterRefused where there is no room for it.
+        """Take over an adapter, in host memory. Raises AdapterRefused where there is no room for it, and forgets it.
 
         replacing: one that is retired as soon as this one is there.
         """
@@ -77,11 +77,15 @@ class AdapterCache:
             adapter.coming = self._device_bytes() + adapter.bytes <= self._options.device_bytes
         if adapter.coming:
             self._fetch(adapter)
-        else:
-            self._spill()
         if adapter.failure:
             self.retire(adapter)
             raise AdapterRefused(f"adapter {adapter.name!r} cannot be put on the device: {adapter.failure!r}")
+        try:
+            self._spill()
+        except Exception as error:  # a disk
+            self.retire(adapter)
+            message = f"host memory is full, and files cannot be written: {error}"
+            raise AdapterRefused(f"adapter {adapter.name!r}: {message}") from error
 
     def retire(self, adapter: Adapter) -> None:
         """No request asks for it from now on; it goes when its last user has gone."""
@@ -122,7 +126,7 @@ class AdapterCache:
                 self._put(adapter)
                 return Presence.THERE
             adapter.coming = True
-        threading.Thread(target=self._fetch, args=(adapter,), name="specgen-adapter", daemon=True).start()
+        threading.Thread(target=self._fetch_and_spill, args=(adapter,), name="specgen-adapter", daemon=True).start()
         return Presence.COMING
 
     def hold(self, adapter: Adapter) -> None:
@@ -218,14 +222,24 @@ class AdapterCache:
             if adapter not in self._adapters:
                 adapter.weights = adapter.draft_weights = None
             self._changed.notify_all()
-        self._spill()
+
+    def _fetch_and_spill(self, adapter: Adapter) -> None:
+        self._fetch(adapter)
+        try:
+            self._spill()
+        except Exception:  # a disk: sequences run all the same, and the next one that comes or goes tries again
+            log.exception("idle adapters cannot be written to files", adapter=adapter.name)
 
     def _spill(self) -> None:
         """Write those to files that were idle longest, while host memory holds more than it should."""
         with self._moving:
             while (adapter := self._first_to_spill()) is not None and adapter.parts is not None:
                 file = self._new_file()
-                _write(file, adapter.parts)
+                try:
+                    _write(file, adapter.parts)
+                except BaseException:
+                    file.unlink(missing_ok=True)
+                    raise
                 weakref.finalize(adapter, file.unlink, missing_ok=True)
                 with self._changed:
                     adapter.file, adapter.parts = file, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -44,7 +45,7 @@ class EngineAdapters:
     InvalidRequest, for what cannot be loaded, UnknownName for a name that is not loaded; nothing has changed then.
     """
 
-    def __init__(self, core: EngineCore, options: AdapterOptions, drafts: Target | None, runner: Runner) -> None:
+    def __init__(self, core: EngineCore, options: AdapterOptions, drafts: Sequence[Target], runner: Runner) -> None:
         self._core = core
         self._cache = core.adapters
         self._options = options
@@ -149,9 +150,7 @@ class EngineAdapters:
     ) -> Adapter:
         files = {TARGET: self._files(path, self._target, any_base)}
         if draft_adapter is not None:
-            if self._drafts is None:
-                raise AdapterRefused(f"draft_adapter is {str(draft_adapter)!r}, but this engine has no draft model")
-            files[DRAFT] = self._files(draft_adapter, self._drafts, any_base)
+            files[DRAFT] = self._files(draft_adapter, self._draft_model(draft_adapter), any_base)
         # Whoever calls will wait for answers of the engine's thread.
         release_workers()
         parts = {whose: read.weights for whose, read in files.items()}
@@ -167,6 +166,13 @@ class EngineAdapters:
             parts=parts,
             pinned=pinned,
         )
+
+    def _draft_model(self, draft_adapter: str | Path) -> Target:
+        """The only one: of several, nothing says whose layers a `draft_adapter` adapts."""
+        if len(self._drafts) != 1:
+            have = f"{len(self._drafts)} draft models; it must have one" if self._drafts else "no draft model"
+            raise AdapterRefused(f"draft_adapter is {str(draft_adapter)!r}, but this engine has {have}")
+        return self._drafts[0]
 
     def _files(self, path: str | Path, target: Target, any_base: bool) -> AdapterFiles:
         folder = locate(path, self._options.root)

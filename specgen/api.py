@@ -42,7 +42,7 @@ class Engine:
         engine = Engine.from_pretrained("path/to/model")
         result = engine.generate([{"role": "user", "content": "Hello"}], max_tokens=64)
 
-    `options` are the fields of `EngineConfig`, and `draft_model` for a smaller model.
+    `options` are the fields of `EngineConfig`, and `draft_model` for a smaller model; or give `config` instead.
     `adapters` loads, reloads and unloads LoRA adapters. `prefix` pins, saves and loads the prefix cache. `responses`
     has the response cache's `stats` and `clear()`.
     Raises UnsupportedModel, DrafterMismatch, PluginError or InvalidRequest when something does not fit.
@@ -57,11 +57,11 @@ class Engine:
         plugins: Plugins | None = None,
         **options: Any,
     ) -> None:
-        self.config = config or EngineConfig.of(options)
+        self.config = EngineConfig.chosen(config, options)
         self.plugins = plugins or load_plugins()
         self.tokenizer = tokenizer
         self.model = model
-        self._draft_target: Target | None = None
+        self._draft_targets: list[Target] = []
         self.target = self._target(model, tokenizer, self.config.kv_tokens, self._invariant())
         self._core = EngineCore(
             self.target,
@@ -74,7 +74,7 @@ class Engine:
         )
         self.responses = ResponseCache(self.config.response_cache_bytes, self.config.response_cache_seconds)
         self._runner = Runner(self._core, self.plugins, self.responses)
-        self.adapters = EngineAdapters(self._core, self.config.adapters, self._draft_target, self._runner)
+        self.adapters = EngineAdapters(self._core, self.config.adapters, self._draft_targets, self._runner)
         self._builder = RequestBuilder(
             tokenizer,
             model.generation_config,
@@ -89,10 +89,10 @@ class Engine:
                 ConstraintSetup(tokenizer, self.target.vocab_size, model_ends(model.generation_config, tokenizer)),
             ),
             self.adapters.named,
+            self.config.speculation,
         )
-        self._base = SamplingParams(speculation=self.config.speculation)
         self._core.drafting.check_names(self.config.speculation)
-        self.prefix = EnginePrefix(self._core, self._runner, self._builder, self._base)
+        self.prefix = EnginePrefix(self._core, self._runner, self._builder)
         self._finalizer = weakref.finalize(self, self._runner.close)
 
     @classmethod
@@ -127,7 +127,7 @@ class Engine:
         Returns a `Result` for one prompt and a list of them for several; with n > 1 a list of n for each prompt.
         Raises InvalidRequest before anything runs, RequestFailed if a sequence failed on the way.
         """
-        params = with_options(params, options, self._base)
+        params = with_options(params, options)
         many = _is_batch(prompt)
         prompts = list(prompt) if many else [prompt]
         built = [self._builder.build(one, params, copies=len(prompts) > 1) for one in prompts]
@@ -142,7 +142,7 @@ class Engine:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Stream:
         """Continue one prompt and hand out what each step adds: iterate over it with `for` or `async for`."""
-        params = with_options(params, options, self._base)
+        params = with_options(params, options)
         (stream,) = self._runner.submit(self._builder.build(prompt, params, copies=False))
         # An engine that only its stream holds must not be closed by the collector before the stream ends.
         stream.owner = self
@@ -151,7 +151,7 @@ class Engine:
     def prepare(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Prepared:
         """Check and tokenise one prompt without running it; `start` runs it. For servers, whose event loop must not
         wait for a chat template, and who look at a prompt's length first."""
-        return self._builder.build(prompt, with_options(params, options, self._base), copies=False)
+        return self._builder.build(prompt, with_options(params, options), copies=False)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The ids that a prompt has behind the context stages."""
@@ -221,7 +221,7 @@ class Engine:
         # What a drafter rounds changes no text.
         drafter = self._target(source, tokenizer, self.target.pool.capacity, invariant=False)
         drafter.compile(self.config.compile)
-        self._draft_target = drafter
+        self._draft_targets.append(drafter)
         return drafter, tokenizer
 
     def _target(self, model: PreTrainedModel, tokenizer: Any, kv_tokens: int | None, invariant: bool | None) -> Target:
@@ -262,12 +262,17 @@ _making = threading.Lock()
 
 def engine_of(model: PreTrainedModel, tokenizer: Any = None) -> Engine:
     """The engine that the one-line helpers use for `model`: made once, kept until they are called for another model."""
-    for engine in _latest:
-        if engine.model is model and tokenizer in (None, engine.tokenizer):
-            return engine
-    with _making:
-        _latest[:] = [wrap(model, tokenizer)]
-        return _latest[0]
+    engine = _kept(model, tokenizer)
+    if engine is None:
+        with _making:
+            # Another thread may have made it meanwhile.
+            engine = _kept(model, tokenizer) or wrap(model, tokenizer)
+            _latest[:] = [engine]
+    return engine
+
+
+def _kept(model: PreTrainedModel, tokenizer: Any) -> Engine | None:
+    return next((e for e in _latest if e.model is model and tokenizer in (None, e.tokenizer)), None)
 
 
 def generate(model: PreTrainedModel, prompt: Any, *, tokenizer: Any = None, **options: Any) -> Result | Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,14 +23,17 @@ _LEAST = {
     "disk_cache_bytes": 0,
     "response_cache_bytes": 0,
 }
+_DISK_BYTES = 10 << 30
 _RESPONSE_SECONDS = 600.0
+_FLAGS = ("cpu_kernels", "gpu_graphs", "prefix_cache")
 _MAY_BE_NONE = ("max_context", "kv_tokens", "prefix_cache_bytes")
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of an engine.
 
-    drafters: name -> options, in order of preference. Names are what the plugins offer.
+    drafters: name -> options. Names are what the plugins offer. What they guess is merged into one tree of the guesses
+    that survive most often: the order decides exact ties alone.
     context: the stages that turn a prompt into ids, in order; a name, or a pair of a name and its options.
     speculation: what requests do that do not say it themselves.
     max_context: most tokens of one sequence; `None` takes what the model's positions allow.
@@ -74,7 +77,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     prefix_cache_bytes: int | None = None
     host_cache_bytes: int = 0
     disk_cache: str | Path | None = None
-    disk_cache_bytes: int = 10 << 30
+    disk_cache_bytes: int = _DISK_BYTES
     response_cache_bytes: int = 0
     response_cache_seconds: float = _RESPONSE_SECONDS
     invariant: bool | None = None
@@ -96,10 +99,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for name in values:
             if name not in cls.__struct_fields__:
                 raise UnknownName("engine option", name, (*cls.__struct_fields__, "draft_model"), param=name)
-        if isinstance(drafters, str):
-            drafters = [drafters]
         if drafters is not None:
-            values["drafters"] = dict(drafters) if isinstance(drafters, Mapping) else {name: {} for name in drafters}
+            values["drafters"] = _with_options(drafters)
         if draft_model is not None:
             chosen = values.get("drafters") or cls().drafters
             values["drafters"] = {**chosen, "draft-model": {**chosen.get("draft-model", {}), "model": draft_model}}
@@ -107,12 +108,33 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             values["speculation"] = Speculation.of(values["speculation"])
         if "adapters" in values:
             values["adapters"] = AdapterOptions.of(values["adapters"])
-        if "context" in values:
-            context = values["context"]
-            values["context"] = (context,) if isinstance(context, str) else tuple(context)
         return cls(**values)
 
+    @classmethod
+    def chosen(cls, config: EngineConfig | None, options: Mapping[str, Any]) -> EngineConfig:
+        """The config of an engine: `config`, or keywords as `of` reads them. Both at once is an error."""
+        if config is None:
+            return cls.of(options)
+        if options:
+            raise InvalidRequest(f"give config or keywords, not both: {', '.join(options)}", param="config")
+        if not isinstance(config, EngineConfig):
+            raise InvalidRequest(f"config is {config!r}; it must be EngineConfig, or keywords", param="config")
+        return config
+
     def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "drafters", _with_options(self.drafters))
+        msgspec.structs.force_setattr(self, "context", _listed("context", self.context, "a stage, or a list of stages"))
+        self._check_choices()
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is None and name in _MAY_BE_NONE:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InvalidRequest(f"{name} is {value!r}; it must be a whole number, at least {least}", param=name)
+        self._check_caches()
+        self._check_seconds()
+
+    def _check_choices(self) -> None:
         if not isinstance(self.invariant, bool | None):
             raise InvalidRequest(f"invariant is {self.invariant!r}; choices: True, False, None", param="invariant")
         if not isinstance(self.compile, bool) and self.compile != "background":
@@ -121,25 +143,23 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if self.compile == "background" and self.invariant:
             message = "compile is 'background' and invariant is True: bits would change when the compiled forward comes"
             raise InvalidRequest(f"{message}; take compile=True", param="compile")
-        for name in ("cpu_kernels", "gpu_graphs"):
+        for name in _FLAGS:
             if not isinstance(value := getattr(self, name), bool):
                 raise InvalidRequest(f"{name} is {value!r}; choices: True, False", param=name)
         if not isinstance(self.gpu_kernels, bool | None):
             message = f"gpu_kernels is {self.gpu_kernels!r}; choices: True, False, None"
             raise InvalidRequest(message, param="gpu_kernels")
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is None and name in _MAY_BE_NONE:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InvalidRequest(f"{name} is {value!r}; it must be a whole number, at least {least}", param=name)
+
+    def _check_caches(self) -> None:
         if not isinstance(self.disk_cache, str | Path | None):
             raise InvalidRequest(f"disk_cache is {self.disk_cache!r}; it must be a folder", param="disk_cache")
         for name in ("prefix_cache_bytes", "host_cache_bytes", "disk_cache"):
             if getattr(self, name) and not self.prefix_cache:
                 message = f"{name} is {getattr(self, name)!r}, but prefix_cache is off; set prefix_cache=True"
                 raise InvalidRequest(message, param=name)
-        self._check_seconds()
+        if self.disk_cache_bytes != _DISK_BYTES and self.disk_cache is None:
+            message = f"disk_cache_bytes is {self.disk_cache_bytes}, but disk_cache is None; set it too"
+            raise InvalidRequest(message, param="disk_cache_bytes")
 
     def _check_seconds(self) -> None:
         name, seconds = "response_cache_seconds", self.response_cache_seconds
@@ -149,3 +169,26 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if seconds != _RESPONSE_SECONDS and not self.response_cache_bytes:
             message = f"{name} is {seconds!r}, but response_cache_bytes is 0; set it too"
             raise InvalidRequest(message, param=name)
+
+
+def _listed(name: str, value: Any, wanted: str) -> tuple[Any, ...]:
+    """What a user may write for several: one of them as text, or a list."""
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, Mapping) or not isinstance(value, Sequence | Set):
+        raise InvalidRequest(f"{name} is {value!r}; it must be {wanted}", param=name)
+    return tuple(value)
+
+
+def _with_options(drafters: Any) -> Mapping[str, Mapping[str, Any]]:
+    """Drafters as a user may write them: names, or a mapping of names and options."""
+    wanted = "names, or a mapping of names and options"
+    names = tuple(drafters) if isinstance(drafters, Mapping) else _listed("drafters", drafters, wanted)
+    if not all(isinstance(name, str) for name in names):
+        raise InvalidRequest(f"drafters is {drafters!r}; it must be {wanted}", param="drafters")
+    named = {name: drafters[name] if isinstance(drafters, Mapping) else {} for name in names}
+    for name, options in named.items():
+        if not isinstance(options, Mapping):
+            message = f"drafters: the options of {name!r} must be a mapping, not {options!r}"
+            raise InvalidRequest(message, param="drafters")
+    return named

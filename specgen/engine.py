@@ -197,7 +197,7 @@ class EngineCore:
 
     def _sequence(self, request: Request, index: int, sample: Sample, undo: ExitStack) -> Sequence:
         """A sequence to be queued; `undo` gives back what was opened for it."""
-        drafts = self.drafting.open(request.ids, _hints(request), request.params.speculation, sample.constraint)
+        drafts = self.drafting.open(request.ids, _hints(request), request.speculation, sample.constraint)
         undo.callback(self.drafting.close, drafts)
         table = self.target.pool.open()
         undo.callback(table.release)

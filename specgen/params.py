@@ -51,6 +51,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     plugin_processors: name -> options of processors that plugins offer.
     logprobs: log-probabilities of committed tokens under the unprocessed model, with that many alternatives, 0 to 20.
     constraint: what the text must look like: one kind that a plugin offers and its value, `{"json_schema": {...}}`.
+    speculation: how to draft, as `Speculation.of` reads it; `None` is what the engine does by itself.
     prediction: text that the caller expects to see, drafted where it fits.
     cache_salt: requests share cached prefixes only with requests of the same salt.
     adapter: name of a loaded adapter to run under; `None` is the model as it is.
@@ -86,7 +87,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     processors: tuple[LogitsProcessor, ...] = ()
     plugin_processors: Mapping[str, Mapping[str, Any]] | None = None
     constraint: Constraint | None = None
-    speculation: Speculation = Speculation()
+    speculation: Speculation | None = None
     prediction: str | tuple[int, ...] = ()
     cache_salt: str = ""
     adapter: str | None = None
@@ -110,7 +111,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for name in ("stop", "bad_words"):
             if isinstance(text := getattr(self, name), str):
                 msgspec.structs.force_setattr(self, name, (text,))
-        msgspec.structs.force_setattr(self, "speculation", Speculation.of(self.speculation))
+        if self.speculation is not None:
+            msgspec.structs.force_setattr(self, "speculation", Speculation.of(self.speculation))
         if self.constraint is not None:
             msgspec.structs.force_setattr(self, "constraint", Constraint.of(self.constraint))
         for name in _SEVERAL:
@@ -185,6 +187,7 @@ class Request:
     """One prompt to be continued `params.n` times. Built by the API, complete when built.
 
     ids: the prompt, at least one token. prediction: what the caller expects to follow, as ids.
+    speculation: how it drafts: what `params` say, else what the engine does by itself.
     seed: 0 to 2**64 - 1; sample i of the request draws from the stream (seed, i).
     adapter: the revision that `params.adapter` meant when the request was built.
     """
@@ -193,6 +196,7 @@ class Request:
     ids: tuple[int, ...]
     params: SamplingParams
     seed: int
+    speculation: Speculation
     prediction: tuple[int, ...] = ()
     adapter: Adapter | None = None
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from specgen.engine import EngineCore
 from specgen.errors import InvalidRequest
 from specgen.kv.lease import Pin
@@ -79,11 +77,10 @@ class EnginePrefix:
     Raises InvalidRequest when the engine was built with prefix_cache=False.
     """
 
-    def __init__(self, core: EngineCore, runner: Runner, builder: RequestBuilder, base: SamplingParams) -> None:
+    def __init__(self, core: EngineCore, runner: Runner, builder: RequestBuilder) -> None:
         self._core = core
         self._runner = runner
         self._builder = builder
-        self._base = base
 
     def pin(self, prompt: Prompt, *, cache_salt: str = "", adapter: str | None = None) -> PinnedPrefix:
         """Keep the KV of a prompt, computing it first where it is not cached.
@@ -92,8 +89,7 @@ class EnginePrefix:
         the ids that requests begin with. cache_salt: whose requests may use it. adapter: under which they run.
         """
         cache = self._cache
-        draft_nothing = msgspec.structs.replace(
-            self._base,
+        draft_nothing = SamplingParams(
             max_tokens=1,
             temperature=0.0,
             cache_salt=cache_salt,
@@ -108,9 +104,11 @@ class EnginePrefix:
             if pin.tokens == wanted or attempt == _ATTEMPTS - 1:
                 break
             # Others may evict it between its end and the next look; what is pinned already stays meanwhile.
-            for stream in self._runner.submit((request, samples), computed=True):
-                stream.results()
-            self._runner.call(pin.release)
+            try:
+                for stream in self._runner.submit((request, samples), computed=True):
+                    stream.results()
+            finally:
+                self._runner.call(pin.release)
         return PinnedPrefix(self._runner, pin)
 
     @property

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
-import msgspec
 import torch
 from transformers import GenerationConfig
 
@@ -24,7 +23,7 @@ from specgen.params import Request, SamplingParams, check_ids
 from specgen.sampling import PositionKeys, Sampler, processors
 from specgen.sequence import StopRules
 from specgen.text import TextCursor
-from specgen.types import LogitsProcessor, Prompt
+from specgen.types import LogitsProcessor, Prompt, Speculation
 
 FunctionT = TypeVar("FunctionT")
 
@@ -34,7 +33,10 @@ Prepared: TypeAlias = tuple[Request, list[Sample]]
 
 @dataclass(frozen=True, slots=True)
 class RequestBuilder:
-    """What an engine knows about its model, as far as building requests needs it."""
+    """What an engine knows about its model, as far as building requests needs it.
+
+    speculation: how requests draft that do not say it themselves.
+    """
 
     tokenizer: Any
     defaults: GenerationConfig
@@ -46,6 +48,7 @@ class RequestBuilder:
     plugin_processors: Mapping[str, LogitsProcessorFactory]
     constraints: Constraints
     adapter_named: Callable[[str], Adapter]
+    speculation: Speculation
 
     def build(self, prompt: Prompt, params: SamplingParams, *, copies: bool) -> Prepared:
         """The request and how each of its `params.n` samples draws.
@@ -55,12 +58,14 @@ class RequestBuilder:
         """
         params.check_ids(self.vocab_size)
         self._check_text_needs(params)
-        self.drafting.check_names(params.speculation)
+        speculation = self.speculation if params.speculation is None else params.speculation
+        self.drafting.check_names(speculation)
         params = params.resolved(self.defaults)
         ids = self.encode(prompt)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         adapter = None if params.adapter is None else self.adapter_named(params.adapter)
-        request = Request(f"req-{secrets.token_hex(8)}", ids, params, seed, self._prediction(params), adapter)
+        prediction = self._prediction(params)
+        request = Request(f"req-{secrets.token_hex(8)}", ids, params, seed, speculation, prediction, adapter)
         copies = copies or params.n > 1
         matcher = self.constraints.compile(params.constraint) if params.constraint else None
         return request, [self._sample(request, index, matcher, copies=copies) for index in range(params.n)]
@@ -162,14 +167,12 @@ def _own(function: FunctionT, param: str, *, copies: bool) -> FunctionT:
         ) from error
 
 
-def with_options(params: SamplingParams | None, options: Mapping[str, Any], base: SamplingParams) -> SamplingParams:
-    """The params of a call: `params`, or keywords as users write them over `base`. Both at once is an error."""
+def with_options(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+    """The params of a call: `params`, or keywords as users write them. Both at once is an error."""
     if params is not None:
         if options:
             raise InvalidRequest(f"give params or keywords, not both: {', '.join(options)}", param="params")
         if not isinstance(params, SamplingParams):
             raise InvalidRequest(f"params is {params!r}; it must be SamplingParams, or keywords", param="params")
         return params
-    given = {name: value for name, value in options.items() if value is not None}
-    built = SamplingParams.of(given)
-    return built if "speculation" in given else msgspec.structs.replace(built, speculation=base.speculation)
+    return SamplingParams.of(options)

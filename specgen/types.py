@@ -59,7 +59,7 @@ class Chat:
 class Speculation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one request drafts.
 
-    drafters: names in order of preference; `None` means all that the engine has.
+    drafters: names; `None` means all that the engine has. Guesses are merged: the order decides exact ties alone.
     max_nodes: most tree nodes per step, 0 to 63; 0 turns drafting off.
     adaptive: take only nodes that pay by the measured cost of rows. `False` takes all that are offered.
     """

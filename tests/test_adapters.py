@@ -17,7 +17,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from specgen import Engine, InvalidRequest, RequestFailed, UnknownName
+from specgen import Engine, InvalidRequest, RequestFailed, SamplingParams, UnknownName
 from specgen.adapter import Adapter, AdapterOptions, LoraLayer, LoraWeights
 from specgen.adapter_cache import DRAFT, TARGET, AdapterCache, Presence
 from specgen.errors import AdapterRefused
@@ -490,7 +490,7 @@ def test_two_hundred_requests_while_adapters_come_and_go(
         name = draws.choice([None, *names])
         mode = draws.choice(["auto", "off", {"adaptive": False, "max_nodes": 6}])
         try:
-            params = engine._base.__class__.of({"adapter": name, "max_tokens": TOKENS, "speculation": mode})
+            params = SamplingParams.of({"adapter": name, "max_tokens": TOKENS, "speculation": mode})
             built = engine._builder.build(PROMPT, params, copies=False)
         except UnknownName:  # between an unload and the load
             continue

@@ -36,6 +36,8 @@ from specgen import (
     RequestCancelled,
     RequestFailed,
     Result,
+    SamplingParams,
+    Speculation,
     StepOutput,
     Stream,
     api,
@@ -290,6 +292,26 @@ def test_what_was_prepared_is_run_later(engine: Engine) -> None:
     assert [result.ids for result in results] == [
         result.ids for result in engine.generate([list(prompt) for prompt in PROMPTS], max_tokens=7)
     ]
+
+
+def test_what_says_nothing_of_speculation_drafts_as_its_engine_does(model: PreTrainedModel) -> None:
+    """By keywords and by params, which may say otherwise, "auto" too."""
+    silent: dict[str, Any] = {"max_tokens": 30, "prediction": tuple(greedy(model, PROMPT, 30))}
+
+    def drafted(engine: Engine, **options: Any) -> list[bool]:
+        results = [engine.generate(PROMPT, **options), engine.generate(PROMPT, SamplingParams(**options))]
+        return [result.stats.num_draft_tokens > 0 for result in results]
+
+    with Engine(model, kv_tokens=512, speculation="off") as off:
+        assert drafted(off, **silent) == [False, False]
+        assert drafted(off, **silent, speculation={"adaptive": False}) == [True, True]
+        request, _ = off.prepare(PROMPT, SamplingParams(speculation=Speculation()))
+        assert request.speculation == Speculation()
+        request, _ = off.prepare(PROMPT, SamplingParams())
+        assert request.speculation == Speculation(max_nodes=0)
+    with Engine(model, kv_tokens=512, speculation={"adaptive": False}) as eager:
+        assert drafted(eager, **silent) == [True, True]
+        assert drafted(eager, **silent, speculation="off") == [False, False]
 
 
 def test_a_traced_stream_tells_who_guessed_what(engine: Engine) -> None:
@@ -766,6 +788,37 @@ def test_one_line_generates_and_keeps_the_engine(model: PreTrainedModel) -> None
     del first
     gc.collect()
     assert gone() is None
+
+
+def test_threads_that_come_at_once_share_the_engine_of_one_line(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them have found none when the first begins to make it."""
+    made: list[Engine] = []
+    threads, lock = 4, threading.Lock()
+    all_look = threading.Barrier(threads)
+
+    class Together:
+        """A lock that nobody gets before all want it."""
+
+        def __enter__(self) -> None:
+            all_look.wait(SECONDS)
+            lock.acquire()
+
+        def __exit__(self, *exc: object) -> None:
+            lock.release()
+
+    def wrap(*arguments: Any) -> Engine:
+        made.append(Engine(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(api, "_making", Together())
+    monkeypatch.setattr(api, "wrap", wrap)
+    with ThreadPoolExecutor(threads) as pool:
+        found = list(pool.map(lambda _: api.engine_of(model), range(threads)))
+    assert len(made) == 1
+    assert found == made * threads
+    assert api._latest == made
 
 
 def test_a_caller_may_use_the_model_while_the_engine_runs(model: PreTrainedModel) -> None:

@@ -29,6 +29,7 @@ from specgen import (
     Speculation,
     UnknownName,
 )
+from specgen.config import EngineConfig
 from specgen.model.loading import load_tokenizer
 from specgen.plugins import load_plugins
 from tests.models.tiny import CONTEXT, VOCABULARY, build
@@ -382,6 +383,12 @@ def test_one_string_is_one_string(engine: Engine) -> None:
     assert engine.generate(PROMPT, max_tokens=12, bad_words=text[5:7]).text[:6] == text[:6]
 
 
+def test_a_config_takes_names_as_an_engine_does() -> None:
+    config = EngineConfig(drafters=["prompt-lookup"], context="chat-template")  # type: ignore[arg-type]
+    assert config == EngineConfig.of({"drafters": "prompt-lookup", "context": ["chat-template"]})
+    assert (config.drafters, config.context) == ({"prompt-lookup": {}}, ("chat-template",))
+
+
 # Engines.
 
 ENGINES: dict[str, tuple[dict[str, Any], type[Exception], str | None, str]] = {
@@ -416,6 +423,48 @@ ENGINES: dict[str, tuple[dict[str, Any], type[Exception], str | None, str]] = {
         "speculation",
         "unknown drafter 'echo'; choices: grammar, prediction, prompt-lookup",
     ),
+    "drafters that are no names": (
+        {"drafters": 5},
+        InvalidRequest,
+        "drafters",
+        "drafters is 5; it must be names, or a mapping of names and options",
+    ),
+    "drafters in a list with their options": (
+        {"drafters": [{"prompt-lookup": {}}]},
+        InvalidRequest,
+        "drafters",
+        r"drafters is \[{'prompt-lookup': {}}\]; it must be names, or a mapping of names and options",
+    ),
+    "a drafter with None for options": (
+        {"drafters": {"prompt-lookup": None}},
+        InvalidRequest,
+        "drafters",
+        "drafters: the options of 'prompt-lookup' must be a mapping, not None",
+    ),
+    "stages that are no list": (
+        {"context": 5},
+        InvalidRequest,
+        "context",
+        "context is 5; it must be a stage, or a list of stages",
+    ),
+    "stages in a mapping": (
+        {"context": {"chat-template": {}}},
+        InvalidRequest,
+        "context",
+        "context is {'chat-template': {}}; it must be a stage, or a list of stages",
+    ),
+    "a prefix cache that is off as text": (
+        {"prefix_cache": "off"},
+        InvalidRequest,
+        "prefix_cache",
+        "prefix_cache is 'off'; choices: True, False",
+    ),
+    "room on a disk that is not used": (
+        {"disk_cache_bytes": 5},
+        InvalidRequest,
+        "disk_cache_bytes",
+        "disk_cache_bytes is 5, but disk_cache is None; set it too",
+    ),
     "an unknown stage": ({"context": ["template"]}, UnknownName, "context", "unknown context stage 'template'"),
     "a draft model that is not there": (
         {"draft_model": "/nowhere/at/all"},
@@ -433,6 +482,15 @@ def test_an_engine_that_cannot_be_is_refused_when_it_is_built(model: PreTrainedM
         Engine(model, **{"kv_tokens": 512, **options})
     assert isinstance(caught.value, InvalidRequest)
     assert caught.value.param == param
+
+
+def test_a_config_and_keywords_at_once_are_refused(model: PreTrainedModel) -> None:
+    """Misspelt ones too."""
+    with pytest.raises(InvalidRequest, match="^give config or keywords, not both: max_running, nonsense$") as caught:
+        Engine(model, config=EngineConfig(kv_tokens=512), max_running=2, nonsense=3)
+    assert caught.value.param == "config"
+    with pytest.raises(InvalidRequest, match="^config is {'kv_tokens': 512}; it must be EngineConfig, or keywords$"):
+        Engine(model, config={"kv_tokens": 512})  # type: ignore[arg-type]
 
 
 def test_a_drafter_of_another_vocabulary_is_refused(model: PreTrainedModel) -> None:

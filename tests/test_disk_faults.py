@@ -1,4 +1,4 @@
-"""Whatever happens to the files of the disk tier: never a crash, never a wrong token."""
+"""Whatever happens to the files of the disk tier and of adapters: never a crash, never a wrong token."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ import random
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from structlog.testing import capture_logs
 from transformers import PreTrainedModel
 
-from specgen import Engine
+from specgen import Engine, adapter_cache
+from specgen.adapter import Adapter, AdapterOptions, LoraLayer, LoraWeights
+from specgen.adapter_cache import TARGET, AdapterCache, Presence
+from specgen.errors import AdapterRefused
 from specgen.kv import pagefile
 from tests.engines import evict, watched
 from tests.models.tiny import build
@@ -174,3 +179,62 @@ def test_damaged_files(model: PreTrainedModel, kind: str, how: str, seed: int, t
                 for file in rng.sample(sorted(tmp_path.iterdir()), 4):
                     file.write_bytes(damaged(file.read_bytes(), how, rng))
         assert any(line["event"] == "a page on disk is of no use" for line in logs)
+
+
+def adapter(name: str) -> Adapter:
+    """One that is larger than what a file may be where there is no room in it."""
+    weights = LoraWeights({"layer": LoraLayer(torch.zeros(4, 256), torch.zeros(256, 4))})
+    return Adapter(name, "revision", name, None, False, 4, None, weights.bytes, {TARGET: weights})
+
+
+FULL_FOR_ADAPTERS = {
+    "open": lambda: no_room_at(adapter_cache, "_write"),
+    "write": no_room_in_a_file,
+    "folder": lambda: no_room_at(adapter_cache, "TemporaryDirectory"),
+}
+
+
+def cache_of_one() -> AdapterCache:
+    """Room for one adapter on the device and in host memory."""
+    size = adapter("any").bytes
+    options = AdapterOptions(device_bytes=size, host_bytes=size, disk_bytes=3 * size)
+    return AdapterCache(options, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("where", FULL_FOR_ADAPTERS)
+def test_an_adapter_that_a_full_disk_has_no_room_for_is_refused(where: str) -> None:
+    """As often as it is tried; what was there before stays as it was, and nothing is left of it."""
+    cache = cache_of_one()
+    cache.add(adapter("first"))
+    before = cache.stats
+    with FULL_FOR_ADAPTERS[where]():
+        for name in "abcde":
+            with pytest.raises(AdapterRefused, match=f"^adapter '{name}': host memory is full, and files cannot be"):
+                cache.add(adapter(name))
+            assert cache.stats == before
+    assert cache._folder is None or not list(Path(cache._folder.name).iterdir())
+    cache.check(busy=False)
+    for name in "abc":
+        cache.add(adapter(name))
+    assert (cache.stats.adapters, cache.stats.disk_bytes) == (4, 3 * before.host_bytes)
+
+
+def test_an_adapter_is_fetched_though_a_full_disk_has_no_room_for_another() -> None:
+    cache, first, second = cache_of_one(), adapter("first"), adapter("second")
+    for each in (first, second):
+        cache.add(each)
+    assert second.file
+    with no_room_in_a_file(), capture_logs() as logs:
+        assert cache.presence(second) is Presence.COMING
+        for thread in threading.enumerate():
+            if thread.name == "specgen-adapter":
+                thread.join(60)
+        assert cache.presence(second) is Presence.THERE
+    assert [(line["event"], line["adapter"]) for line in logs] == [
+        ("idle adapters cannot be written to files", "second")
+    ]
+    assert (first.file, cache.stats.host_bytes) == (None, 2 * first.bytes), (
+        "more than it should be, until there is room"
+    )
+    cache.add(adapter("third"))
+    assert (cache.stats.host_bytes, cache.stats.disk_bytes) == (first.bytes, 2 * first.bytes)

@@ -150,6 +150,7 @@ class Bench:
             {},
             Constraints({}, ConstraintSetup(tokenizer, self.target.vocab_size)),
             {}.__getitem__,
+            Speculation(),
         )
         self.outputs: dict[tuple[str, int], list[StepOutput]] = {}
         self.results: dict[tuple[str, int], Result] = {}

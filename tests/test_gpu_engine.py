@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import specgen.engine
-from specgen import Engine
+from specgen import Engine, SamplingParams
 from specgen.errors import InvalidRequest, UnsupportedModel
 from specgen.kernels import gpu_kernels
 from specgen.kv.formats import FORMATS
@@ -182,7 +182,7 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def begin_three(fast: Engine) -> None:
     """Three greedy requests that nobody drafts for."""
     for prompt in prompts(3):
-        params = fast._base.of({"max_tokens": 6, "temperature": 0, "speculation": "off", "ignore_eos": True})
+        params = SamplingParams.of({"max_tokens": 6, "temperature": 0, "speculation": "off", "ignore_eos": True})
         fast._core.add(*fast._builder.build(prompt, params, copies=False))
 
 
@@ -238,7 +238,7 @@ def test_rows_of_several_adapters_in_one_step(tmp_path: Path, monkeypatch: pytes
             for folder in folders:
                 one.adapters.load(folder.name, folder)
             options = {"max_tokens": 6, "temperature": 0, "ignore_eos": True, "speculation": ON}
-            wanted = [one._base.of({**options, "adapter": adapter}) for adapter in ("a", None, "b", "a")]
+            wanted = [SamplingParams.of({**options, "adapter": adapter}) for adapter in ("a", None, "b", "a")]
             built = [one._builder.build(prompts(1)[0], params, copies=False) for params in wanted]
             said[gpu] = [stream.results()[0].ids for stream in one._runner.submit(*built)]
     assert len(set(said[False])) == 3, "each says something else, or nothing here is tested"

@@ -11,9 +11,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from specgen import Engine, Result, SamplingParams
+from specgen import DrafterFactory, Engine, Result, SamplingParams, hookimpl
+from specgen.draft.translation import draft_model
 from specgen.errors import AdapterRefused
 from specgen.model.target import Target
+from specgen.plugins import load_plugins
 from tests.engines import watched
 from tests.lora import ATTENTION, by_peft, save_adapter
 from tests.models.tiny import build
@@ -273,6 +275,30 @@ def test_a_draft_adapter_needs_a_draft_model(opened: Callable[..., Engine], fold
     with pytest.raises(AdapterRefused, match="no draft model"):
         engine.adapters.load("it", folders["wide"], draft_adapter=folders["wide"])
     assert engine.adapters.list() == []
+
+
+class Second:
+    """A plugin's drafter that drafts with a model too."""
+
+    @staticmethod
+    @hookimpl
+    def drafters() -> dict[str, DrafterFactory]:
+        return {"second": draft_model}
+
+
+def test_a_draft_adapter_needs_one_draft_model(
+    opened: Callable[..., Engine], llama: PreTrainedModel, folders: dict[str, Path]
+) -> None:
+    """Of two, it would be checked against one and used by both."""
+    plugins = load_plugins()
+    plugins.register(Second, "second")
+    named = {"draft-model": {"model": llama}, "second": {"model": build("gpt2")}}
+    engine = opened(load=False, plugins=plugins, drafters=named)
+    told = "^draft_adapter is .*wide', but this engine has 2 draft models; it must have one$"
+    with pytest.raises(AdapterRefused, match=told):
+        engine.adapters.load("it", folders["wide"], draft_adapter=folders["wide"])
+    assert engine.adapters.list() == []
+    assert engine.adapters.load("it", folders["wide"]).paired is False
 
 
 def test_a_compiled_engine_refuses_adapters(

@@ -12,11 +12,12 @@ import torch
 
 from specgen.api import Engine
 from specgen.config import EngineConfig
-from specgen.errors import InvalidRequest
+from specgen.errors import InvalidRequest, RequestFailed
 from specgen.kv import pagefile
 from specgen.kv.formats import FORMATS
 from specgen.kv.pagefile import read_header
 from specgen.kv.radix import CacheKey
+from specgen.params import SamplingParams
 from tests.engines import evict, watched
 from tests.models.tiny import build
 
@@ -191,6 +192,27 @@ def test_a_pinned_prompt_outlives_others(opened: Callable[..., Engine]) -> None:
     assert engine.generate(PROMPTS[0], max_tokens=1).usage.cached_tokens == 0
 
 
+def test_a_pin_whose_rest_cannot_be_computed_is_released(
+    opened: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was cached of the prompt was pinned first."""
+    engine = opened()
+    engine.generate(PROMPTS[0][:20], max_tokens=1)
+
+    def fail(step: Any) -> None:
+        assert engine._core.prefix
+        assert [pin.tokens for pin in engine._core.prefix.pins] == [16]
+        raise RuntimeError("the model is broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.target, "score", fail)
+        with pytest.raises(RequestFailed, match="the model is broken"):
+            engine.prefix.pin(PROMPTS[0])
+    assert engine.prefix.stats.pinned_pages == 0
+    with engine.prefix.pin(PROMPTS[0]) as pinned:
+        assert pinned.tokens == 32
+
+
 def test_pins_give_way_before_a_request_waits_for_ever(opened: Callable[..., Engine]) -> None:
     engine = opened(kv_tokens=112)
     pins = [engine.prefix.pin([n + 3] * 33) for n in range(3)]
@@ -251,7 +273,7 @@ def test_the_cache_keeps_to_its_bytes(opened: Callable[..., Engine]) -> None:
 
 def test_a_request_that_can_never_fit_fails_and_the_next_one_runs(opened: Callable[..., Engine]) -> None:
     engine = opened(kv_tokens=64)
-    request, samples = engine._builder.build([3] * 60, engine._base, copies=False)
+    request, samples = engine._builder.build([3] * 60, SamplingParams(), copies=False)
     object.__setattr__(request, "ids", (3,) * 80)
     with pytest.raises(Exception, match="81 tokens do not fit a KV pool of 64"):
         engine._runner.submit((request, samples))[0].results()
@@ -260,7 +282,7 @@ def test_a_request_that_can_never_fit_fails_and_the_next_one_runs(opened: Callab
 
 def test_keys_hold_what_changes_kv(opened: Callable[..., Engine]) -> None:
     llama, int8, mistral = opened(), opened(kv_format="int8"), opened("mistral")
-    request, _ = llama._builder.build(PHRASE, llama._base, copies=False)
+    request, _ = llama._builder.build(PHRASE, SamplingParams(), copies=False)
     keys = {engine._core.key(request) for engine in (llama, int8, mistral)}
     assert len(keys) == 3
     assert CacheKey() not in keys

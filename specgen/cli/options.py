@@ -12,7 +12,7 @@ Model = Annotated[
 ]
 DraftModel = Annotated[str | None, typer.Option(metavar="PATH", help="A smaller model that drafts.")]
 Drafters = Annotated[
-    str | None, typer.Option(metavar="A,B", help="Drafters in order of preference. Default: the engine's.")
+    str | None, typer.Option(metavar="A,B", help="Drafters, merged into one tree. Default: the engine's.")
 ]
 Speculation = Annotated[str, typer.Option(metavar="auto|off|JSON", help="How to draft; the text stays the same.")]
 Dtype = Annotated[

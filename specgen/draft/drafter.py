@@ -86,8 +86,8 @@ class DrafterSetup:
     """What a drafter factory is given when an engine is built.
 
     options: what the user wrote for this drafter. A factory refuses unknown ones by name.
-    load_model: turns a path or a model into a packed model that the drafter may own, with `kv_tokens` of KV, and its
-        tokenizer, None where there is none.
+    load_model: turns a path or a model into a packed model that the drafter may own, with as many tokens of KV as the
+        target's pool, and its tokenizer, None where there is none.
     target: the target's model, to read its config and weights; not to be run or changed.
     compile_rows: compiles a function of packed rows where the engine compiles the target's forward, and else gives it
         back; see `specgen.model.compiled.compile_rows`.

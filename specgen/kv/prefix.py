@@ -20,7 +20,7 @@ import torch
 from specgen.errors import OutOfPages
 from specgen.kv.lease import Lease, Pin
 from specgen.kv.pool import BlockTable, KVPool
-from specgen.kv.radix import CacheKey, Node
+from specgen.kv.radix import CacheKey, Node, descend
 from specgen.kv.tiers import Tiers
 
 _LEAST_QUEUE = 64
@@ -343,12 +343,11 @@ class PrefixCache:
 
     def _forget(self, node: Node) -> None:
         """Take a node with no child in the pool out of the tree, and all that tiers keep of it and below it."""
-        for child in list(node.children.values()):
-            self._forget(child)
-        if node.parent is not None and node.parent.children.get(node.ids) is node:
-            self._unhouse(node)
-            node.parent.remove(node)
-        self._discard(node)
+        for gone in reversed(list(descend([node]))):
+            if gone.parent is not None and gone.parent.children.get(gone.ids) is gone:
+                self._unhouse(gone)
+                gone.parent.remove(gone)
+            self._discard(gone)
 
     def _unkeep(self, node: Node) -> None:
         """No tier keeps `node` any more."""
@@ -403,8 +402,4 @@ class PrefixCache:
 
     def nodes(self) -> Iterator[Node]:
         """All of the tree, parents before children."""
-        stack = [child for root in self._roots.values() for child in root.children.values()]
-        while stack:
-            node = stack.pop()
-            yield node
-            stack.extend(node.children.values())
+        return descend(child for root in self._roots.values() for child in root.children.values())

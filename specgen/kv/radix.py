@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from specgen.kv.tiers import Kept
@@ -63,6 +63,16 @@ class Node:
             if (length := _common(neighbour, ids)) > best[0]:
                 best = length, self.children[neighbour]
         return best
+
+
+def descend(nodes: Iterable[Node]) -> Iterator[Node]:
+    """These nodes and all below them, parents before children."""
+    # A stack, since a long text goes deeper than Python calls.
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        yield node
+        stack.extend(node.children.values())
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -59,7 +59,6 @@ class Asker:
     def __init__(self, config: ServerConfig, name: str, engine: Engine) -> None:
         self._config = config
         self._name = name
-        self._speculation = engine.config.speculation
         self._samples = bool(engine.model.generation_config.do_sample)
 
     def chat(self, asked: ChatRequest, caller: Caller) -> tuple[list[Prompt], SamplingParams]:
@@ -84,8 +83,6 @@ class Asker:
         if (asked.n or 1) > self._config.max_n:
             raise invalid(f"n is {asked.n}; at most {self._config.max_n}", "n")
         options: dict[str, Any] = {name: getattr(asked, name) for name in _SAME_NAME}
-        if options["speculation"] is None:
-            options["speculation"] = self._speculation
         if asked.model not in (None, self._name):
             options["adapter"] = asked.model
         if asked.logit_bias is not None:

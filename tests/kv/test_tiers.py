@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -224,3 +225,49 @@ def test_a_page_published_again_with_more_ids_stands_for_one_node_only() -> None
     world.read(first, 3)
     world.check()
     world.finish()
+
+
+def sound(world: World) -> None:
+    """The counts alone: what every page of a long text reads as would take too long to say."""
+    world.pool.check()
+    world.cache.check()
+
+
+@pytest.fixture
+def long() -> World:
+    """A text of more pages than Python calls deep, the last half of them pushed out to memory."""
+    pages = 2 * sys.getrecursionlimit()
+    world = World(pages=pages + 1, host_pages=pages)
+    table, ids = world.pool.open(), [n % 7 for n in range(pages * PAGE)]
+    table.reserve(len(ids))
+    table.commit(len(ids))
+    world.cache.retire(KEYS[0], ids, table)
+    world.cache.evict(pages // 2)
+    assert world.cache.tiers
+    assert (world.cache.pages, world.cache.tiers.stats.host_pages) == (pages // 2, pages // 2)
+    sound(world)
+    return world
+
+
+def test_a_long_text_in_a_tier_can_be_forgotten(long: World) -> None:
+    assert long.cache.tiers
+    long.cache.evict(long.pages)
+    assert long.cache.tiers.stats.host_pages == long.pages - 1
+    long.cache.clear()
+    sound(long)
+    assert (long.cache.pages, long.cache.tiers.stats.host_pages) == (0, 0)
+    assert list(long.cache.nodes()) == []
+
+
+def test_a_long_text_goes_with_the_page_before_it_that_no_tier_takes(
+    long: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that is kept of it stands behind that page."""
+    assert long.cache.tiers
+    monkeypatch.setattr(long.cache.tiers, "keep", lambda owner, rows: None)
+    table, left = long.pool.open(), long.cache.pages
+    table.reserve((long.pool.free_pages + 1) * PAGE)
+    sound(long)
+    assert (long.cache.pages, long.cache.tiers.stats.host_pages) == (left - 1, 0)
+    table.release()
+    sound(long)
