@@ -102,7 +102,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if drafters is not None:
             values["drafters"] = _with_options(drafters)
         if draft_model is not None:
-            chosen = values.get("drafters") or cls().drafters
+            chosen = values["drafters"] if "drafters" in values else cls().drafters
             values["drafters"] = {**chosen, "draft-model": {**chosen.get("draft-model", {}), "model": draft_model}}
         if "speculation" in values:
             values["speculation"] = Speculation.of(values["speculation"])
@@ -151,7 +151,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise InvalidRequest(message, param="gpu_kernels")
 
     def _check_caches(self) -> None:
-        if not isinstance(self.disk_cache, str | Path | None):
+        if not isinstance(self.disk_cache, str | Path | None) or self.disk_cache == "":
             raise InvalidRequest(f"disk_cache is {self.disk_cache!r}; it must be a folder", param="disk_cache")
         for name in ("prefix_cache_bytes", "host_cache_bytes", "disk_cache"):
             if getattr(self, name) and not self.prefix_cache:

@@ -387,6 +387,7 @@ def test_a_config_takes_names_as_an_engine_does() -> None:
     config = EngineConfig(drafters=["prompt-lookup"], context="chat-template")  # type: ignore[arg-type]
     assert config == EngineConfig.of({"drafters": "prompt-lookup", "context": ["chat-template"]})
     assert (config.drafters, config.context) == ({"prompt-lookup": {}}, ("chat-template",))
+    assert EngineConfig.of({"drafters": [], "draft_model": "small"}).drafters == {"draft-model": {"model": "small"}}
 
 
 # Engines.
@@ -423,6 +424,7 @@ ENGINES: dict[str, tuple[dict[str, Any], type[Exception], str | None, str]] = {
         "speculation",
         "unknown drafter 'echo'; choices: grammar, prediction, prompt-lookup",
     ),
+    "a disk cache nowhere": ({"disk_cache": ""}, InvalidRequest, "disk_cache", "disk_cache is ''; it must be a folder"),
     "drafters that are no names": (
         {"drafters": 5},
         InvalidRequest,
