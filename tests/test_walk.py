@@ -22,7 +22,7 @@ from specgen.draft.drafter import Drafter, DraftHints, DraftSession
 from specgen.sampling import PositionKeys, gumbel_argmax
 from specgen.tree import chain, children
 from specgen.types import Finish, Logprob, Result, Speculation, TokenTree
-from specgen.verify import Draw, acceptance, walk
+from specgen.verify import DrawToken, acceptance, walk
 from tests.models.tiny import build
 from tests.test_engine import Bench
 
@@ -31,7 +31,7 @@ LONGEST = 7
 
 Path = tuple[int, ...]
 Walked = tuple[Path, Path, Finish | None]
-Walk = Callable[[TokenTree, Draw], Walked]
+Walk = Callable[[TokenTree, DrawToken], Walked]
 
 
 # The target: for every path a distribution over three tokens, drawn once at random.
@@ -192,7 +192,7 @@ def test_committed_is_what_the_accepted_nodes_hold_and_one_token_more() -> None:
 # Walks that look right and are not.
 
 
-def trusting(tree: TokenTree, draw: Draw) -> Walked:
+def trusting(tree: TokenTree, draw: DrawToken) -> Walked:
     """Takes the first child as it is and draws only at the end."""
     node, committed, nodes = -1, [], []
     while below := children(tree)[node + 1]:
@@ -202,18 +202,18 @@ def trusting(tree: TokenTree, draw: Draw) -> Walked:
     return (*committed, draw(node)[0]), tuple(nodes), None
 
 
-def redrawing(tree: TokenTree, draw: Draw) -> Walked:
+def redrawing(tree: TokenTree, draw: DrawToken) -> Walked:
     """Draws a second time where no child holds the first draw."""
     committed, nodes, _ = walk(tree, draw)
     return (*committed[:-1], draw((-1, *nodes)[-1])[0]), nodes, None
 
 
-def late(tree: TokenTree, draw: Draw) -> Walked:
+def late(tree: TokenTree, draw: DrawToken) -> Walked:
     """Draws at the parent's row."""
     return walk(tree, lambda node: draw(tree.parents[node] if node >= 0 else -1))
 
 
-def insisting(tree: TokenTree, draw: Draw) -> Walked:
+def insisting(tree: TokenTree, draw: DrawToken) -> Walked:
     """Gives each child a draw of its own: the best of several tries."""
     node, committed, nodes = -1, [], []
     while True:
