@@ -25,6 +25,12 @@ _LEAST = {
 }
 _DISK_BYTES = 10 << 30
 _RESPONSE_SECONDS = 600.0
+_NEEDS = (
+    ("disk_cache_bytes", _DISK_BYTES, "disk_cache"),
+    ("response_cache_seconds", _RESPONSE_SECONDS, "response_cache_bytes"),
+)
+"""What says nothing unless another option is set, its default, and that option."""
+
 _FLAGS = ("cpu_kernels", "gpu_graphs", "prefix_cache")
 _MAY_BE_NONE = ("max_context", "kv_tokens", "prefix_cache_bytes")
 
@@ -133,6 +139,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise InvalidRequest(f"{name} is {value!r}; it must be a whole number, at least {least}", param=name)
         self._check_caches()
         self._check_seconds()
+        for name, default, needed in _NEEDS:
+            if getattr(self, name) != default and not getattr(self, needed):
+                message = f"{name} is {getattr(self, name)!r}, but {needed} is {getattr(self, needed)!r}; set it too"
+                raise InvalidRequest(message, param=name)
 
     def _check_choices(self) -> None:
         if not isinstance(self.invariant, bool | None):
@@ -157,18 +167,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             if getattr(self, name) and not self.prefix_cache:
                 message = f"{name} is {getattr(self, name)!r}, but prefix_cache is off; set prefix_cache=True"
                 raise InvalidRequest(message, param=name)
-        if self.disk_cache_bytes != _DISK_BYTES and self.disk_cache is None:
-            message = f"disk_cache_bytes is {self.disk_cache_bytes}, but disk_cache is None; set it too"
-            raise InvalidRequest(message, param="disk_cache_bytes")
 
     def _check_seconds(self) -> None:
         name, seconds = "response_cache_seconds", self.response_cache_seconds
         number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
         if not number or not 0 < seconds < math.inf:
             raise InvalidRequest(f"{name} is {seconds!r}; it must be a finite number above 0", param=name)
-        if seconds != _RESPONSE_SECONDS and not self.response_cache_bytes:
-            message = f"{name} is {seconds!r}, but response_cache_bytes is 0; set it too"
-            raise InvalidRequest(message, param=name)
 
 
 def _listed(name: str, value: Any, wanted: str) -> tuple[Any, ...]:

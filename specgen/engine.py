@@ -314,7 +314,9 @@ class EngineCore:
         if self.drafting.wants(sequence.drafts):
             self.drafting.observe(sequence.drafts, view.features(turn.chain, walked[0].nodes))
         self.drafting.commit(sequence.drafts, tree, walked[0].committed)
-        output = replace(sequence.commit(turn.chain, len(tree), *walked), trace=trace)
+        output = sequence.commit(turn.chain, len(tree), *walked)
+        if trace:
+            output = replace(output, trace=trace)
         self.counters.committed += len(output.tokens)
         self.counters.drafted += len(tree)
         self.counters.accepted += len(output.tokens) - 1

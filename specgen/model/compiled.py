@@ -100,7 +100,7 @@ class CompiledForward:
         """Compile, on rows that belong to no sequence."""
         rows = torch.zeros(1, _EXAMPLE_ROWS, dtype=torch.int64)
         inputs = rows, rows.clone(), torch.zeros(_EXAMPLE_ROWS, dtype=torch.int32), torch.arange(_EXAMPLE_ROWS)
-        _first_call(self._graph, [(tensor, tensor.ndim - 1) for tensor in inputs])
+        _first_call(self._graph, [(tensor, (tensor.ndim - 1,)) for tensor in inputs])
 
 
 def compile_rows(function: Rows, examples: Sequence[Example]) -> Rows:
@@ -112,12 +112,12 @@ def compile_rows(function: Rows, examples: Sequence[Example]) -> Rows:
     """
     graph = _compiled(function)
     # One tensor in two places would be compiled as one argument.
-    examples = [(tensor.clone(), dims) for tensor, dims in examples]
+    owned = [(tensor.clone(), (dims,) if isinstance(dims, int) else dims) for tensor, dims in examples]
     try:
-        _first_call(graph, examples)
+        _first_call(graph, owned)
         with torch.inference_mode():
             for rows in (_EXAMPLE_ROWS, _LEAST, 1):
-                some = [_first(rows, *example) for example in examples]
+                some = [_first(rows, *example) for example in owned]
                 _check_same(graph(*some), function(*some), rows)
     except Exception as error:  # a compiler, a plugin's code, a full disk
         log.warning("not compiled", function=function.__qualname__, reason=str(error)[:500])
@@ -125,15 +125,11 @@ def compile_rows(function: Rows, examples: Sequence[Example]) -> Rows:
     return graph
 
 
-def _first(rows: int, tensor: Tensor, dims: int | tuple[int, ...]) -> Tensor:
+def _first(rows: int, tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
     """So many rows of an example, where it has them."""
-    for dim in _all_of(dims):
+    for dim in dims:
         tensor = tensor.narrow(dim, 0, min(rows, tensor.shape[dim]))
     return tensor.contiguous()
-
-
-def _all_of(dims: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (dims,) if isinstance(dims, int) else dims
 
 
 def _check_same(found: Sequence[Tensor], wanted: Sequence[Tensor], rows: int) -> None:
@@ -160,10 +156,10 @@ def _compiled(function: Rows) -> Rows:
     )
 
 
-def _first_call(graph: Rows, examples: Sequence[Example]) -> None:
+def _first_call(graph: Rows, examples: Sequence[tuple[Tensor, tuple[int, ...]]]) -> None:
     """Compile for these arguments, whose size in the dimensions given may be any in later calls."""
     for tensor, dims in examples:
-        for dim in _all_of(dims):
+        for dim in dims:
             torch._dynamo.mark_dynamic(tensor, dim)
     with _kept(), _uncollected(), torch.inference_mode():
         graph(*(tensor for tensor, _ in examples))

@@ -13,7 +13,7 @@ from specgen_eagle.head import EagleHead
 from specgen_eagle.unrolled import Batch
 
 _BLIND = 0.3
-"""Weight of what is said before the tokens in between are known: it only has to name the candidates."""
+"""Weight of what is said before the tokens in between are known: it only has to name the choices."""
 _KEPT = 0.7
 """Each depth is trained on so many of the entries that the depth above it is (P-EAGLE, 3.3)."""
 

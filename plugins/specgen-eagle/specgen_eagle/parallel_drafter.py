@@ -16,7 +16,7 @@ from specgen_eagle.drafter import LEAST_SURVIVAL, WINDOW, Eagle, Halves, attend,
 from specgen_eagle.head import EagleHead
 from specgen_eagle.session import EMPTY, Answer, EagleSession, Part, causal
 
-_CANDIDATES = 64
+_CHOICES = 64
 """Tokens of each depth, the likeliest before those in between are known, among which a tree chooses."""
 
 
@@ -31,7 +31,7 @@ class ParallelHalves(Halves):
     ) -> None:
         super().__init__(head, embeddings, children, lender)
         self.depth = min(depth, head.config.parallel)
-        self._candidates = min(_CANDIDATES, head.config.vocabulary)
+        self._choices = min(_CHOICES, head.config.vocabulary)
         self.before, self.behind = self._ahead, self._trees
 
     def compile(self, compile_rows: Callable[..., Any]) -> None:
@@ -68,17 +68,17 @@ class ParallelHalves(Halves):
         width, rows = self.children, wanted.flatten()
         states = self._finished(attended[:, rows], residual[rows]).unflatten(0, wanted.shape)
         logits = self._scores(states, words)
-        top, places = logits.topk(self._candidates)
-        candidates = self._said(places, words)
+        top, places = logits.topk(self._choices)
+        choices = self._said(places, words)
         shares = (top - logits.logsumexp(dim=-1, keepdim=True)).exp()
-        # The candidates together keep the share that they had before the tokens in between were known. Were the sum
+        # The choices together keep the share that they had before the tokens in between were known. Were the sum
         # rounded above 1, a child would survive its parent.
         kept = shares.sum(dim=-1, keepdim=True).clamp(max=1.0)
         # What all depths read is read at once.
         projected = self.head.transition.of_states(states)
-        columns = self._columns(places[:, 1:].transpose(0, 1), candidates[:, 1:].transpose(0, 1))
-        first = min(width * width, self._candidates)
-        said = candidates[:, 0, :first]
+        columns = self._columns(places[:, 1:].transpose(0, 1), choices[:, 1:].transpose(0, 1))
+        first = min(width * width, self._choices)
+        said = choices[:, 0, :first]
         levels = [(shares[:, 0, :first], said, torch.full_like(said, -1))]
         last = tokens[wanted[:, :1]]
         numbers = 0
@@ -93,7 +93,7 @@ class ParallelHalves(Halves):
             levels.append(
                 (
                     (sure[..., None] * chance).flatten(1),
-                    candidates[:, depth].gather(1, chosen.flatten(1)),
+                    choices[:, depth].gather(1, chosen.flatten(1)),
                     (numbers + picked).repeat_interleave(width, dim=1),
                 )
             )
@@ -104,7 +104,7 @@ class ParallelHalves(Halves):
         return ordered, said.gather(1, order), order, parents.gather(1, order)
 
     def _columns(self, places: Tensor, tokens: Tensor) -> Tensor:
-        """Rows of the language-model head for candidates, [..., width]: the target's own where it lends them."""
+        """Rows of the language-model head for choices, [..., width]: the target's own where it lends them."""
         return exact(F.embedding(places if self.lender.rows is None else tokens, self._lent))
 
     def _seeing(self, states: Tensor, projected: Tensor, last: Tensor, before: Tensor) -> Tensor:
