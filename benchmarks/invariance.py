@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from benchmarks import harness
 from benchmarks.harness import Prompt, Sizes
 from specgen import Engine
+from specgen.model.probes import row_seconds
 
 FULL = Sizes(tokens=128, rounds=5)
 QUICK = Sizes(tokens=12, rounds=1, limit=3)
@@ -122,7 +123,7 @@ def compare(
 
 def cost(engine: Engine, other: Engine, rows: int, rounds: int) -> float:
     """Seconds of a forward over another engine's, the median over rounds of both in turns."""
-    pairs = [(engine.target.row_seconds(rows), other.target.row_seconds(rows)) for _ in range(rounds)]
+    pairs = [(row_seconds(engine.target, rows), row_seconds(other.target, rows)) for _ in range(rounds)]
     return median(a / b for a, b in pairs)
 
 

@@ -23,6 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 from benchmarks import harness
 from benchmarks.harness import Sizes
 from specgen import Drafter, DraftSession, Engine, SamplingParams, TokenTree, hookimpl
+from specgen.model.probes import row_seconds
 from specgen.plugins import load_plugins
 from specgen.sequence import Sequence as EngineSequence
 
@@ -183,9 +184,9 @@ def steps(engine: Engine, rows: int, sequences: int, count: int) -> Steps:
 def forward_parts(engine: Engine, rows: int) -> dict[str, float]:
     """Shares of a forward over `rows` rows, by the profiler; the head's by timing it alone."""
     target = engine.target
-    target.row_seconds(rows)
+    row_seconds(target, rows)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        seconds = target.row_seconds(rows)
+        seconds = row_seconds(target, rows)
     calls = 3  # of `row_seconds`
     spent = {event.key: event.cpu_time_total / 1e6 / calls for event in profiler.key_averages()}
     linears = sum(spent.get(name, 0.0) for name in ("specgen::linear", "aten::linear", "aten::addmm"))

@@ -28,7 +28,7 @@ from specgen.params import SamplingParams
 from specgen.plugins import Plugins, load_plugins
 from specgen.prefixes import EnginePrefix
 from specgen.requests import Prepared, RequestBuilder, model_ends, with_options
-from specgen.responses import ResponseCache
+from specgen.response_cache import ResponseCache
 from specgen.runner import Runner
 from specgen.stream import Stream
 from specgen.types import Prompt, Result

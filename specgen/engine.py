@@ -25,6 +25,7 @@ from specgen.kv.radix import CacheKey
 from specgen.kv.segment import Segment
 from specgen.kv.stored import CacheOptions, StoredPrefixes, open_cache
 from specgen.model.identity import kv_identity, model_name
+from specgen.model.probes import row_seconds
 from specgen.model.target import Compile, Target
 from specgen.params import Request
 from specgen.sampling import Sampler
@@ -222,12 +223,12 @@ class EngineCore:
         self.drafting.cost = RowCost(self.drafting.cost.context_seconds)
         for rows in _MEASURED_ROWS:
             if rows <= self.target.context_length and pool.has(pool.pages_for(rows)):
-                self.drafting.cost.observe(rows, self.target.row_seconds(rows))
+                self.drafting.cost.observe(rows, row_seconds(self.target, rows))
 
     def _measure_context(self) -> None:
         """What a forward takes longer for each token that its rows hang under. To be asked while no page is taken."""
         context = min(_MEASURED_CONTEXT, self.target.pool.capacity // 2, self.target.context_length - 1)
-        more = self.target.row_seconds(1, context) - self.drafting.cost.seconds(1)
+        more = row_seconds(self.target, 1, context) - self.drafting.cost.seconds(1)
         self.drafting.cost.context_seconds = max(0.0, more) / max(1, context)
 
     def _propose(self, turns: Many[Turn]) -> list[TokenTree]:

@@ -18,7 +18,7 @@ from specgen.errors import EngineClosed, RequestFailed
 from specgen.log import Log
 from specgen.params import Request
 from specgen.plugins import Plugins
-from specgen.responses import ResponseCache, ResponseKey, response_key
+from specgen.response_cache import ResponseCache, ResponseKey, response_key
 from specgen.runs import Runs
 from specgen.stream import Stream
 from specgen.types import Finish, StepOutput

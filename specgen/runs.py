@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from specgen.params import Request
-from specgen.responses import ResponseCache, ResponseKey, for_request
+from specgen.response_cache import ResponseCache, ResponseKey, for_request
 from specgen.types import Result, StepOutput
 
 

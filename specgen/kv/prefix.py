@@ -12,18 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
 from itertools import count
 
 import torch
 
 from specgen.errors import OutOfPages
+from specgen.kv.eviction import EvictionQueue
 from specgen.kv.lease import Lease, Pin
 from specgen.kv.pool import BlockTable, KVPool
 from specgen.kv.radix import CacheKey, Node, descend
 from specgen.kv.tiers import Tiers
-
-_LEAST_QUEUE = 64
 
 
 @dataclass(slots=True)
@@ -56,9 +54,8 @@ class PrefixCache:
         self.tiers = tiers
         self._roots: dict[CacheKey, Node] = {}
         self._by_page: dict[int, Node] = {}
-        self._queue: list[tuple[int, int, Node]] = []
+        self._queue = EvictionQueue(self._is_evictable, self._by_page)
         self._clock = count(1)
-        self._entries = count()
         pool.holders.add(self)
         pool.reserve = self
         if tiers is not None:
@@ -158,20 +155,13 @@ class PrefixCache:
 
     def evict(self, count: int) -> None:
         """Give up `count` pages, least recently used first, or all that nobody else refers to."""
-        while count > 0 and self._queue:
-            used, _, node = heappop(self._queue)
-            node.queued = False
-            if not self._is_evictable(node):
-                continue
-            if node.used > used:
-                self._enqueue(node)
-                continue
+        while count > 0 and (node := self._queue.take()):
             self._give_up(node)
             count -= 1
 
     def idled(self, page: int) -> None:
         """Nobody but the tree refers to `page` any more."""
-        self._enqueue(self._by_page[page])
+        self._queue.put(self._by_page[page])
 
     def clear(self) -> None:
         """Forget everything that is not in use or pinned, in the tiers too."""
@@ -326,7 +316,7 @@ class PrefixCache:
         del self._by_page[page]
         if node.parent is not None:
             node.parent.resident -= 1
-            self._enqueue(node.parent)
+            self._queue.put(node.parent)
         self.pool.unshelve(page)
 
     def _give_up(self, node: Node) -> None:
@@ -378,23 +368,6 @@ class PrefixCache:
 
     def _is_evictable(self, node: Node) -> bool:
         return not node.resident and self._idle(node)
-
-    def _enqueue(self, node: Node) -> None:
-        if not node.queued and self._is_evictable(node):
-            node.queued = True
-            heappush(self._queue, (node.used, next(self._entries), node))
-            if len(self._queue) > 2 * len(self._by_page) + _LEAST_QUEUE:
-                self._rebuild_queue()
-
-    def _rebuild_queue(self) -> None:
-        """Let go of nodes that left the tree or are in use."""
-        for _, _, node in self._queue:
-            node.queued = False
-        kept = [entry for entry in self._queue if self._is_evictable(entry[2])]
-        for _, _, node in kept:
-            node.queued = True
-        self._queue = kept
-        heapify(self._queue)
 
     def root(self, key: CacheKey) -> Node:
         """Where the pages of `key` hang."""

@@ -6,7 +6,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from specgen.kv.tiers import Kept
+from specgen.kv.tiers import TierCopy
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Node:
     key: CacheKey
     name: str | None = None
     page: int | None = None
-    kept: Kept | None = None
+    kept: TierCopy | None = None
     used: int = 0
     resident: int = 0
     queued: bool = False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -32,9 +31,10 @@ from specgen.model.calibration import centre_keys
 from specgen.model.compiled import CompiledForward, compile_forward, in_background
 from specgen.model.invariance_check import CHECK_PAGES, check_invariance
 from specgen.model.invariant import InvariantLayers, mixes_experts
-from specgen.model.lora import AdaptedLayers, Kernel, routed_layers, rows_counted
+from specgen.model.lora import AdaptedLayers, Kernel
 from specgen.model.packed_linear import pack_linears
 from specgen.model.plan import wanted_rows
+from specgen.model.probes import rows_seen
 from specgen.model.quantised import check_quantised, quantised_layers
 from specgen.model.scores import Scores
 from specgen.model.seam_check import choose_seam
@@ -51,7 +51,6 @@ Compile: TypeAlias = bool | Literal["background"]
 _FULL_CONTEXTS = 16
 _SEAM_CHECK_PAGES = 2
 _LONGEST_CONTEXT = 1 << 20
-_PROBED_PREFIX, _PROBED_ROWS, _PROBED_WANTED = 6, 5, 2
 
 
 class Target:
@@ -97,18 +96,11 @@ class Target:
         self.vocab_size = self.architecture.vocab_size
         self.forwards = 0
         self.rows = 0
-        self._kernel: Kernel | None = None
         self._packs = cpu_kernels
         self._gpu = self._gpu_executor(gpu_kernels)
         self._gpu_graphs = gpu_graphs
-        if self._gpu is not None:
-            self._kernel = "gpu"
-        elif cpu_kernels and available(self.device, self.architecture.dtype):
-            pack_linears(model)
-            if len(set(self.architecture.stores)) == len(self.architecture.stores):
-                self._kernel = "cpu"
+        self._kernel: Kernel | None = "gpu" if self._gpu else self._take_cpu_kernels()
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        context = min(n for n in (context_limit(model), max_context, _LONGEST_CONTEXT) if n is not None)
         # The check compares with the model itself, so it keeps KV as it is; the real pool comes after.
         self.invariant = False
         self._layers: InvariantLayers | None = None
@@ -122,6 +114,7 @@ class Target:
         if gpu_kernels and (reason := self.why_no_gpu(kv_format)):
             raise UnsupportedModel(f"gpu_kernels=True cannot be kept: {reason}; take gpu_kernels=None")
         self._make_invariant(kv_format, invariant)
+        context = min(n for n in (context_limit(model), max_context, _LONGEST_CONTEXT) if n is not None)
         tokens = kv_tokens or self._affordable_tokens(context, kv_format)
         self.pool = self._make_pool(max(2, -(-tokens // PAGE_SIZE)), kv_format)
         self.context_length = min(context, self.pool.capacity)
@@ -206,32 +199,12 @@ class Target:
         if self.invariant and not kernel:
             reason = "without kernels an adapter's sums depend on the rows beside them"
             raise UnsupportedModel(f"invariant=True cannot be kept under adapters: {reason}; take invariant=False")
-        with rows_counted(self.model) as seen:
-            self._read_some_rows()
-        routed = routed_layers(self.model)
-        wanted = {name: rows == {_PROBED_WANTED} for name, rows in seen.items() if name not in routed}
-        fits = {name: last for name, last in wanted.items() if last or seen[name] == {_PROBED_ROWS}}
-        return AdaptedLayers(self.model, fits, kernel=kernel)
+        return AdaptedLayers(self.model, rows_seen(self), kernel=kernel)
 
     def read_adapter(self, folder: Path, *, max_rank: int, max_bytes: int) -> AdapterFiles:
         """Read an adapter for this model, on any thread, once `adapted` is known. See `adapter_files.read_adapter`."""
         fits, dtype = self.adapted.sees_wanted, self.architecture.dtype
         return read_adapter(folder, self._given, fits=fits, dtype=dtype, max_rank=max_rank, max_bytes=max_bytes)
-
-    def _read_some_rows(self) -> None:
-        """One forward over so many rows, wanted rows and keys that a layer's input tells which of them it sees."""
-        pool, self.pool = self.pool, self._make_pool(_SEAM_CHECK_PAGES, NATIVE)
-        table = self.pool.open()
-        try:
-            table.reserve(_PROBED_PREFIX + _PROBED_ROWS)
-            table.commit(_PROBED_PREFIX)
-            positions = range(_PROBED_PREFIX, _PROBED_PREFIX + _PROBED_ROWS)
-            self.forward([Segment(table, [0] * _PROBED_ROWS, positions, None, range(_PROBED_WANTED))])
-        finally:
-            table.release()
-            self.pool = pool
-        self.forwards -= 1
-        self.rows -= _PROBED_ROWS
 
     @property
     def kernel(self) -> Kernel | None:
@@ -283,30 +256,6 @@ class Target:
         if how is True:
             self.take_compiled(wait=True)
 
-    def row_seconds(self, rows: int, context: int = 0) -> float:
-        """Seconds of one forward over `rows` rows of one text behind `context` tokens, whatever their keys and values,
-        measured now: the faster of two, after a first one."""
-        table = self.pool.open()
-        try:
-            table.reserve(context + rows)
-            table.length = context
-            for page in table.pages if context else ():  # memory that nobody wrote to is nowhere, and read in no time
-                for plane in self.pool.rows_of(page):
-                    plane.zero_()
-            segment = Segment(table, [0] * rows, range(context, context + rows), None, range(rows))
-            self.forward([segment])
-            seconds = min(self._timed(segment) for _ in range(2))
-        finally:
-            table.release()
-        self.forwards -= 3
-        self.rows -= 3 * rows
-        return seconds
-
-    def _timed(self, segment: Segment) -> float:
-        started = time.perf_counter()
-        self.forward([segment])
-        return time.perf_counter() - started
-
     def why_not_compiled(self) -> str | None:
         """Why forwards cannot be compiled; `None` if they can."""
         kv_format = self.pool.kind
@@ -334,6 +283,14 @@ class Target:
                 pass  # then without it
         self._kernel = None
         return choose_seam(self)
+
+    def _take_cpu_kernels(self) -> Kernel | None:
+        """Let linear layers run by the CPU kernels where they can; and say whether attention can too."""
+        if not (self._packs and available(self.device, self.architecture.dtype)):
+            return None
+        pack_linears(self.model)
+        stores = self.architecture.stores
+        return "cpu" if len(set(stores)) == len(stores) else None
 
     def _gpu_executor(self, asked: bool | None) -> Executor | None:
         """The GPU kernels if they can run here. Raises UnsupportedModel where they are asked for and cannot."""

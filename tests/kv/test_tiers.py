@@ -13,7 +13,7 @@ import torch
 from specgen.kv import pagefile
 from specgen.kv.pagefile import DamagedPage, PageFolder, PageHeader, decode, encode
 from specgen.kv.radix import CacheKey
-from specgen.kv.tiers import Kept, Tiers
+from specgen.kv.tiers import TierCopy, Tiers
 from tests.kv.world import KEYS, PAGE, World
 
 HEADER = PageHeader("me", {"tenant": "t"}, "f" * 64, (1, 2, 3, 4))
@@ -184,7 +184,7 @@ def test_a_slow_tier_is_passed_over_where_what_stands_behind_it_does_not_make_up
     tiers = Tiers(page_bytes=1, page_tokens=1, host_bytes=9, disk=None, token_seconds=lambda: 1.0)
     tiers._disk_reads.observe(3.0)
     tiers._host_reads.observe(0.1)
-    slow, quick = Kept(None, name="file"), Kept(None, rows=[])
+    slow, quick = TierCopy(None, name="file"), TierCopy(None, rows=[])
     assert tiers.worthwhile([quick, quick, slow, quick]) == 2
     assert tiers.worthwhile([slow, quick, quick, quick, quick]) == 5
     assert tiers.worthwhile([slow]) == 0

@@ -17,7 +17,7 @@ import specgen
 from specgen import Engine, EngineConfig, InvalidRequest, RequestFailed, Result, SamplingParams, StepOutput
 from specgen.params import Request
 from specgen.plugins import Plugins, load_plugins
-from specgen.responses import ResponseCache, ResponseReport, response_key
+from specgen.response_cache import ResponseCache, ResponseReport, response_key
 from specgen.types import SpeculativeStats, Usage
 from tests.models.tiny import build
 from tests.test_api import Letters, until
