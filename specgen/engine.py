@@ -143,6 +143,11 @@ class EngineCore:
         """The prefix cache's way to files; the first call reads all weights once, to tell models apart."""
         return StoredPrefixes(self.prefix, self._identity) if self.prefix else None
 
+    def close(self) -> None:
+        """Leave to the next engine what the prefix cache holds, if there is a folder for it. After the last step."""
+        if self.prefix and self.prefix.tiers and self.prefix.tiers.disk is not None and (stored := self.stored()):
+            stored.spill()
+
     def add(self, request: Request, samples: Many[Sample]) -> None:
         """Queue one sequence per sample; none where one cannot be made."""
         with ExitStack() as undo:

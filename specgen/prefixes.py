@@ -118,7 +118,7 @@ class EnginePrefix:
 
     def clear(self) -> None:
         """Forget all that is neither in use nor pinned, in host memory and on disk too."""
-        self._runner.call(self._cache.clear)
+        self._runner.call(lambda: self._stored.clear())
 
     def save(self, folder: str | Path) -> int:
         """Write the cached pages to a folder, one checksummed file each; returns how many are in it now.

@@ -93,13 +93,17 @@ class Runner:
         return answer.result()
 
     def close(self) -> None:
-        """Cancel what runs, end the thread and wait for it. Doing so twice is harmless."""
+        """Cancel what runs, end the thread and wait for it; let the engine keep what it wants to. Doing so twice is
+        harmless."""
         with self._wake:
-            self._closed = True
+            first, self._closed = not self._closed, True
             self._wake.notify()
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
+        with self._wake:  # so that no other thread takes over the engine meanwhile
+            if first and self._thread is None:
+                self._core.close()
 
     def _order(self, command: Callable[[], None]) -> None:
         """Have a command run between two steps, by a new thread where there is none. Called with the lock held."""

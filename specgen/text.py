@@ -10,6 +10,7 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _CONTEXT_TOKENS = 6
 _MOST_BYTES = 4
 """Of one character in UTF-8."""
+_LONG_WINDOW = _CONTEXT_TOKENS + _MOST_BYTES
 
 
 class Decoder(Protocol):
@@ -23,7 +24,8 @@ class Decoder(Protocol):
 class TextCursor:
     """Where the text of one sequence stands. Frozen: `advance` answers a new one, so a walk can be thrown away.
 
-    window: the ids since the last clean character border, behind a few ids before it.
+    window: the ids since the last clean character border, behind a few ids before it; or the last ones, where no border
+    has come for long.
     shown: the part of the window's text that was taken in already.
     held: text not released yet because a stop string may begin in it.
     """
@@ -54,10 +56,12 @@ class TextCursor:
         window = self.window + tuple(tokens)
         text = self._decode(window)
         whole = text.rstrip(_REPLACEMENT)
+        if whole != text and self._is_broken(window):
+            whole = max(whole, text[: 1 - _MOST_BYTES], key=len)
         if len(whole) < len(self.shown):
             return replace(self, window=window), "", None
         held = self.held + whole[len(self.shown) :]
-        recent, shown = self._context(window) if whole == text else (window, whole)
+        recent, shown = self._context(window) if whole == text else self._shortened(window, text, len(whole))
         moved = replace(self, window=recent, shown=shown)
         if found := _first(held, self.stop):
             at, string = found
@@ -81,6 +85,22 @@ class TextCursor:
                 return ids[-size:], text
         last = ids[-_CONTEXT_TOKENS:]
         return last, self._decode(last)
+
+    def _is_broken(self, window: tuple[int, ...]) -> bool:
+        """Whether a long window ends with more than half a character, which no later token makes whole: the model said
+        so, or wrote bytes that are no text."""
+        ends = (self._decode(window[: len(window) - n]) for n in range(1, _MOST_BYTES))
+        return len(window) > _LONG_WINDOW and all(text.endswith(_REPLACEMENT) for text in ends)
+
+    def _shortened(self, window: tuple[int, ...], text: str, whole: int) -> tuple[tuple[int, ...], str]:
+        """A window that ends with half a character, and the first `whole` of its `text`; only its end if it is long."""
+        if len(window) > _LONG_WINDOW:
+            recent = window[-_LONG_WINDOW:]
+            end = self._decode(recent)
+            pending = len(text) - whole
+            if end[-pending - 1 :] == text[-pending - 1 :]:
+                return recent, end[:-pending]
+        return window, text[:whole]
 
     def _decode(self, ids: Sequence[int]) -> str:
         if self.decoder is None:

@@ -33,6 +33,7 @@ from specgen.config import EngineConfig
 from specgen.model.loading import load_tokenizer
 from specgen.plugins import load_plugins
 from tests.models.tiny import CONTEXT, VOCABULARY, build
+from tests.models.tokenizers import sentence_piece
 
 PROMPT = [9, 31, 40, 9, 31, 77]
 LONG = 60
@@ -517,6 +518,21 @@ def test_code_that_comes_with_a_model_runs_only_where_it_is_trusted(model: PreTr
     with pytest.raises(InvalidRequest, match="cannot be loaded"):
         Engine.from_pretrained(tmp_path, model_options={"trust_remote_code": True})
     assert trace.exists(), "it was no trap"
+
+
+def test_a_damaged_tokenizer_is_not_none(tmp_path: Path) -> None:
+    """A server would start without one, and refuse every chat."""
+    sentence_piece(40, "ab abc").save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path) is not None
+    file = tmp_path / "tokenizer.json"
+    for damaged in (file.read_bytes()[: file.stat().st_size // 2], b'{"version": "1.0"}', b""):
+        file.write_bytes(damaged)
+        with pytest.raises(InvalidRequest, match="^the tokenizer of '.*' cannot be loaded: .") as caught:
+            load_tokenizer(tmp_path)
+        assert caught.value.param == "model"
+    for file in tmp_path.iterdir():
+        file.unlink()
+    assert load_tokenizer(tmp_path) is None
 
 
 def test_a_model_that_is_not_there_is_refused() -> None:

@@ -263,6 +263,56 @@ def test_a_cleared_cache_is_cold(opened: Callable[..., Engine], tmp_path: Path) 
     assert engine.generate(PROMPTS[0], max_tokens=2).usage.cached_tokens == 0
 
 
+@pytest.mark.parametrize("options", [{}, HOST, {"kv_tokens": 96}])
+def test_a_closed_engine_leaves_all_it_had_to_the_next(
+    options: dict[str, Any], opened: Callable[..., Engine], tmp_path: Path
+) -> None:
+    """Pages that were never evicted too, which are those most in use; and no file that nothing leads to."""
+    first = opened(disk_cache=tmp_path, **options)
+    for prompt in PROMPTS:
+        first.generate(prompt, max_tokens=2, temperature=0.0)
+    first.close()
+    again = opened(disk_cache=tmp_path)
+    files = len(list(tmp_path.iterdir()))
+    assert again.prefix.stats.disk_pages == files == 5
+    for prompt in PROMPTS:
+        usage = again.generate(prompt, max_tokens=1, temperature=0.0).usage
+        assert usage.cached_tokens == (len(prompt) - 1) // 16 * 16
+
+
+@pytest.mark.parametrize("pages", [1, 2, 3, 4])
+def test_a_small_folder_gets_the_pages_used_last_and_those_before_them(
+    pages: int, opened: Callable[..., Engine], tmp_path: Path
+) -> None:
+    size = pages * (16 * 384 + 4096)
+    with opened(disk_cache=tmp_path, disk_cache_bytes=size) as first:
+        for prompt in PROMPTS:
+            first.generate(prompt, max_tokens=2, temperature=0.0)
+        first.generate(PROMPTS[0], max_tokens=2, temperature=0.0)
+    again = opened(disk_cache=tmp_path, disk_cache_bytes=size)
+    assert again.prefix.stats.disk_pages == len(list(tmp_path.iterdir())) == pages
+    usage = again.generate(PROMPTS[0], max_tokens=1, temperature=0.0).usage
+    assert usage.cached_tokens == 16 * min(pages, 2)
+
+
+def test_files_that_nothing_leads_to_go_first_and_when_the_cache_is_cleared(
+    opened: Callable[..., Engine], tmp_path: Path
+) -> None:
+    with opened(disk_cache=tmp_path) as first:
+        for prompt in PROMPTS:
+            first.generate(prompt, max_tokens=2, temperature=0.0)
+    headers = {file: read_header(file) for file in tmp_path.iterdir()}
+    (root,) = (file for file, header in headers.items() if header.ids == tuple(PROMPTS[0][:16]))
+    lost = {file for file, header in headers.items() if header.ids in {tuple(PROMPTS[n][16:32]) for n in (0, 1)}}
+    root.unlink()
+    again = opened(disk_cache=tmp_path)
+    assert again.prefix.stats.disk_pages == len(headers) - 1 - len(lost)
+    disk = again._core.prefix.tiers.disk  # type: ignore[union-attr]
+    assert {f"{name}.kv.safetensors" for name in list(disk._sizes)[: len(lost)]} == {file.name for file in lost}  # type: ignore[union-attr]
+    again.prefix.clear()
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_cache_keeps_to_its_bytes(opened: Callable[..., Engine]) -> None:
     engine = opened(prefix_cache_bytes=3 * 16 * 384)
     texts(engine)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from specgen.text import TextCursor
+from specgen.text import Decoder, TextCursor
 from tests.models.tokenizers import sentence_piece
 
 EMOJI = "\N{GRINNING FACE}"
@@ -133,6 +133,49 @@ def test_advancing_leaves_the_cursor_as_it_was() -> None:
     first = before.advance([0, 1, 2])
     assert before.advance([0, 1, 2]) == first
     assert before == TextCursor.after([], before.decoder, stop=("bcx",))
+
+
+class Counted:
+    """A tokenizer, and how many ids it was asked for at once."""
+
+    def __init__(self, inner: Decoder) -> None:
+        self.inner = inner
+        self.most = 0
+
+    def decode(self, token_ids: list[int], **options: bool) -> str:
+        self.most = max(self.most, len(token_ids))
+        return self.inner.decode(token_ids, **options)
+
+
+@pytest.mark.parametrize("piece", [HALF.encode(), b"\x80", b"\xf0\x9f", "\u044f".encode()[1:] + "\u044f".encode()[:1]])
+def test_text_that_stays_broken_is_shown_and_costs_no_more_with_time(piece: bytes) -> None:
+    """Characters that a model quotes as broken, bytes that are no text, tokens that each end in half a character."""
+    decoder = Counted(Bytes(piece, b"a", EMOJI.encode()[:2], EMOJI.encode()[2:]))
+    ids = [0] * 400
+    cursor = TextCursor.after([], decoder)
+    shown = 0
+    for count, token in enumerate(ids, start=1):
+        cursor, text, _ = cursor.advance([token])
+        shown += len(text)
+        if count > 30:
+            assert shown >= len(decoder.inner.decode(ids[:count])) - 4
+    assert decoder.most < 40
+    rng = random.Random(len(piece))
+    for _ in range(20):
+        ids = [0] * rng.randint(0, 60) + [rng.choice((0, 1, 2, 3)) for _ in range(20)] + [0] * 40 + [1, 2, 3, 1]
+        blocks = cut(ids, rng)
+        assert read(TextCursor.after([], decoder.inner), blocks)[0] == decoder.inner.decode(ids)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 61, 62, 63])
+def test_a_long_run_of_bytes_is_no_broken_text(size: int) -> None:
+    """A decoder that takes a run of bytes that ends with half a character for broken from its beginning."""
+    text = "x " + EMOJI * 30
+    tokenizer = sentence_piece(64, "x ab")
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert len(ids) > 4 * 30
+    blocks = [ids[start : start + size] for start in range(0, len(ids), size)]
+    assert read(TextCursor.after([], tokenizer), blocks)[0] == tokenizer.decode(ids)
 
 
 # Stop strings.

@@ -62,8 +62,10 @@ class ChatTemplate:
             raise InvalidRequest(f"the chat template refuses the messages: {error}", param="messages") from error
 
     def _ids(self, messages: list[Any], options: Mapping[str, Any], *, literal: bool) -> tuple[int, ...]:
-        if literal and (literals := Literals(self.tokenizer)).stand_in(messages):
-            marked = literals.marked(messages)
+        tools = options.get("tools")
+        if literal and (literals := Literals(self.tokenizer)).stand_in([messages, tools]):
+            marked, tools = literals.marked([messages, tools])
+            options = {**options, **({"tools": tools} if tools else {})}
             return literals.encode(self.tokenizer.apply_chat_template(marked, tokenize=False, **options))
         # Template and tokenizer in one call: some tokenizers have no text form of a conversation.
         encoded = self.tokenizer.apply_chat_template(messages, return_dict=True, **options)

@@ -17,7 +17,7 @@ class Literals:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._tokens = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+        self._tokens = sorted(_special_tokens(tokenizer), key=len, reverse=True)
         self._words = re.compile("|".join(map(re.escape, self._tokens)) or "(?!)")
         # Nobody can guess it, so nobody can write a mark.
         self._nonce = secrets.token_hex(4)
@@ -32,11 +32,13 @@ class Literals:
         return _each_text(value, lambda text: self._words.sub(self._mark, text))
 
     def encode(self, rendered: str) -> tuple[int, ...]:
-        """The ids of what the template made of marked messages."""
+        """The ids of what the template made of marked messages. Raises ValueError if it wrote a mark otherwise."""
         ids: list[int] = []
         # Every second piece is the number of a mark.
         for place, piece in enumerate(self._marks.split(rendered)):
             token = self._tokens[int(piece)] if place % 2 else ""
+            if not token and self._nonce in piece:
+                raise ValueError("it does not write special tokens in the messages as they are")
             for text in (token[:1], token[1:]) if token else (piece,):
                 ids += self._tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
         return tuple(ids)
@@ -45,11 +47,17 @@ class Literals:
         return f"\ue000{self._nonce}:{self._tokens.index(found[0])}\ue001"
 
 
+def _special_tokens(tokenizer: Any) -> set[str]:
+    """All that become one control token in any text. Those with a role have a name; others only say that they are."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+
+
 def _each_text(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: _each_text(inner, change) for key, inner in value.items()}
+        return {_each_text(key, change): _each_text(inner, change) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_each_text(inner, change) for inner in value)
     return value

@@ -130,7 +130,7 @@ class PageFolder:
         self._writable = writable
         self.bytes = 0
         self.dropped: Callable[[str], None] = lambda name: None
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._sizes: OrderedDict[str, int] = OrderedDict()
         self._pause_until = 0.0
         if writable:
@@ -165,12 +165,11 @@ class PageFolder:
         """Keep a page; False when that did not work, or is not tried because it just failed."""
         name = header.name
         if name in self._sizes:
-            self._sizes.move_to_end(name)
-            return True
+            return self.use(name)
         if time.monotonic() < self._pause_until:
             return False
         raw = encode(header, rows)
-        if self._max_bytes is not None and len(raw) > self._max_bytes:
+        if self.max_bytes is not None and len(raw) > self.max_bytes:
             return False
         scratch = self.folder / f"{name}.{secrets.token_hex(8)}.part"
         try:
@@ -197,13 +196,30 @@ class PageFolder:
             header, rows = decode(raw)
             if header != wanted:
                 raise DamagedPage("it holds another page")
-            if self._writable:
-                os.utime(self._path(name))
+            self.touch(name)
         except (DamagedPage, OSError) as error:
             self._reject(name, error)
             return None
-        self._sizes.move_to_end(name)
         return rows
+
+    def touch(self, name: str) -> None:
+        """Take a page that is there for the one used last. Raises OSError if its file is out of reach."""
+        if self._writable:
+            os.utime(self._path(name))
+        self._sizes.move_to_end(name)
+
+    def use(self, name: str) -> bool:
+        """The same; False if it is gone, or goes since it is out of reach."""
+        try:
+            self.touch(name)
+        except OSError as error:
+            self._reject(name, error)
+            return False
+        return True
+
+    def age(self, name: str) -> None:
+        """Take a page that is there for the one to be deleted first."""
+        self._sizes.move_to_end(name, last=False)
 
     def remove(self, name: str) -> None:
         """Delete a page; one that is not there is fine."""
@@ -230,7 +246,7 @@ class PageFolder:
         self._shrink()
 
     def _shrink(self) -> None:
-        while self._max_bytes is not None and self.bytes > self._max_bytes:
+        while self.max_bytes is not None and self.bytes > self.max_bytes:
             name = next(iter(self._sizes))
             self.remove(name)
             self.dropped(name)

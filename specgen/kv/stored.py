@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from specgen.errors import InvalidRequest, OutOfPages
 from specgen.kv.pagefile import PageFolder, PageHeader, page_name, root_name
 from specgen.kv.pool import KVPool
@@ -15,6 +17,8 @@ from specgen.kv.radix import CacheKey, Node
 from specgen.kv.tiers import Tiers, fits
 
 _HEADROOM = 1 / 16
+_FILE_BYTES = 4096
+"""What a file takes besides its page, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,29 @@ class StoredPrefixes:
             node.kept = tiers.adopt(node, header.name)
             return True
 
-        self._graft(folder, place)
+        for header in self._graft(folder, place):
+            folder.age(header.name)
+
+    def spill(self) -> None:
+        """Write to the disk tier's folder what the pool and memory alone hold: the pages used last, as many as the
+        folder has room for, and none without those before it, which a later engine finds it by."""
+        tiers = self.cache.tiers
+        if tiers is None or tiers.disk is None:
+            return
+        room = tiers.disk.max_bytes
+        chosen = self._latest(None if room is None else room // (self._page_bytes + _FILE_BYTES))
+        # From the end of each text on: what stands before others is deleted after them.
+        for node in reversed(chosen):
+            if node.page is not None or node.kept is not None:
+                node.kept = tiers.store(node, node.kept, self._rows(node))
+
+    def clear(self) -> None:
+        """Forget everything that is not in use or pinned; of the disk tier's folder all of this identity, what nothing
+        leads to any more included."""
+        self.cache.clear()
+        if self.cache.tiers is not None and (disk := self.cache.tiers.disk) is not None:
+            for header in list(disk.headers(self.identity)):
+                disk.remove(header.name)
 
     def save(self, path: Path) -> int:
         """Write every whole page to a folder, beside what stands there; returns how many are there now."""
@@ -99,8 +125,26 @@ class StoredPrefixes:
         node.kept = tiers.keep(node, rows) if tiers else None
         return node.kept is not None
 
-    def _graft(self, folder: PageFolder, place: Callable[[Node, PageHeader], bool]) -> None:
-        """Hang the pages of a folder, parents first. `place` says whether it could give the node a page or a copy."""
+    def _latest(self, most: int | None) -> list[Node]:
+        """The whole pages that were used last, themselves or one behind them; parents before children."""
+        nodes = [node for node in self.cache.nodes() if len(node.ids) == self.cache.pool.page_size]
+        used = {node: node.used for node in nodes}
+        for node in reversed(nodes):
+            if node.parent in used:
+                used[node.parent] = max(used[node.parent], used[node])
+        return sorted(nodes, key=lambda node: -used[node])[:most]
+
+    @property
+    def _page_bytes(self) -> int:
+        return self.cache.pool.bytes_per_token * self.cache.pool.page_size
+
+    def _rows(self, node: Node) -> list[Tensor] | None:
+        """The KV of a page that is in the pool."""
+        return None if node.page is None else self.cache.pool.rows_of(node.page)
+
+    def _graft(self, folder: PageFolder, place: Callable[[Node, PageHeader], bool]) -> list[PageHeader]:
+        """Hang the pages of a folder, parents first. `place` says whether it could give the node a page or a copy.
+        Answers those that nothing leads to."""
         below: defaultdict[str, list[PageHeader]] = defaultdict(list)
         keys: dict[CacheKey, None] = {}
         for header in folder.headers(self.identity):
@@ -114,6 +158,7 @@ class StoredPrefixes:
                 placed = [(self._placed(parent, header, place), header.name) for header in below.pop(name, [])]
                 stack += [(node, name) for node, name in placed if node is not None]
             self.cache.tidy(key)
+        return [header for headers in below.values() for header in headers]
 
     def _placed(self, parent: Node, header: PageHeader, place: Callable[[Node, PageHeader], bool]) -> Node | None:
         if (node := parent.children.get(header.ids)) is not None:

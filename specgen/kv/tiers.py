@@ -98,6 +98,16 @@ class Tiers:
             self._write(kept, rows)
         return kept if self._is_kept(kept) else None
 
+    def store(self, owner: object, kept: TierCopy | None, rows: Sequence[Tensor] | None) -> TierCopy | None:
+        """Give a page a file, though it is in the pool or in memory; one that has a file is used now. rows: of one in
+        the pool, else None. Answers its copy, if it has one."""
+        kept = kept or TierCopy(owner)
+        if kept.name is not None and self.disk is not None:
+            self.disk.use(kept.name)
+        elif (found := kept.rows if rows is None else rows) is not None:
+            self._to_disk(kept, found)
+        return kept if self._is_kept(kept) else None
+
     def adopt(self, owner: object, name: str) -> TierCopy:
         """The copy of `owner` that already stands in the folder."""
         kept = TierCopy(owner, name=name)
@@ -175,10 +185,13 @@ class Tiers:
 
     def _write(self, kept: TierCopy, rows: Sequence[Tensor]) -> None:
         """Give a copy a file, unless writing takes longer than computing the page would."""
-        if self.disk is None or self.describe is None or kept.name is not None:
-            return
         if self._disk_writes.mean > self._token_seconds() * self._page_tokens:
             self._disk_writes.forgive()
+        else:
+            self._to_disk(kept, rows)
+
+    def _to_disk(self, kept: TierCopy, rows: Sequence[Tensor]) -> None:
+        if self.disk is None or self.describe is None or kept.name is not None:
             return
         started = time.perf_counter()
         header = self.describe(kept.owner)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from specgen.errors import InvalidRequest
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 def dtype_of(name: str | torch.dtype | None) -> torch.dtype | str:
@@ -50,11 +51,16 @@ def load_model(
 
 
 def load_tokenizer(source: str | Path | PreTrainedModel, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer beside a model, or where a loaded model came from; None where there is none."""
+    """The tokenizer beside a model, or where a loaded model came from; None where there is none. Raises InvalidRequest
+    for one whose files cannot be read."""
     place = source.name_or_path if isinstance(source, PreTrainedModel) else source
     if not place:
         return None
     try:
         return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError):
-        return None
+    except Exception as error:  # of a damaged file whatever its reader raises
+        if any((Path(place) / name).exists() for name in _VOCABULARIES):
+            raise InvalidRequest(f"the tokenizer of {str(place)!r} cannot be loaded: {error}", param="model") from error
+        if isinstance(error, OSError | ValueError):
+            return None
+        raise

@@ -131,7 +131,8 @@ def conversation(messages: list[Message], tools: list[Tool] | None, options: dic
     """Messages as templates read them. Raises InvalidRequest for content that is no text."""
     return Chat(
         [_message(message, f"messages[{place}].content") for place, message in enumerate(messages)],
-        tools=[msgspec.to_builtins(tool) for tool in tools or ()],
+        # As OpenAI's own clients write them, which is what templates were trained on.
+        tools=[{"type": tool.type, "function": msgspec.to_builtins(tool.function)} for tool in tools or ()],
         options=options,
         literal=True,
     )

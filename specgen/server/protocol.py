@@ -39,7 +39,7 @@ class Prediction(msgspec.Struct, forbid_unknown_fields=True):
     content: str | list[TextPart]
 
 
-class Function(msgspec.Struct):
+class Function(msgspec.Struct, omit_defaults=True):
     """A function that the model may call; `parameters` is a JSON schema."""
 
     name: Short

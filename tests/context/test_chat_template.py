@@ -6,7 +6,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from specgen.context.chat_template import chat_template
 from specgen.context.stage import Context, ContextStage
@@ -141,3 +141,29 @@ def test_a_literal_chat_without_special_tokens_is_the_same_prompt() -> None:
             stage(Context.of(chat, max_prompt_tokens=64)).ids
             == stage(Context.of(replace(chat, literal=False), max_prompt_tokens=64)).ids
         )
+
+
+def test_special_tokens_without_a_role_are_text_too_and_in_tools() -> None:
+    """Tokenizers of many models mark tokens as special and name only some of them."""
+    tokenizer = letter_tokenizer()
+    tokenizer.add_tokens([AddedToken("|b|", special=True)])
+    assert "|b|" not in tokenizer.all_special_tokens
+    control = set(tokenizer.convert_tokens_to_ids(["|b|", "<END>"]))
+    tokenizer.chat_template = "{{ tools | tojson if tools else '' }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tools = [{"|b|": "a<END>"}]
+    for chat in (Chat([{"role": "user", "content": "a|b|a"}], literal=True), Chat([HELLO], tools=tools, literal=True)):
+        ids = chat_template(tokenizer, {})(Context.of(chat, max_prompt_tokens=64)).ids
+        assert ids
+        assert not control & set(ids)
+        as_it_is = chat_template(tokenizer, {})(Context.of(replace(chat, literal=False), max_prompt_tokens=64)).ids
+        assert as_it_is
+        assert control & set(as_it_is)
+
+
+def test_a_template_that_does_not_pass_special_tokens_on_is_refused() -> None:
+    """Rather than that the model reads what stands in for them."""
+    tokenizer = letter_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content | tojson(ensure_ascii=True) }}{% endfor %}"
+    chat = Chat([{"role": "user", "content": "a<END>a"}], literal=True)
+    with pytest.raises(InvalidRequest, match="does not write special tokens in the messages as they are"):
+        chat_template(tokenizer, {})(Context.of(chat, max_prompt_tokens=64))

@@ -237,6 +237,19 @@ async def test_speculation_per_request_changes_no_text(world: World, speculation
     assert answer.choices[0].message.content == expected.text
 
 
+@pytest.mark.parametrize("tools", [TOOLS, [{"function": {"name": "f"}, "type": "function"}]])
+async def test_a_template_sees_tools_as_they_were_sent(world: World, tools: Any) -> None:
+    """In the form in which models were trained on them, with nothing added."""
+    form = [{"type": "function", "function": tool["function"]} for tool in tools]
+    async with world.http.post(f"{world.url}/tokenize", json={"messages": HELLO, "tools": tools}) as answer:
+        found = (await answer.json())["tokens"]
+    assert (
+        found
+        == world.engine.tokenizer.apply_chat_template(HELLO, tools=form, return_dict=True)["input_ids"][: len(found)]
+    )
+    assert found == world.engine.encode(Chat(HELLO, tools=form))
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_calls_are_taken_out_of_the_text(world: World, stream: bool) -> None:
     asked: dict[str, Any] = {
