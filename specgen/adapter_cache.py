@@ -125,9 +125,14 @@ class AdapterCache:
             if self._device.type == "cpu" and adapter.parts is not None:
                 self._put(adapter)
                 return Presence.THERE
+            threading.Thread(target=self._fetch_and_spill, args=(adapter,), name="specgen-adapter", daemon=True).start()
             adapter.coming = True
-        threading.Thread(target=self._fetch_and_spill, args=(adapter,), name="specgen-adapter", daemon=True).start()
         return Presence.COMING
+
+    def forgive(self, adapter: Adapter) -> None:
+        """Those who waited for it were told that it cannot be fetched; whoever comes next tries again."""
+        with self._changed:
+            adapter.failure = None
 
     def hold(self, adapter: Adapter) -> None:
         """A sequence begins to run under an adapter that is there: it stays."""

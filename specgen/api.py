@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedModel
@@ -252,27 +252,40 @@ def _cache_options(config: EngineConfig) -> CacheOptions | None:
 
 
 def wrap(model: PreTrainedModel, tokenizer: Any = None, **options: Any) -> Engine:
-    """An engine around a model that is loaded already. `options` as in `Engine`. The model stays the caller's."""
+    """An engine around a model that is loaded already. `options` as in `Engine`. The model stays the caller's, but its
+    weights must stay as they are: the engine has packed copies and cached what they said."""
     return Engine(model, tokenizer, **options)
 
 
-_latest: list[Engine] = []
+_Weights: TypeAlias = tuple[tuple[int, int], ...]
+_latest: list[tuple[Engine, _Weights]] = []
 _making = threading.Lock()
 
 
 def engine_of(model: PreTrainedModel, tokenizer: Any = None) -> Engine:
-    """The engine that the one-line helpers use for `model`: made once, kept until they are called for another model."""
-    engine = _kept(model, tokenizer)
+    """The engine that the one-line helpers use for `model`: made once, kept until they are called for another model or
+    its weights have changed, as by an update of a training. A change through `Tensor.data` cannot be seen."""
+    weights = _weights(model)
+    engine = _kept(model, weights, tokenizer)
     if engine is None:
         with _making:
             # Another thread may have made it meanwhile.
-            engine = _kept(model, tokenizer) or wrap(model, tokenizer)
-            _latest[:] = [engine]
+            engine = _kept(model, weights, tokenizer) or wrap(model, tokenizer)
+            _latest[:] = [(engine, weights)]
     return engine
 
 
-def _kept(model: PreTrainedModel, tokenizer: Any) -> Engine | None:
-    return next((e for e in _latest if e.model is model and tokenizer in (None, e.tokenizer)), None)
+def _kept(model: PreTrainedModel, weights: _Weights, tokenizer: Any) -> Engine | None:
+    for engine, those in _latest:
+        if engine.model is model and those == weights and tokenizer in (None, engine.tokenizer):
+            return engine
+    return None
+
+
+def _weights(model: PreTrainedModel) -> _Weights:
+    """Where a model's weights are, and how often each was written to."""
+    tensors = (*model.parameters(), *model.buffers())
+    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
 
 def generate(model: PreTrainedModel, prompt: Any, *, tokenizer: Any = None, **options: Any) -> Result | Any:

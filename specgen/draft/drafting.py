@@ -20,7 +20,8 @@ from specgen.types import EMPTY_TREE, MAX_TREE_NODES, DrafterStats, Speculation,
 
 log = Log("specgen.draft")
 
-_STALL_SECONDS = 5.0
+_STALL_SECONDS, _READING_SECONDS = 5.0, 0.01
+"""Longest time for a tree; and for each token of a prompt that a first one may have to read."""
 _FEWEST_ASKED, _FIRST_ASKED = 12, 32
 _SHRINK = 0.9
 _SMOOTHING = 0.1
@@ -29,11 +30,15 @@ _SMOOTHING = 0.1
 @dataclass(slots=True)
 class _Active:
     """One drafter in one sequence. Of the last step: its tree, which of its nodes others offered too, and the seconds
-    that it took."""
+    that it took.
+
+    unread: tokens of the prompt, until it has answered for the first time.
+    """
 
     session: DraftSession
     calibration: Calibration
     pace: Pace
+    unread: int
     stats: DrafterStats = DrafterStats()
     offer: TokenTree = EMPTY_TREE
     shared: Sequence[bool] = ()
@@ -111,7 +116,7 @@ class Drafting:
                 drafts.unopened[name] = DrafterStats(disabled=repr(error))
                 continue
             known = learned[name]
-            drafts.active[name] = _Active(session, Calibration(known.calibration), Pace(known.experience))
+            drafts.active[name] = _Active(session, Calibration(known.calibration), Pace(known.experience), len(prompt))
         return drafts
 
     def forget(self, adapter: str) -> None:
@@ -256,30 +261,40 @@ class Drafting:
         ]
         if not asked:
             return 0.0
-        sessions = [drafts.active[name].session for drafts in asked]
-        limits = [drafts.most for drafts in asked]
         drafter.token_seconds = self._token_seconds if all(d.speculation.adaptive for d in asked) else 0.0
+        patience = sum(_STALL_SECONDS + _READING_SECONDS * drafts.active[name].unread for drafts in asked)
         started = time.perf_counter()
-        try:
-            trees = [_plain(tree) for tree in drafter.propose(sessions, limits)]
-            for tree, limit in zip(trees, limits, strict=True):
-                check(tree, self._vocab_size, limit)
-        except Exception as error:  # a drafter is someone else's code: the requests go on without it
-            self._disable(name, asked, repr(error))
-            return time.perf_counter() - started
-        trees = [
-            drafts.constraint.prune(tree) if drafts.constraint and tree else tree
-            for drafts, tree in zip(asked, trees, strict=True)
-        ]
+        # The default asks one session after the other: then what one of them raises is no fault of the others.
+        alone = type(drafter).propose is Drafter.propose
+        groups = [[drafts] for drafts in asked] if alone else [asked]
+        answered = [answer for group in groups for answer in self._answers(name, drafter, group)]
         seconds = time.perf_counter() - started
-        if seconds > _STALL_SECONDS * len(asked):
+        if seconds > patience:
             self._disable(name, asked, f"took {seconds:.1f} s for {len(asked)} trees")
             return seconds
-        for drafts, tree in zip(asked, trees, strict=True):
+        for drafts, tree in answered:
             active = drafts.active[name]
-            active.offer, active.seconds = tree, seconds / len(asked)
+            active.offer, active.seconds, active.unread = tree, seconds / len(asked), 0
             active.stats = replace(active.stats, asked=active.stats.asked + 1)
         return seconds
+
+    def _answers(self, name: str, drafter: Drafter, asked: Sequence[Drafts]) -> Iterator[tuple[Drafts, TokenTree]]:
+        """The trees that can be used, as far as constraints allow them. Who raises or offers another is switched off."""
+        limits = [drafts.most for drafts in asked]
+        try:
+            trees = drafter.propose([drafts.active[name].session for drafts in asked], limits)
+            together = list(zip(asked, trees, limits, strict=True))
+        except Exception as error:  # a drafter is someone else's code: the requests go on without it
+            self._disable(name, asked, repr(error))
+            return
+        for drafts, offered, limit in together:
+            try:
+                tree = _plain(offered)
+                check(tree, self._vocab_size, limit)
+            except Exception as error:  # the same
+                self._disable(name, [drafts], repr(error))
+            else:
+                yield drafts, drafts.constraint.prune(tree) if drafts.constraint and tree else tree
 
     def _merged(self, drafts: Drafts) -> TokenTree:
         offers = [active for active in drafts.active.values() if active.offer]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 
 from specgen.types import TokenTree
@@ -17,7 +16,8 @@ class NgramIndex:
     def __init__(self, source: Iterable[int], order: int) -> None:
         self.ids: list[int] = []
         self._order = order
-        self._ends: dict[tuple[int, ...], deque[int]] = defaultdict(lambda: deque(maxlen=_POSITIONS_KEPT))
+        # Most n-grams stand in one place: a number takes a tenth of a list, and texts are long.
+        self._ends: dict[tuple[int, ...], int | list[int]] = {}
         self.extend(source)
 
     def extend(self, ids: Iterable[int]) -> None:
@@ -26,14 +26,25 @@ class NgramIndex:
         for token in ids:
             self.ids.append(token)
             if len(self.ids) >= order:
-                self._ends[tuple(self.ids[-order:])].append(len(self.ids))
+                self._note(tuple(self.ids[-order:]), len(self.ids))
+
+    def _note(self, ngram: tuple[int, ...], end: int) -> None:
+        ends = self._ends.get(ngram)
+        if ends is None:
+            self._ends[ngram] = end
+        elif isinstance(ends, int):
+            self._ends[ngram] = [ends, end]
+        else:
+            ends.append(end)
+            del ends[:-_POSITIONS_KEPT]
 
     def matches(self, query: Sequence[int]) -> list[tuple[int, int]]:
         """Where the end of `query` stands in the source with something behind it, as (length of the match, position
         behind it); longest first, then latest. Lengths are counted up to 16."""
         if len(query) < self._order:
             return []
-        ends = self._ends.get(tuple(query[-self._order :]), ())
+        ends = self._ends.get(tuple(query[-self._order :]), [])
+        ends = [ends] if isinstance(ends, int) else ends
         found = [(self._length(query, end), end) for end in ends if end < len(self.ids)]
         return sorted(found, reverse=True)
 

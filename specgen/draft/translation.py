@@ -188,6 +188,7 @@ class TranslatedDraftModel(Drafter):
 
     def propose(self, sessions: Sequence[DraftSession], max_nodes: Sequence[int]) -> list[TokenTree]:
         """One tree per session, grown by the draft model for the whole batch at once."""
+        self.drafter.token_seconds = self.token_seconds
         own = [session for session in sessions if isinstance(session, _Session)]
         for session in own:
             session.catch_up()
