@@ -17,7 +17,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from specgen import Engine, InvalidRequest, RequestFailed, SamplingParams, UnknownName
+from specgen import Engine, InvalidRequest, RequestFailed, SamplingParams, UnknownName, adapter_cache
 from specgen.adapter import Adapter, AdapterOptions, LoraLayer, LoraWeights
 from specgen.adapter_cache import DRAFT, TARGET, AdapterCache, Presence
 from specgen.errors import AdapterRefused
@@ -349,6 +349,25 @@ def test_a_lost_file_fails_its_requests_and_no_others(
     assert engine.generate(PROMPT, adapter="kept", max_tokens=TOKENS).ids == truth["0"]
     engine.adapters.reload("lost", root / "1")
     assert engine.generate(PROMPT, adapter="lost", max_tokens=TOKENS).ids == truth["1"]
+
+
+def test_a_file_that_cannot_be_read_once_is_tried_again(
+    opened: Callable[..., Engine], root: Path, truth: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = opened().adapters.load("it", root / "0").bytes
+    engine = opened(adapters={"device_bytes": size, "host_bytes": 0})
+    engine.adapters.load("kept", root / "0")
+    engine.adapters.load("other", root / "1")
+
+    def fails(file: Path) -> Any:
+        raise OSError("once")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(adapter_cache, "_read", fails)
+        for _ in range(2):
+            with pytest.raises(RequestFailed, match="once"):
+                engine.generate(PROMPT, adapter="other", max_tokens=TOKENS)
+    assert engine.generate(PROMPT, adapter="other", max_tokens=TOKENS).ids == truth["1"]
 
 
 def weights(size: int) -> LoraWeights:

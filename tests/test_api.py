@@ -43,6 +43,7 @@ from specgen import (
     api,
     runner,
 )
+from specgen.api import engine_of
 from specgen.kv.pool import BlockTable
 from specgen.params import Request
 from specgen.plugins import load_plugins
@@ -917,6 +918,31 @@ def test_rows_that_end_early_are_filled_with_padding(speaking: PreTrainedModel) 
     ends = [42 in row[batch["input_ids"].shape[1] :].tolist() for row in found]
     assert True in ends
     assert False in ends
+
+
+def test_the_drop_in_says_what_the_weights_say_now() -> None:
+    """A model that is trained between two calls, or whose weights are read from a file."""
+    model = build("llama")
+    ids = torch.tensor([PROMPT])
+    asked: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def both() -> list[int]:
+        found = model.generate(ids, custom_generate=specgen.custom_generate, **asked)
+        assert found.equal(model.generate(ids, **asked))
+        said = specgen.generate(model, PROMPT, temperature=0.0, max_tokens=8).ids
+        assert list(said) == found[0, len(PROMPT) :].tolist()
+        return list(found[0].tolist())
+
+    first, engine = both(), engine_of(model)
+    assert engine_of(model) is engine
+    with torch.no_grad():
+        model.lm_head.weight.copy_(torch.randn_like(model.lm_head.weight))
+    assert both() != first
+    model.load_state_dict(before)
+    assert both() == first
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    assert both() != first
 
 
 def test_without_a_mask_there_is_no_padding(speaking: PreTrainedModel) -> None:

@@ -1093,6 +1093,47 @@ def test_a_drafter_that_stalls_is_switched_off(model: PreTrainedModel, monkeypat
     assert len(calls) == 3, "it was asked again"
 
 
+def test_a_first_answer_may_read_a_long_prompt(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafting, "_STALL_SECONDS", 0.2)
+    monkeypatch.setattr(drafting, "_READING_SECONDS", 60.0)
+    calls = []
+
+    def slow(ids: list[int]) -> TokenTree:
+        calls.append(len(ids))
+        time.sleep(0.4 if len(calls) in (1, 3) else 0)
+        return BUSH
+
+    result = Bench(model, {"slow": Scripted(slow)}).alone(PROMPTS[0], max_tokens=12, speculation=EAGER)
+    assert list(result.ids) == greedy(model, PROMPTS[0], 12)
+    assert "took 0." in str(result.stats.by_drafter["slow"].disabled)
+    assert len(calls) == 3, "the second time it has nothing to read"
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("answer", [raises, TokenTree((1, 2), (1, 0), (0.5, 0.5)), None])
+def test_a_sessions_fault_leaves_the_drafter_to_others(model: PreTrainedModel, answer: Any, together: bool) -> None:
+    """What is raised for all of a batch alone concerns all of it."""
+
+    def tree(ids: list[int]) -> TokenTree:
+        if ids[: len(PROMPTS[0])] != list(PROMPTS[0]):
+            return BUSH
+        found: TokenTree = answer() if answer is raises else answer
+        return found
+
+    class Together(Scripted):
+        def propose(self, sessions: Sequence[DraftSession], max_nodes: Sequence[int]) -> list[TokenTree]:
+            return [session.propose(most) for session, most in zip(sessions, max_nodes, strict=True)]
+
+    bench = Bench(model, {"faulty": (Together if together else Scripted)(tree)})
+    names = [bench.add(PROMPTS[number], max_tokens=8, speculation=EAGER) for number in (0, 3)]
+    bench.run()
+    for name, number in zip(names, (0, 3), strict=True):
+        assert list(bench.result(name).ids) == greedy(model, PROMPTS[number], 8)
+    at_fault, other = (bench.result(name).stats.by_drafter["faulty"] for name in names)
+    assert at_fault.disabled
+    assert bool(other.disabled) == (together and answer is raises)
+
+
 def test_a_drafter_that_is_named_twice_has_one_session(model: PreTrainedModel) -> None:
     drafter = Scripted(lambda ids: BUSH)
     bench = Bench(model, {"bush": drafter})

@@ -315,6 +315,19 @@ def test_only_what_changed_is_read_again(learned: dict[str, PreTrainedModel]) ->
     drafter.check()
 
 
+def test_the_draft_model_is_told_what_a_token_is_worth(learned: dict[str, PreTrainedModel]) -> None:
+    """Else it would grow every tree to its full depth, whatever that costs."""
+    target, draft = TOKENIZERS["fine bytes"], TOKENIZERS["pieces"]
+    drafter = translated(learned["pieces"], target, draft)
+    session = drafter.open(target.encode(TEXT), DraftHints())
+    session.commit(target.encode(OTHER)[:2])
+    for worth in (1e-3, 0.0, 2e-9):
+        drafter.token_seconds = worth
+        drafter.propose([session], [8])
+        assert drafter.drafter.token_seconds == worth
+    session.close()
+
+
 def test_ids_that_are_taken_back_leave_what_others_read_alone(learned: dict[str, PreTrainedModel]) -> None:
     """Two sessions share pages; one goes back into them and says something else there, the other goes on as before."""
     ids = TOKENIZERS["pieces"].encode(TEXT)[:40]
