@@ -188,7 +188,8 @@ class AdapterCache:
     def _make_room(self, needed: int) -> bool:
         """Take those off the device that were idle longest, as many as it needs; nothing if that is not enough."""
         excess = self._device_bytes() + needed - self._options.device_bytes
-        idle = [a for a in self._adapters if a.weights is not None and not a.running and not a.pinned]
+        # One that is still coming keeps its room, though its weights may be there already.
+        idle = [a for a in self._adapters if a.weights is not None and not (a.running or a.pinned or a.coming)]
         if excess > sum(adapter.bytes for adapter in idle):
             return False
         for adapter in idle:

@@ -400,6 +400,20 @@ def test_the_oldest_idle_one_goes_and_none_that_runs() -> None:
         cache.check(busy=False)
 
 
+def test_one_that_is_just_arriving_keeps_its_place() -> None:
+    """Its weights may be there before it is told that it has come: its room is taken all the while."""
+    a, b = adapter("a"), adapter("b")
+    cache = AdapterCache(AdapterOptions(device_bytes=a.bytes), torch.device("cpu"))
+    for each in (a, b):
+        cache.add(each)
+    a.coming = True
+    assert cache.presence(b) is Presence.FULL
+    cache.check(busy=False)
+    a.coming = False
+    assert cache.presence(b) is Presence.THERE
+    cache.check(busy=False)
+
+
 def test_what_comes_back_from_a_file_is_what_went() -> None:
     a, b = adapter("a"), adapter("b")
     before = a.parts

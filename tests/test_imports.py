@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("context", "draft", "verify", "model"),
     ("sequence", "hookspecs", "view"),
     ("scheduler", "builtin"),
-    ("plugins", "responses"),
+    ("plugins", "response_cache"),
     ("engine", "runs"),
     ("requests", "runner"),
     ("adapters", "prefixes"),
