@@ -30,6 +30,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 import specgen
 from specgen import (
+    ContextLengthExceeded,
     Engine,
     EngineClosed,
     InvalidRequest,
@@ -1033,6 +1034,30 @@ def test_a_text_that_is_cut_short_is_an_error_and_no_shorter_text(speaking: PreT
         api._latest.pop().close()
         with pytest.raises(EngineClosed):
             text.result(SECONDS)
+
+
+@pytest.mark.parametrize(("options", "context"), [({"max_context": 20}, 20), ({"kv_tokens": 32}, 32)])
+def test_a_text_that_the_context_ends_is_an_error_and_no_shorter_text(
+    model: PreTrainedModel, options: dict[str, int], context: int
+) -> None:
+    """One that ends by itself is returned, whatever was asked for."""
+    api._latest.append(Engine(model, **options))
+
+    def generate(**settings: Any) -> list[int]:
+        ids, room = torch.tensor([PROMPT]), 200
+        text = model.generate(ids, max_new_tokens=room, custom_generate=specgen.custom_generate, **settings)
+        return text[0, len(PROMPT) :].tolist()
+
+    new = context - len(PROMPT)
+    with pytest.raises(ContextLengthExceeded) as caught:
+        generate()
+    assert caught.value.param == "max_new_tokens"
+    assert str(caught.value) == (
+        f"a prompt of {len(PROMPT)} tokens and 200 new ones are longer than the engine's context of {context}, "
+        f"and after {new} new ones the text had not ended"
+    )
+    plain = greedy(model, PROMPT, new)
+    assert generate(eos_token_id=plain[5]) == plain[: plain.index(plain[5]) + 1]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
