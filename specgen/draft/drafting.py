@@ -279,7 +279,7 @@ class Drafting:
         return seconds
 
     def _answers(self, name: str, drafter: Drafter, asked: Sequence[Drafts]) -> Iterator[tuple[Drafts, TokenTree]]:
-        """The trees that can be used, as far as constraints allow them. Who raises or offers another is switched off."""
+        """The trees that can be used, as far as constraints allow. Who raises or offers another is switched off."""
         limits = [drafts.most for drafts in asked]
         try:
             trees = drafter.propose([drafts.active[name].session for drafts in asked], limits)
