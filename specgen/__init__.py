@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
     from specgen.hookspecs import LogitsProcessorFactory, hookimpl
     from specgen.kv.formats import Coder, KVFormat, KVFormatFactory, Plane
+    from specgen.model.identity import model_digest
     from specgen.model.packed_linear import linears_together, pack_linears
     from specgen.options import read_options
     from specgen.params import Request, SamplingParams
@@ -111,6 +112,7 @@ __all__ = [
     "generate",
     "hookimpl",
     "linears_together",
+    "model_digest",
     "pack_linears",
     "read_options",
     "wrap",
@@ -172,6 +174,7 @@ _HOMES = {
     "generate": "specgen.api",
     "hookimpl": "specgen.hookspecs",
     "linears_together": "specgen.model.packed_linear",
+    "model_digest": "specgen.model.identity",
     "pack_linears": "specgen.model.packed_linear",
     "read_options": "specgen.options",
     "wrap": "specgen.api",

@@ -20,11 +20,12 @@ from specgen.draft.drafter import Drafter, DrafterSetup
 from specgen.engine import Counters, EngineCore, Load
 from specgen.errors import UnknownName
 from specgen.kv.stored import CacheOptions
+from specgen.log import Log
 from specgen.model.calibration import calibration_ids
 from specgen.model.compiled import compile_rows
 from specgen.model.loading import load_model, load_tokenizer
 from specgen.model.target import Target
-from specgen.params import SamplingParams
+from specgen.params import SamplingParams, not_followed
 from specgen.plugins import Plugins, load_plugins
 from specgen.prefixes import EnginePrefix
 from specgen.requests import Prepared, RequestBuilder, model_ends, with_options
@@ -32,6 +33,8 @@ from specgen.response_cache import ResponseCache
 from specgen.runner import Runner
 from specgen.stream import Stream
 from specgen.types import Prompt, Result
+
+log = Log("specgen.engine")
 
 
 class Engine:
@@ -92,6 +95,8 @@ class Engine:
             self.config.speculation,
         )
         self._core.drafting.check_names(self.config.speculation)
+        if ignored := not_followed(model.generation_config):
+            log.warning("the model's generation config is not followed in all it says", ignored=ignored)
         self.prefix = EnginePrefix(self._core, self._runner, self._builder)
         self._finalizer = weakref.finalize(self, self._runner.close)
 

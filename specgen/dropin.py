@@ -24,7 +24,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from specgen.api import engine_of
-from specgen.errors import InvalidRequest
+from specgen.errors import ContextLengthExceeded, InvalidRequest
 from specgen.params import SamplingParams
 from specgen.types import Result, Speculation
 
@@ -55,6 +55,8 @@ _OFF: dict[str, Any] = {
     "typical_p": 1.0,
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
+    "banned_token_ids": (),
+    "min_tokens": 0,
     "ignore_eos": True,
 }
 
@@ -73,7 +75,8 @@ def custom_generate(
     Give `speculation` to `model.generate` to choose how to draft. Sampling takes its seed from torch's global
     generator, so `torch.manual_seed` makes it repeatable; the coins differ from transformers' own.
     Returns int64[batch, longest], prompt included and padded on the right, or `GenerateDecoderOnlyOutput` if asked for.
-    Raises InvalidRequest naming the option for what is not supported.
+    Raises InvalidRequest naming the option for what is not supported, ContextLengthExceeded where the engine's context
+    ends before a text does.
     """
     _refuse_unsupported(generation_config, model_kwargs)
     paddings = _paddings(input_ids, model_kwargs)
@@ -89,7 +92,7 @@ def custom_generate(
             **common,
         )
         streams.append(engine.stream(ids[padding:].tolist(), params))
-    results = [_whole(stream.results()[0]) for stream in streams]
+    results = [_whole(stream.results()[0], common["max_tokens"], engine.context_length) for stream in streams]
     sequences = _padded(input_ids, [result.ids for result in results], generation_config)
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
@@ -171,10 +174,17 @@ class _Padded:
         return self._function(ids, scores)
 
 
-def _whole(result: Result) -> Result:
-    """The result, unless somebody else ended it before its end: what `generate` returns has no place to say so."""
+def _whole(result: Result, asked: int, context: int) -> Result:
+    """The result, unless somebody else or the context ended it before its end: what `generate` returns has no place to
+    say so."""
     if result.finish_reason == "cancelled" and result.error is not None:
         raise result.error
+    if result.finish_reason == "length" and len(result.ids) < asked:
+        raise ContextLengthExceeded(
+            f"a prompt of {result.usage.prompt_tokens} tokens and {asked} new ones are longer than the engine's "
+            f"context of {context}, and after {len(result.ids)} new ones the text had not ended",
+            param="max_new_tokens",
+        )
     return result
 
 

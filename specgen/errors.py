@@ -21,7 +21,8 @@ class InvalidRequest(SpecgenError, ValueError):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """The prompt leaves no room for a single new token in the engine's context."""
+    """The engine's context has no room: behind a prompt for a single new token, or for all that `model.generate` was
+    asked for."""
 
 
 class UnknownName(InvalidRequest):

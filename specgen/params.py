@@ -16,6 +16,28 @@ from specgen.types import Constraint, LogitsProcessor, Speculation, StoppingCrit
 
 _SAMPLING_ONLY = ("top_k", "top_p", "min_p", "typical_p")
 _FROM_GENERATION_CONFIG = ("temperature", *_SAMPLING_ONLY)
+_NOT_FOLLOWED: dict[str, tuple[Any, ...]] = {
+    "bad_words_ids": (),
+    "begin_suppress_tokens": ([],),
+    "dola_layers": (),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "exponential_decay_length_penalty": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "guidance_scale": (1,),
+    "min_length": (0,),
+    "num_beams": (1,),
+    "penalty_alpha": (0.0,),
+    "sequence_bias": (),
+    "stop_strings": ([],),
+    "token_healing": (False,),
+    "top_h": (),
+    "watermarking_config": (),
+}
+"""What of a `generation_config.json` would change texts and is not followed, and its values that change none."""
 _FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "trace")
 _SEVERAL = (
     "allowed_token_ids",
@@ -40,8 +62,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     Penalties. repetition_penalty acts on prompt and output (transformers), presence_penalty and frequency_penalty
     on the output (OpenAI).
 
-    Tokens. logit_bias adds to logits; allowed_token_ids and banned_token_ids restrict the draw; bad_words bans
-    strings; no_repeat_ngram_size bans repeating n-grams; min_tokens bans ending earlier.
+    Tokens. logit_bias adds to logits; allowed_token_ids and banned_token_ids (`suppress_tokens` in
+    `generation_config.json`) restrict the draw; bad_words bans strings; no_repeat_ngram_size bans repeating n-grams;
+    min_tokens (`min_new_tokens` there) bans ending earlier.
 
     Ends. stop strings and stop_token_ids end the text, as do the model's own end tokens unless ignore_eos;
     max_tokens bounds the output, `None` leaves it to the context length. stopping_criteria are transformers'.
@@ -49,7 +72,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     processors: `transformers.LogitsProcessor` objects or alike, after the penalties and before the temperature.
     With several sequences (n, or a list of prompts) each gets its own copy.
     plugin_processors: name -> options of processors that plugins offer.
-    logprobs: log-probabilities of committed tokens under the unprocessed model, with that many alternatives, 0 to 20.
+    logprobs: log-probabilities of committed tokens under the unprocessed model, with that many alternatives, 0 to 20
+    and at most the vocabulary.
     constraint: what the text must look like: one kind that a plugin offers and its value, `{"json_schema": {...}}`.
     speculation: how to draft, as `Speculation.of` reads it; `None` is what the engine does by itself.
     prediction: text that the caller expects to see, drafted where it fits.
@@ -70,10 +94,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: tuple[int, ...] | None = None
-    banned_token_ids: tuple[int, ...] = ()
+    banned_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[str, ...] = ()
     no_repeat_ngram_size: int | None = None
-    min_tokens: int = 0
+    min_tokens: int | None = None
     max_tokens: int | None = None
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
@@ -108,6 +132,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return cls(**values)
 
     def __post_init__(self) -> None:
+        for name, default in zip(self.__struct_fields__, self.__struct_defaults__, strict=True):
+            if default is not None and getattr(self, name) is None:
+                raise InvalidRequest(f"{name} is None; leave it out for its default, {default!r}", param=name)
         for name in ("stop", "bad_words"):
             if isinstance(text := getattr(self, name), str):
                 msgspec.structs.force_setattr(self, name, (text,))
@@ -145,7 +172,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             _mapping(name, getattr(self, name) or {})
         for name, options in (self.plugin_processors or {}).items():
             _mapping("plugin_processors", options, of=f"the options of {name!r}")
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+        if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
             raise InvalidRequest(
                 f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}", param="min_tokens"
             )
@@ -155,18 +182,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                     f"logit_bias {token!r}: {bias!r} is not token id: finite number", param="logit_bias"
                 )
 
-    def check_ids(self, vocab_size: int) -> None:
-        """Raise InvalidRequest if any token id lies outside the vocabulary."""
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise InvalidRequest if a token id lies outside the vocabulary, or more tokens are asked for than it has."""
         for name in ("logit_bias", "allowed_token_ids", "banned_token_ids", "stop_token_ids"):
             check_ids(getattr(self, name) or (), vocab_size, name)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise InvalidRequest("allowed_token_ids is empty; no token could be drawn", param="allowed_token_ids")
+        if (self.logprobs or 0) > vocab_size:
+            message = f"logprobs is {self.logprobs}; the vocabulary has {vocab_size} tokens"
+            raise InvalidRequest(message, param="logprobs")
 
     def resolved(self, defaults: GenerationConfig) -> SamplingParams:
-        """The same with every default of `generation_config.json` filled in: `temperature` and so on are set after it.
+        """The same with the defaults of `generation_config.json` filled in: `temperature` and so on are set after it.
 
         As in transformers, its temperature and filters count only where it says `do_sample`; anything the request
-        says itself wins.
+        says itself wins. Its lengths are not followed, and `not_followed` names what else is not.
         """
         filled: dict[str, Any] = {}
         asked = self.temperature is not None or any(getattr(self, name) is not None for name in _SAMPLING_ONLY)
@@ -179,6 +209,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for name in ("repetition_penalty", "no_repeat_ngram_size"):
             if getattr(self, name) is None and (value := getattr(defaults, name, None)) is not None:
                 filled[name] = value
+        if self.banned_token_ids is None and defaults.suppress_tokens is not None:
+            filled["banned_token_ids"] = tuple(defaults.suppress_tokens)
+        if self.min_tokens is None and defaults.min_new_tokens is not None:
+            filled["min_tokens"] = min(defaults.min_new_tokens, self.max_tokens or defaults.min_new_tokens)
         return msgspec.structs.replace(self, **filled)
 
 
@@ -199,6 +233,12 @@ class Request:
     speculation: Speculation
     prediction: tuple[int, ...] = ()
     adapter: Adapter | None = None
+
+
+def not_followed(defaults: GenerationConfig) -> dict[str, Any]:
+    """What a `generation_config.json` says that would change texts in transformers and changes none here."""
+    said = {name: getattr(defaults, name, None) for name in _NOT_FOLLOWED}
+    return {name: value for name, value in said.items() if value is not None and value not in _NOT_FOLLOWED[name]}
 
 
 def check_ids(ids: Iterable[Any], vocab_size: int, param: str) -> None:

@@ -56,7 +56,7 @@ class RequestBuilder:
         copies: whether sequences of other requests share the processors in `params`, so that each needs its own.
         Raises InvalidRequest or one of its kinds, naming the value and the choices.
         """
-        params.check_ids(self.vocab_size)
+        params.check_vocabulary(self.vocab_size)
         self._check_text_needs(params)
         speculation = self.speculation if params.speculation is None else params.speculation
         self.drafting.check_names(speculation)

@@ -30,6 +30,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 import specgen
 from specgen import (
+    ContextLengthExceeded,
     Engine,
     EngineClosed,
     InvalidRequest,
@@ -62,7 +63,7 @@ def no_engine_stays() -> Iterator[None]:
     """The engine that the one-line helpers keep ends with the test."""
     yield
     while api._latest:
-        api._latest.pop().close()
+        api._latest.pop()[0].close()
 
 
 @pytest.fixture(scope="module")
@@ -776,13 +777,13 @@ def test_one_line_generates_and_keeps_the_engine(model: PreTrainedModel) -> None
     """For the same model the same engine; another model's takes its place."""
     expected = greedy(model, PROMPT, 6)
     assert list(specgen.generate(model, PROMPT, max_tokens=6).ids) == expected
-    [first] = api._latest
+    [(first, weights)] = api._latest
     assert list(specgen.generate(model, [PROMPT], max_tokens=6)[0].ids) == expected
-    assert api._latest == [first]
+    assert api._latest == [(first, weights)]
     assert specgen.generate(model, PROMPT, tokenizer=Letters(), max_tokens=6).text == Letters().decode(expected)
     other = build("llama", seed=1)
     assert list(specgen.generate(other, PROMPT, max_tokens=6).ids) == greedy(other, PROMPT, 6)
-    assert [engine.model for engine in api._latest] == [other]
+    assert [engine.model for engine, _ in api._latest] == [other]
     # Whoever still holds the former engine, another thread in the midst of a call for instance, may finish with it.
     assert list(first.generate(PROMPT, max_tokens=6).ids) == expected
     gone = weakref.ref(first)
@@ -819,7 +820,7 @@ def test_threads_that_come_at_once_share_the_engine_of_one_line(
         found = list(pool.map(lambda _: api.engine_of(model), range(threads)))
     assert len(made) == 1
     assert found == made * threads
-    assert api._latest == made
+    assert [engine for engine, _ in api._latest] == made
 
 
 def test_a_caller_may_use_the_model_while_the_engine_runs(model: PreTrainedModel) -> None:
@@ -1036,7 +1037,7 @@ def test_the_drop_in_takes_the_speculation(speaking: PreTrainedModel, speculatio
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20}
     found = speaking.generate(**batch, custom_generate=specgen.custom_generate, speculation=speculation, **settings)
     assert found.tolist() == speaking.generate(**batch, **settings).tolist()
-    [engine] = api._latest
+    [(engine, _)] = api._latest
     assert (engine.counters.drafted == 0) == (speculation == "off")
 
 
@@ -1056,9 +1057,33 @@ def test_a_text_that_is_cut_short_is_an_error_and_no_shorter_text(speaking: PreT
     with ThreadPoolExecutor(1) as pool:
         text = pool.submit(generate)
         until(lambda: slow.calls > 3)
-        api._latest.pop().close()
+        api._latest.pop()[0].close()
         with pytest.raises(EngineClosed):
             text.result(SECONDS)
+
+
+@pytest.mark.parametrize(("options", "context"), [({"max_context": 20}, 20), ({"kv_tokens": 32}, 32)])
+def test_a_text_that_the_context_ends_is_an_error_and_no_shorter_text(
+    model: PreTrainedModel, options: dict[str, int], context: int
+) -> None:
+    """One that ends by itself is returned, whatever was asked for."""
+    api._latest.append((Engine(model, **options), api._weights(model)))
+
+    def generate(**settings: Any) -> list[int]:
+        ids, room = torch.tensor([PROMPT]), 200
+        text = model.generate(ids, max_new_tokens=room, custom_generate=specgen.custom_generate, **settings)
+        return text[0, len(PROMPT) :].tolist()
+
+    new = context - len(PROMPT)
+    with pytest.raises(ContextLengthExceeded) as caught:
+        generate()
+    assert caught.value.param == "max_new_tokens"
+    assert str(caught.value) == (
+        f"a prompt of {len(PROMPT)} tokens and 200 new ones are longer than the engine's context of {context}, "
+        f"and after {new} new ones the text had not ended"
+    )
+    plain = greedy(model, PROMPT, new)
+    assert generate(eos_token_id=plain[5]) == plain[: plain.index(plain[5]) + 1]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import fields
 from transformers import LogitsProcessorList, PreTrainedModel, TemperatureLogitsWarper
 
 import specgen
@@ -284,6 +285,22 @@ def test_an_option_out_of_range_is_refused_by_name(
     assert error.param == name
     with pytest.raises(InvalidRequest):
         engine.generate(PROMPT, SamplingParams(**options))
+
+
+@pytest.mark.parametrize("name", [each.name for each in fields(SamplingParams) if each.default is not None])
+def test_none_is_refused_where_it_is_no_default(name: str) -> None:
+    """Among keywords it means that nothing was said; in `SamplingParams` it would be a value."""
+    with pytest.raises(InvalidRequest, match=f"{name} is None; leave it out for its default") as caught:
+        SamplingParams(**{name: None, "frequency_penalty": None if name == "frequency_penalty" else 0.5})
+    assert caught.value.param == name
+
+
+def test_more_logprobs_than_tokens_are_refused() -> None:
+    with Engine(build("llama", vocab_size=16), kv_tokens=512) as engine:
+        with pytest.raises(InvalidRequest, match="logprobs is 17; the vocabulary has 16 tokens") as caught:
+            engine.generate([5, 6], max_tokens=2, logprobs=17)
+        assert len(engine.generate([5, 6], max_tokens=2, logprobs=16).logprobs[0].top) == 16
+    assert caught.value.param == "logprobs"
 
 
 def test_an_unknown_option_is_refused_with_the_choices(engine: Engine, neighbours: tuple[int, ...]) -> None:

@@ -24,6 +24,7 @@ from tests.models.tiny import build
 PHRASE = [5, 17, 40, 8, 61, 33, 90, 12, 77, 29]
 PROMPTS = [PHRASE * 4, [*PHRASE * 3, 4, 9, 50], [*PHRASE[::-1] * 3, 7]]
 NEW = 12
+PAGE_BYTES = 16 * 384
 HOST = {"host_cache_bytes": 1 << 24}
 
 
@@ -352,6 +353,20 @@ def test_keys_hold_what_changes_kv(opened: Callable[..., Engine]) -> None:
 def test_bad_options_are_refused_by_name(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         EngineConfig.of(options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"host_cache_bytes": PAGE_BYTES - 1}, {"disk_cache_bytes": 0}, {"disk_cache_bytes": PAGE_BYTES - 1}]
+)
+def test_a_tier_without_room_for_a_page_is_refused_at_load(
+    options: dict[str, int], opened: Callable[..., Engine], tmp_path: Path
+) -> None:
+    [(name, value)] = options.items()
+    message = f"{name} is {value}; one page of the KV pool takes {PAGE_BYTES}"
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        opened(disk_cache=tmp_path, **options)
+    assert caught.value.param == name
+    opened(host_cache_bytes=PAGE_BYTES)
 
 
 def test_a_folder_that_cannot_be_used_is_refused_at_load(opened: Callable[..., Engine], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from structlog.testing import capture_logs
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, MinLengthLogitsProcessor, PreTrainedModel
 
@@ -496,11 +497,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "settings of sampling without sampling": {"do_sample": False, "temperature": 0.6, "top_p": 0.5, "top_k": 3},
     "penalties": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
     "sampling with a penalty": {"do_sample": True, "repetition_penalty": 1.1, "top_k": 8},
+    "tokens that are never said": {"suppress_tokens": [3, 90, 12]},
+    "a least length": {"min_new_tokens": 8, "eos_token_id": EOS},
 }
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.filterwarnings("ignore:.*generation flags are not valid")
+@pytest.mark.filterwarnings("ignore:Unfeasible length")
 def test_defaults_of_the_model_resolve_as_in_transformers(model: PreTrainedModel, name: str) -> None:
     """A request that says nothing is decoded as `model.generate(ids)` would decode it."""
     config = GenerationConfig(pad_token_id=0, **CONFIGS[name])
@@ -528,6 +532,47 @@ def test_what_the_request_says_wins_over_the_model() -> None:
     assert (asked.temperature, asked.top_p, asked.repetition_penalty) == (0.9, 0.9, 1.0)
     assert SamplingParams(temperature=0).resolved(config).temperature == 0
     assert ours(SamplingParams(temperature=0, repetition_penalty=1.0).resolved(config)) == []
+    config = GenerationConfig(suppress_tokens=[5, 6], min_new_tokens=8)
+    asked = SamplingParams(banned_token_ids=(7,), min_tokens=2).resolved(config)
+    assert (asked.banned_token_ids, asked.min_tokens) == ((7,), 2)
+    assert ours(SamplingParams(banned_token_ids=(), min_tokens=0).resolved(config)) == []
+    assert SamplingParams(max_tokens=3).resolved(config).min_tokens == 3
+
+
+def test_what_the_model_holds_back_is_held_back_as_in_transformers(model: PreTrainedModel) -> None:
+    """Tokens that its generation_config suppresses, and ends before its least length, where a request asks for less."""
+    plain = greedy(model, 24)
+    before = model.generation_config
+    model.generation_config = GenerationConfig(
+        pad_token_id=0, suppress_tokens=[plain[1], plain[9]], min_new_tokens=12, eos_token_id=[plain[2], plain[4]]
+    )
+    try:
+        expected = greedy(model, 24)
+        with Engine(model, kv_tokens=512) as engine:
+            assert list(engine.generate(PROMPT, max_tokens=24).ids) == expected
+            assert list(engine.generate(PROMPT, max_tokens=6).ids) == expected[:6]
+    finally:
+        model.generation_config = before
+    assert len(expected) >= 12
+    assert expected != plain
+    assert not {plain[1], plain[9]} & set(expected)
+
+
+def test_what_is_not_followed_of_the_models_defaults_is_said_at_load(model: PreTrainedModel) -> None:
+    before = model.generation_config
+    quiet = GenerationConfig(num_beams=1, min_length=0, max_length=20, guidance_scale=1.0, suppress_tokens=[3])
+    loud = GenerationConfig(begin_suppress_tokens=[7], forced_eos_token_id=0, bad_words_ids=[[5, 6]])
+    logged = []
+    try:
+        for config in (quiet, loud):
+            model.generation_config = config
+            with capture_logs() as found, Engine(model, kv_tokens=512) as engine:
+                engine.generate([PROMPT, PROMPT], max_tokens=2)
+            logged.append([each["ignored"] for each in found if "generation config" in each["event"]])
+    finally:
+        model.generation_config = before
+    ignored = {"bad_words_ids": [[5, 6]], "begin_suppress_tokens": [7], "forced_eos_token_id": 0}
+    assert logged == [[], [ignored]]
 
 
 @pytest.mark.parametrize("asked", [{"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}, {"typical_p": 0.9}])

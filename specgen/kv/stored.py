@@ -189,8 +189,12 @@ class StoredPrefixes:
 def open_cache(
     pool: KVPool, options: CacheOptions, *, identity: Callable[[], str], token_seconds: Callable[[], float]
 ) -> PrefixCache:
-    """A prefix cache with its tiers. Raises InvalidRequest when the folder cannot be used."""
+    """A prefix cache with its tiers. Raises InvalidRequest when the folder cannot be used, or no page fits a tier."""
     page_bytes = pool.bytes_per_token * pool.page_size
+    if options.host_bytes:
+        _check_room("host_cache_bytes", options.host_bytes, page_bytes)
+    if options.disk_folder is not None:
+        _check_room("disk_cache_bytes", options.disk_bytes, page_bytes)
     max_pages = None if options.max_bytes is None else options.max_bytes // page_bytes
     if not options.host_bytes and options.disk_folder is None:
         return PrefixCache(pool, max_pages=max_pages)
@@ -214,3 +218,8 @@ def open_cache(
         tiers.describe = stored.header
         stored.attach(disk, tiers)
     return cache
+
+
+def _check_room(name: str, value: int, page_bytes: int) -> None:
+    if value < page_bytes:
+        raise InvalidRequest(f"{name} is {value}; one page of the KV pool takes {page_bytes}", param=name)

@@ -23,6 +23,13 @@ def model_name(model: PreTrainedModel) -> str:
 
 
 @torch.no_grad()
+def model_digest(model: PreTrainedModel) -> str:
+    """A digest that differs between models of other configs or weights: cheap, no seal. Reads every weight once."""
+    config = {name: value for name, value in model.config.to_diff_dict().items() if name != "transformers_version"}
+    return _digest([config, [[name, *_weight(tensor)] for name, tensor in sorted(model.named_parameters())]])
+
+
+@torch.no_grad()
 def kv_identity(model: PreTrainedModel, pool: KVPool, *, arithmetic: str) -> str:
     """A digest that differs where a token's KV may differ in any bit. Reads every weight once.
 

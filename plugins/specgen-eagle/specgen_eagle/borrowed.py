@@ -46,10 +46,13 @@ class Borrowed:
         self.add(text)
 
     def add(self, text: Sequence[int]) -> None:
-        """Borrow what is new in `text`."""
-        new = [token for token in dict.fromkeys(text) if token not in self._ids and self._lender.lends(token)]
-        if new:
-            self._ids = dict.fromkeys([*self._ids, *new][-_MOST:])
+        """Borrow what `text` holds; what was there longest goes, counted from where the text held it last."""
+        held = set(self._ids)
+        for token in filter(self._lender.lends, text):
+            self._ids.pop(token, None)
+            self._ids[token] = None
+        if self._ids.keys() != held:
+            self._ids = dict.fromkeys(list(self._ids)[-_MOST:])
             self._words = None
 
     @property

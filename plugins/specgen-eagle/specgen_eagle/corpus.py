@@ -35,6 +35,13 @@ def read_corpus(path: Path) -> list[Conversation]:
     return [msgspec.json.decode(line, type=Conversation) for line in whole.splitlines()]
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file as a whole: cut off, it leaves what was there."""
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_bytes(content)
+    beside.replace(path)
+
+
 def write_corpus(engine: Engine, path: Path, recipe: CorpusRecipe) -> Iterator[int]:
     """Write what is missing, batch by batch; yields how many conversations there are after each.
 
@@ -44,8 +51,9 @@ def write_corpus(engine: Engine, path: Path, recipe: CorpusRecipe) -> Iterator[i
     there = read_corpus(path)
     # A line that was cut off, and a batch that was, are written again.
     done = len(there) // recipe.batch * recipe.batch if len(there) < recipe.conversations else len(there)
-    lines = [msgspec.json.encode(conversation) for conversation in there[:done]]
-    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    kept = b"".join(msgspec.json.encode(conversation) + b"\n" for conversation in there[:done])
+    if not path.exists() or path.read_bytes() != kept:
+        replace_file(path, kept)
     for start in range(done, recipe.conversations, recipe.batch):
         numbers = range(start, min(start + recipe.batch, recipe.conversations))
         written = _write(engine, recipe, numbers, before, after)
@@ -85,8 +93,13 @@ def _is_greedy(number: int, recipe: CorpusRecipe) -> bool:
 
 
 def _end_ids(engine: Engine) -> list[int]:
+    """Those that end the engine's texts: the model's, else the tokenizer's."""
     ends = engine.model.generation_config.eos_token_id
-    return ends if isinstance(ends, list) else [ends]
+    if ends is None:
+        ends = getattr(engine.tokenizer, "eos_token_id", None)
+    if ends is None:
+        return []
+    return list(ends) if isinstance(ends, Sequence) else [ends]
 
 
 def _around_a_turn(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -10,11 +10,11 @@ from typing import Any
 
 import msgspec
 
-from specgen import Engine, InvalidRequest
-from specgen_eagle.corpus import Conversation, read_corpus, write_corpus
+from specgen import Engine, InvalidRequest, model_digest
+from specgen_eagle.corpus import Conversation, read_corpus, replace_file, write_corpus
 from specgen_eagle.head_student import HeadStudent
 from specgen_eagle.pruned_student import PrunedStudent
-from specgen_eagle.recipe import Recipe
+from specgen_eagle.recipe import CorpusRecipe, Recipe
 from specgen_eagle.states import open_states
 from specgen_eagle.training import Point, Student, Trainer
 
@@ -25,14 +25,18 @@ Told = Callable[[str, int, int], None]
 def distill(engine: Engine, output: Path, work: Path, recipe: Recipe, told: Told) -> list[Point]:
     """Train a drafter for the engine's model and write it to `output`. What `work` holds is taken up where it stopped.
 
-    Raises InvalidRequest if `work` belongs to another recipe.
+    Raises InvalidRequest if `work` belongs to another recipe or another target, and for a recipe of which nothing can
+    be made with this target.
     """
+    _held_out(recipe.corpus.conversations, recipe.corpus)
+    # What the target does not fit is refused before hours of writing.
+    _student(engine, recipe, [])
     work.mkdir(parents=True, exist_ok=True)
-    _same_recipe(work / "recipe.json", recipe)
+    _claim(work, recipe, model_digest(engine.model))
     for done in write_corpus(engine, work / "corpus.jsonl", recipe.corpus):
         told("conversations", done, recipe.corpus.conversations)
     corpus = read_corpus(work / "corpus.jsonl")
-    held_out = max(1, round(len(corpus) * recipe.corpus.held_out))
+    held_out = _held_out(len(corpus), recipe.corpus)
     student = _student(engine, recipe, corpus[held_out:])
     rows = sum(len(conversation.ids) for conversation in corpus)
     states = open_states(
@@ -68,10 +72,29 @@ def plot(curve: list[Point], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _same_recipe(path: Path, recipe: Recipe) -> None:
-    if path.exists() and msgspec.json.decode(path.read_bytes(), type=Recipe) != recipe:
-        raise InvalidRequest(f"{path.parent} was begun with another recipe; choose another folder", param="work")
-    path.write_bytes(msgspec.json.encode(recipe))
+def _held_out(conversations: int, recipe: CorpusRecipe) -> int:
+    """How many of the conversations are kept for the evaluation."""
+    kept = max(1, round(conversations * recipe.held_out))
+    if kept >= conversations:
+        message = f"held_out is {recipe.held_out}: of {conversations} conversations {kept} are held out"
+        raise InvalidRequest(f"{message}, and none is left to train on", param="held_out")
+    return kept
+
+
+def _claim(work: Path, recipe: Recipe, target: str) -> None:
+    """Begin a folder for a recipe and a target, or see that it is theirs."""
+    said, digest = work / "recipe.json", work / "target"
+    if not said.exists():
+        replace_file(digest, target.encode())
+        replace_file(said, msgspec.json.encode(recipe))
+        return
+    if msgspec.json.decode(said.read_bytes(), type=Recipe) != recipe:
+        raise InvalidRequest(f"{work} was begun with another recipe; choose another folder", param="work")
+    if not digest.exists():
+        message = f"{work} does not say for which target it was begun; if for this one, delete its recipe.json"
+        raise InvalidRequest(f"{message}, else choose another folder", param="work")
+    if digest.read_text() != target:
+        raise InvalidRequest(f"{work} was begun for another target; choose another folder", param="work")
 
 
 def _write_manifest(output: Path, kind: str, model: Any, recipe: Recipe, curve: list[Point]) -> None:

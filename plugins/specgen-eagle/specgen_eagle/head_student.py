@@ -18,6 +18,7 @@ from specgen_eagle.checkpoint import default_layers, load_head, save_head
 from specgen_eagle.corpus import Conversation
 from specgen_eagle.head import EagleHead, HeadConfig
 from specgen_eagle.precision import product_dtype
+from specgen_eagle.readout import logit_factor
 from specgen_eagle.recipe import Recipe
 from specgen_eagle.states import Padded
 from specgen_eagle.unrolled import Batch, make_batch
@@ -29,7 +30,10 @@ class HeadStudent:
     """`module` is the head; see `Student`."""
 
     def __init__(self, model: Any, recipe: Recipe, corpus: Sequence[Conversation]) -> None:
+        factor = logit_factor(model)
         self.module = new_head(model, recipe, corpus)
+        if not recipe.head.start:
+            self.module.norm.weight.data.mul_(factor)
         self.layers = self.module.config.layers
         self._model = model
         training = recipe.training
@@ -44,7 +48,7 @@ class HeadStudent:
             self._hits = partial(unrolled.hits, ahead=training.ahead)
         dtype = product_dtype(model)
         self._embeddings = model.get_input_embeddings().weight.detach().to(dtype)
-        self._target_head = model.get_output_embeddings().weight.detach()[self.module.tokens].to(dtype)
+        self._target_head = (model.get_output_embeddings().weight.detach()[self.module.tokens] * factor).to(dtype)
 
     def loss(self, padded: Padded) -> Tensor:
         """Cross-entropy with the target's distribution over what the head can say, at all depths."""
@@ -64,7 +68,9 @@ class HeadStudent:
 
 def new_head(model: Any, recipe: Recipe, corpus: Sequence[Conversation]) -> EagleHead:
     """A head for `model` before training: the target's shapes, and its own rows of the language-model head, which stay
-    as they are. What it can say are the most frequent tokens of `corpus`."""
+    as they are. What it can say are the most frequent tokens of `corpus`.
+
+    Raises InvalidRequest for layers that the target does not have, and for a head to start with that does not fit."""
     torch.manual_seed(recipe.training.seed)
     if recipe.head.start:
         return _continued(load_head(Path(recipe.head.start), model), recipe.head.parallel, model)
@@ -84,6 +90,10 @@ def new_head(model: Any, recipe: Recipe, corpus: Sequence[Conversation]) -> Eagl
     }
     vocabulary = min(recipe.head.vocabulary, config.vocab_size)
     layers = recipe.head.layers or default_layers(config.num_hidden_layers)
+    if not all(0 <= layer <= config.num_hidden_layers for layer in layers):
+        raise InvalidRequest(
+            f"layers {list(layers)}: choose some of 0 to {config.num_hidden_layers}", param="head.layers"
+        )
     head = EagleHead(
         HeadConfig(
             layers=layers,

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specgen import InvalidRequest
+from specgen_eagle.readout import logit_factor
 from specgen_eagle.recipe import Recipe
 from specgen_eagle.states import Padded
 
@@ -24,6 +25,7 @@ class PrunedStudent:
     layers = ()
 
     def __init__(self, model: Any, recipe: Recipe, keep: Sequence[int], tokenizer: Any = None) -> None:
+        self._factor = logit_factor(model)
         self.module = prune(model, keep)
         self._dtype = model.dtype
         self._ahead = recipe.training.ahead
@@ -62,7 +64,7 @@ class PrunedStudent:
         scores = self.module(input_ids=ids, attention_mask=valid.long(), use_cache=False).logits.float()
         with torch.no_grad():
             weight = self.module.get_output_embeddings().weight
-            wanted = F.linear(states[:, :, -1].to(weight.dtype), weight).float()
+            wanted = self._factor * F.linear(states[:, :, -1].to(weight.dtype), weight).float()
         return scores, wanted, valid
 
 
@@ -80,15 +82,26 @@ def prune(model: Any, keep: Sequence[int]) -> Any:
         raise InvalidRequest(
             f"layers {list(keep)}: choose some of 0 to {count - 1}, each once, ascending", param="pruned.layers"
         )
+    _cut_lists(config, count, keep)
     config.num_hidden_layers = len(keep)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[layer] for layer in keep]
     student = type(model)(config)
-    student.load_state_dict(_kept_weights(model, decoder, keep))
+    try:
+        student.load_state_dict(_kept_weights(model, decoder, keep))
+    except RuntimeError as error:
+        message = f"{config.model_type} builds layers by their places: {list(keep)} cannot be taken alone: {error}"
+        raise InvalidRequest(message, param="pruned.layers") from error
     student.generation_config = copy.deepcopy(model.generation_config)
     student.float().requires_grad_(False)
     student.get_decoder().layers.requires_grad_(True)
     return student
+
+
+def _cut_lists(config: Any, count: int, keep: Sequence[int]) -> None:
+    """Of each list that says something of every layer, what it says of those that are kept."""
+    for name, value in vars(config).items():
+        # A model may have as many end tokens as layers.
+        if isinstance(value, list | tuple) and len(value) == count and not name.endswith("token_id"):
+            setattr(config, name, type(value)(value[layer] for layer in keep))
 
 
 def _kept_weights(model: Any, decoder: Any, keep: Sequence[int]) -> dict[str, Tensor]:

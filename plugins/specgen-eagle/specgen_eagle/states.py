@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,10 @@ def open_states(
     config = model.config.get_text_config(decoder=True)
     kept = (*layers, config.num_hidden_layers)
     shape = (starts[-1], len(kept), config.hidden_size)
-    key = msgspec.json.encode({"rows": starts[-1], "layers": kept, "dtype": str(model.dtype)})
+    ids = torch.tensor([i for c in corpus for i in c.ids])
+    digest = hashlib.sha256(msgspec.json.encode([conversation.ids for conversation in corpus])).hexdigest()
+    said = {"rows": starts[-1], "layers": kept, "width": config.hidden_size, "dtype": str(model.dtype), "ids": digest}
+    key = msgspec.json.encode(said)
     done = path.with_suffix(".json")
     there = path.exists() and done.exists() and done.read_bytes() == key
     done.unlink(missing_ok=True)
@@ -73,7 +77,7 @@ def open_states(
         for rows in _fill(model, corpus, starts, kept, states):
             told(rows)
     done.write_bytes(key)
-    return States(torch.tensor([i for c in corpus for i in c.ids]), states, tuple(starts))
+    return States(ids, states, tuple(starts))
 
 
 @torch.inference_mode()

@@ -12,12 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from specgen import InvalidRequest
 from specgen_eagle.muon import Muon
 from specgen_eagle.precision import product_dtype, quick_halves
 from specgen_eagle.recipe import TrainingRecipe
 from specgen_eagle.states import Padded, States, batches
 
 _CLIP = 1.0
+_SHORTEST = 3  # two tokens, and one that follows them
 _LAST_SHARE = 0.1
 _BUCKETS = 16  # batches of similar lengths are made within pieces of so many
 
@@ -77,6 +79,7 @@ class Trainer:
     """Updates of one student. `run` yields an evaluation every so often, after which the run can be taken up again.
 
     folder: where the state of the run is kept. curve: the evaluations so far.
+    Raises InvalidRequest where there is nothing to train on, or to judge by.
     """
 
     def __init__(
@@ -88,6 +91,10 @@ class Trainer:
         self._device, self._dtype = model.device, product_dtype(model)
         conversations = range(len(states))
         self._training, self._held_out = conversations[held_out:], conversations[:held_out]
+        for what, part in (("train on", self._training), ("judge by", self._held_out)):
+            if not self._cut(list(part)):
+                message = f"of {len(states)} conversations {held_out} are held out; of the {len(part)} to {what} none"
+                raise InvalidRequest(f"{message} has more than {_SHORTEST - 1} tokens", param="held_out")
         self._optimizers = _optimizers(student.module, recipe.learning_rate, self._device)
         self._file = folder / "training.pt"
         self.step = 0
@@ -140,7 +147,7 @@ class Trainer:
 
     def _cut(self, order: list[int]) -> list[list[int]]:
         """Batches of conversations of similar lengths; conversations too short to learn from are left out."""
-        order = [c for c in order if self._states.length(c) > 2]
+        order = [c for c in order if self._states.length(c) >= _SHORTEST]
         average = max(1, self.recipe.tokens * len(self._states) // max(1, self._states.starts[-1]))
         piece = _BUCKETS * average
         cut = []

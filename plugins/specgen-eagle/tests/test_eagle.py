@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from specgen_eagle import parallel
-from specgen_eagle.borrowed import Lender, lender
+from specgen_eagle.borrowed import Borrowed, Lender, lender
 from specgen_eagle.checkpoint import load_head, save_head
 from specgen_eagle.corpus import Conversation
 from specgen_eagle.drafter import Eagle, Halves
@@ -231,6 +231,24 @@ def test_words_of_a_text_are_said_that_the_head_cannot_say(model: PreTrainedMode
         (alone,) = trees([number], [*range(48), *words], lent=False)
         assert (found[number].tokens, found[number].parents) == (alone.tokens, alone.parents)
         assert found[number].confidence == pytest.approx(alone.confidence, rel=1e-4)
+
+
+def test_the_latest_tokens_of_a_text_are_borrowed() -> None:
+    """One that is seen again is among the latest again."""
+
+    class Anything(Lender):
+        def __init__(self) -> None:
+            self.device = torch.device("cpu")
+
+        def lends(self, token: int) -> bool:
+            return token > 0
+
+    borrowed = Borrowed(Anything(), range(1, 257))
+    words = borrowed.words
+    borrowed.add([0, 1, 2])
+    assert borrowed.words is words, "there is nothing new"
+    borrowed.add([300, 301])
+    assert borrowed.words.tolist() == [-1, -1, *range(5, 257), 1, 2, 300, 301]
 
 
 def test_a_head_with_rows_of_its_own_borrows_nothing(model: PreTrainedModel) -> None:
