@@ -48,7 +48,7 @@ async def respond(request: web.Request) -> web.StreamResponse:
     service.check_model(asked.model)
     prompts, params = await service.aside(request, lambda: service.asker.chat(as_chat(asked), request[CALLER]))
     writer = ResponseWriter(asked, service)
-    running = service.jobs.run(request[CALLER], request[TIMING], prompts, params)
+    running = service.jobs.run(request[CALLER], request[TIMING], prompts, params, "input")
     if not asked.stream:
         async with running as job:
             return json_response(await writer.whole(job))
