@@ -70,6 +70,12 @@ class Stream:
         await self._until(lambda: not self._unfinished)
         return self._checked()
 
+    async def ended(self) -> list[Result]:
+        """Wait for the end of all samples, whatever ended them; their results by index, none for a stream that failed
+        as a whole."""
+        await self._until(lambda: not self._unfinished)
+        return [self._results[index] for index in sorted(self._results)]
+
     def __iter__(self) -> Iterator[StepOutput]:
         return self
 

@@ -11,6 +11,9 @@ from specgen.cli import options
 from specgen.cli.terminal import note, quiet_libraries
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from socket import socket
+
     from specgen.api import Engine
     from specgen.server.config import ServerConfig
 
@@ -77,10 +80,12 @@ def serve(
     settings = _settings(config, flags)
     quiet_libraries()
     from specgen.server.logs import configure
+    from specgen.server.serve import bound
 
     configure(settings)
-    with _engine(model, settings, dtype=dtype, device=device) as engine:
-        _run(engine, settings)
+    # A port that is taken is told before a model is loaded for minutes.
+    with bound(settings) as sockets, _engine(model, settings, dtype=dtype, device=device) as engine:
+        _run(engine, settings, sockets)
 
 
 def _settings(file: str | None, flags: dict[str, Any]) -> ServerConfig:
@@ -100,7 +105,7 @@ def _engine(model: str | None, settings: ServerConfig, *, dtype: str, device: st
     return Engine.from_pretrained(model or demo_model(progress=note), dtype=dtype, device=device, **settings.engine)
 
 
-def _run(engine: Engine, settings: ServerConfig) -> None:
+def _run(engine: Engine, settings: ServerConfig, sockets: Sequence[socket]) -> None:
     import asyncio
 
     from specgen.server.serve import serve as run
@@ -109,5 +114,5 @@ def _run(engine: Engine, settings: ServerConfig) -> None:
     # would wait for half a second.
     gc.collect()
     gc.freeze()
-    if not asyncio.run(run(engine, settings, on_start=lambda address: note(f"serving at {address}"))):
+    if not asyncio.run(run(engine, settings, sockets, lambda address: note(f"serving at {address}"))):
         raise typer.Exit(1)

@@ -29,8 +29,10 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
     routes = [*ROUTES, Route("GET", "/openapi.json", openapi)]
     app[_ACCESS] = {}
     for route in routes:
-        added = app.router.add_route(route.method, route.path, route.handler)
-        app[_ACCESS][added.handler] = route.access
+        # Who may GET may ask for the HEAD alone.
+        for method in ("GET", "HEAD") if route.method == "GET" else (route.method,):
+            added = app.router.add_route(method, route.path, route.handler)
+            app[_ACCESS][added.handler] = route.access
     app[_DOCUMENT] = document(routes)
     if config.page:
         app[_ACCESS] |= {added.handler: "open" for added in add_page(app)}

@@ -82,6 +82,8 @@ class Asker:
     ) -> SamplingParams:
         if (asked.n or 1) > self._config.max_n:
             raise invalid(f"n is {asked.n}; at most {self._config.max_n}", "n")
+        if asked.stream_options is not None and not asked.stream:
+            raise invalid("stream_options needs stream: true", "stream_options")
         options: dict[str, Any] = {name: getattr(asked, name) for name in _SAME_NAME}
         if asked.model not in (None, self._name):
             options["adapter"] = asked.model
@@ -145,10 +147,10 @@ def _message(message: Message, param: str) -> dict[str, Any]:
     found["content"] = text_of(message.content, param) or ""
     for call in found.get("tool_calls", ()):
         try:
-            # Templates write the arguments out themselves.
-            call["function"]["arguments"] = msgspec.json.decode(call["function"]["arguments"])
-        except msgspec.DecodeError:
-            raise invalid("the arguments of a tool call are not JSON", "messages") from None
+            # Templates write the arguments out themselves. Clients say "" for a call without any.
+            call["function"]["arguments"] = msgspec.json.decode(call["function"]["arguments"] or "{}")
+        except (msgspec.DecodeError, RecursionError):
+            raise invalid("the arguments of a tool call are not JSON, or nested too deeply", "messages") from None
     return found
 
 

@@ -7,6 +7,7 @@ import asyncio
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+_TOO_LATE = 408
 _BODY = web.RequestKey("body", bytes)
 
 
@@ -30,10 +31,14 @@ async def whole(request: web.Request) -> bytes:
 
 @web.middleware
 async def leave_packed(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Unpack no body any further once its request is answered: aiohttp would, to use the connection again."""
+    """Unpack no body any further once its request is answered: aiohttp would, to use the connection again. Nor wait
+    for the rest of one whose time is over."""
+    is_late = False
     try:
-        return await handler(request)
+        response = await handler(request)
+        is_late = response.status == _TOO_LATE
+        return response
     finally:
-        if "Content-Encoding" in request.headers and not request.content.is_eof():
+        if ("Content-Encoding" in request.headers or is_late) and not request.content.is_eof():
             # As if its time to read were over: it closes the connection after the answer.
             request.content.set_exception(TimeoutError("the request is answered"))

@@ -15,6 +15,7 @@ from specgen.server.answers import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
+    ChatLogprobs,
     Delta,
     RequestMetrics,
     Usage,
@@ -26,7 +27,7 @@ from specgen.server.reading import read
 from specgen.server.service import SERVICE, Service
 from specgen.server.tools import CallParser
 from specgen.server.writing import Writer, respond, usage
-from specgen.types import Result, StepOutput
+from specgen.types import Logprob, Result, StepOutput
 
 
 async def chat(request: web.Request) -> web.StreamResponse:
@@ -42,6 +43,7 @@ class ChatWriter(Writer):
     """A chat's answer. With tools, calls are taken out of the text."""
 
     prefix = "chatcmpl"
+    field = "messages"
 
     def __init__(self, asked: ChatRequest, service: Service) -> None:
         super().__init__(asked, service)
@@ -57,7 +59,7 @@ class ChatWriter(Writer):
             id=self.id,
             created=self.created,
             model=self.model,
-            choices=[self._choice(choice, result) for choice, result in enumerate(results)],
+            choices=[self._choice(job, choice, result) for choice, result in enumerate(results)],
             usage=usage(job, results),
             metrics=self.metrics(results),
         )
@@ -72,7 +74,7 @@ class ChatWriter(Writer):
         added = ChatChunkChoice(
             index=choice,
             delta=Delta(content=said or None, tool_calls=self._deltas(choice, calls) or None),
-            logprobs=self.service.texts.chat_logprobs(output.logprobs) if output.logprobs else None,
+            logprobs=self._logprobs(self.spelt(job, choice, output.logprobs, output.text, output.result)),
             token_ids=list(output.tokens) if self.asked.return_token_ids and output.tokens else UNSET,
             trace=self.trace(job, choice, output),
         )
@@ -93,16 +95,19 @@ class ChatWriter(Writer):
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
         return ChatChunk(id=self.id, created=self.created, model=self.model, choices=choices)
 
-    def _choice(self, choice: int, result: Result) -> ChatChoice:
+    def _choice(self, job: Job, choice: int, result: Result) -> ChatChoice:
         said, calls = self._parts(choice, result.text, last=True)
         return ChatChoice(
             index=choice,
             message=AssistantMessage(said if said or not calls else None, tool_calls=calls or UNSET),
-            logprobs=self.service.texts.chat_logprobs(result.logprobs) if result.logprobs else None,
+            logprobs=self._logprobs(self.spelt(job, choice, result.logprobs, result.text, result)),
             finish_reason=self._finish_reason(choice, result),
             stop_reason=result.stop,
             token_ids=list(result.ids) if self.asked.return_token_ids else UNSET,
         )
+
+    def _logprobs(self, spelt: Sequence[tuple[int, Logprob]]) -> ChatLogprobs | None:
+        return self.service.texts.chat_logprobs([each for _, each in spelt]) if spelt else None
 
     def _parts(self, choice: int, text: str, *, last: bool) -> tuple[str, list[ToolCall]]:
         """What is said in a piece of text, and what is called."""

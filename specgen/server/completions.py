@@ -31,16 +31,24 @@ class CompletionWriter(Writer):
     """Texts, those of each prompt side by side."""
 
     prefix = "cmpl"
+    field = "prompt"
 
     def __init__(self, asked: CompletionRequest, service: Service, prompts: Sequence[Prompt]) -> None:
         super().__init__(asked, service)
-        self._echoes = [service.texts.prompt(prompt) for prompt in prompts] if asked.echo else []
+        self._echoed = prompts if asked.echo else ()
+        self._echoes: list[str] = []
         self._samples = asked.n or 1
-        self._offsets: dict[int, int] = {}
+        self._begun: set[int] = set()
+
+    async def begin(self, job: Job) -> None:
+        """Spell the prompts out, where they are wanted: by now their ids were checked."""
+        if self._echoed:
+            spell = self.service.texts.prompt
+            self._echoes = await self.service.jobs.in_thread(lambda: [spell(prompt) for prompt in self._echoed])
 
     def answer(self, job: Job, results: Sequence[Result]) -> CompletionAnswer:
         """The whole answer."""
-        answer = self._answer([self._choice(choice, result) for choice, result in enumerate(results)])
+        answer = self._answer([self._choice(job, choice, result) for choice, result in enumerate(results)])
         answer.usage, answer.metrics = usage(job, results), self.metrics(results)
         return answer
 
@@ -50,7 +58,7 @@ class CompletionWriter(Writer):
         added = CompletionChoice(
             index=choice,
             text=text,
-            logprobs=self._logprobs(choice, output.logprobs),
+            logprobs=self._logprobs(self.spelt(job, choice, output.logprobs, output.text, output.result)),
             token_ids=list(output.tokens) if self.asked.return_token_ids and output.tokens else UNSET,
             trace=self.trace(job, choice, output),
         )
@@ -69,11 +77,11 @@ class CompletionWriter(Writer):
     def _answer(self, choices: list[CompletionChoice]) -> CompletionAnswer:
         return CompletionAnswer(id=self.id, created=self.created, model=self.model, choices=choices)
 
-    def _choice(self, choice: int, result: Result) -> CompletionChoice:
+    def _choice(self, job: Job, choice: int, result: Result) -> CompletionChoice:
         return CompletionChoice(
             index=choice,
             text=self._echo(choice) + result.text,
-            logprobs=self._logprobs(choice, result.logprobs),
+            logprobs=self._logprobs(self.spelt(job, choice, result.logprobs, result.text, result)),
             finish_reason=result.finish_reason,
             stop_reason=result.stop,
             token_ids=list(result.ids) if self.asked.return_token_ids else UNSET,
@@ -81,25 +89,20 @@ class CompletionWriter(Writer):
 
     def _echo(self, choice: int) -> str:
         """The prompt, once, where it is wanted."""
-        if not self._echoes or choice in self._offsets:
+        if not self._echoes or choice in self._begun:
             return ""
-        echo = self._echoes[choice // self._samples]
-        self._offsets[choice] = len(echo)
-        return echo
+        self._begun.add(choice)
+        return self._echoes[choice // self._samples]
 
-    def _logprobs(self, choice: int, logprobs: Sequence[Logprob]) -> CompletionLogprobs | None:
-        if not logprobs:
+    def _logprobs(self, spelt: Sequence[tuple[int, Logprob]]) -> CompletionLogprobs | None:
+        if not spelt:
             return None
-        found = CompletionLogprobs([], [], [], [])
-        offset = self._offsets.get(choice, 0)
-        for each in logprobs:
-            text = self.service.texts.text(each.token)
-            found.text_offset.append(offset)
-            found.tokens.append(text)
+        found, name = CompletionLogprobs([], [], [], []), self.service.texts.name
+        for place, each in spelt:
+            found.text_offset.append(place)
+            found.tokens.append(name(each.token))
             found.token_logprobs.append(max(LOWEST, each.logprob))
             # The token itself is among the likeliest, or beside them.
             likeliest = (*each.top, (each.token, each.logprob))
-            found.top_logprobs.append({self.service.texts.text(token): max(LOWEST, v) for token, v in likeliest})
-            offset += len(text)
-        self._offsets[choice] = offset
+            found.top_logprobs.append({name(token): max(LOWEST, value) for token, value in likeliest})
         return found

@@ -93,7 +93,11 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             for name in found:
                 if name not in cls.__struct_fields__:
                     raise UnknownName(f"server setting in {source}:", name, cls.__struct_fields__, param=name)
-            engine = {**values.get("engine", {}), **found.get("engine", {})}
+            chosen = found.get("engine", {})
+            if not isinstance(chosen, Mapping):
+                message = f"server setting engine in {source} is {chosen!r}; it must hold settings by name"
+                raise InvalidRequest(message, param="engine")
+            engine = {**values.get("engine", {}), **chosen}
             values |= {**found, "engine": engine}
         try:
             return msgspec.convert(values, cls, strict=False)

@@ -58,7 +58,11 @@ class ApiError(Exception):
     def response(self) -> web.Response:
         """The answer."""
         headers = dict(self.headers) | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
-        return web.json_response(body=self.encoded(), status=self.status, headers=headers)
+        answer = web.json_response(body=self.encoded(), status=self.status, headers=headers)
+        if self.status == 408:
+            # What is left of the request may still be on its way.
+            answer.force_close()
+        return answer
 
     def encoded(self) -> bytes:
         """The error object as JSON."""
@@ -81,6 +85,9 @@ def api_error(error: BaseException) -> ApiError:
             return invalid(str(error), "messages" if error.param is None else error.param, "context_length_exceeded")
         case InvalidRequest():
             return invalid(str(error), error.param)
+        case RecursionError():
+            # Nothing here recurses but over what a request holds.
+            return invalid("the request is nested too deeply")
         case EngineClosed():
             return ApiError(503, "the engine is closed", code="engine_closed", retry=None)
         case RequestFailed():

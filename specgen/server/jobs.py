@@ -14,6 +14,7 @@ from specgen.params import SamplingParams
 from specgen.requests import Prepared
 from specgen.server.auth import Caller
 from specgen.server.config import ServerConfig
+from specgen.server.deadlines import in_time
 from specgen.server.errors import ApiError, invalid
 from specgen.server.limits import Gate
 from specgen.server.merge import merged
@@ -41,7 +42,7 @@ class Job:
         Raises RequestFailed, or why the server ended the request.
         """
         async for place, output in merged(self._streams):
-            choice = place * self.prepared[place][0].params.n + output.index
+            choice = self._choice(place, output.index)
             self._timing.output(choice, output)
             if output.result is not None:
                 self._check(output.result)
@@ -51,6 +52,15 @@ class Job:
         """All results by choice."""
         found = {choice: output.result async for choice, output in self.outputs() if output.result is not None}
         return [found[choice] for choice in sorted(found)]
+
+    async def account(self) -> None:
+        """Count what was generated for those who have left, once the engine has ended it."""
+        for place, stream in enumerate(self._streams):
+            for result in await stream.ended():
+                self._timing.result(self._choice(place, result.index), result)
+
+    def _choice(self, place: int, index: int) -> int:
+        return place * self.prepared[place][0].params.n + index
 
     def _check(self, result: Result) -> None:
         """One sequence that did not come to its own end fails the request."""
@@ -75,29 +85,27 @@ class Jobs:
         self.gate = Gate(config, engine.config.max_running)
         self._config = config
         self._jobs: set[Job] = set()
+        self._accounting: set[asyncio.Task[None]] = set()
         self._ended: ApiError | None = None
         self._threads = ThreadPoolExecutor(_PREPARING_THREADS, thread_name_prefix="specgen-prepare")
 
     @asynccontextmanager
     async def run(
-        self, caller: Caller, timing: Timing, prompts: Sequence[Prompt], params: SamplingParams
+        self, caller: Caller, timing: Timing, prompts: Sequence[Prompt], params: SamplingParams, field: str
     ) -> AsyncIterator[Job]:
         """A job for prompts, ended on the way out.
 
+        field: where the prompts stand in the request, for errors.
+
         Raises ApiError when there is no room, when a prompt does not fit and when the time is over; InvalidRequest.
         """
-        sequences = len(prompts) * params.n
-        try:
-            with self.gate.place(caller, sequences):
-                async with asyncio.timeout(self._config.request_seconds):
-                    prepared = await self.in_thread(lambda: [self.engine.prepare(each, params) for each in prompts])
-                    for each in prepared:
-                        self._check_length(each)
-                    async with self._started(prepared, timing) as job:
-                        yield job
-        except TimeoutError:
-            message = f"the request took longer than {self._config.request_seconds:g} seconds"
-            raise ApiError(408, message, code="timeout") from None
+        with self.gate.place(caller, len(prompts) * params.n):
+            async with in_time(timing.arrival, self._config.request_seconds):
+                prepared = await self.in_thread(lambda: [self.engine.prepare(each, params) for each in prompts])
+                for each in prepared:
+                    self._check_length(each, field)
+                async with self._started(prepared, timing) as job:
+                    yield job
 
     async def in_thread(self, function: Callable[[], T]) -> T:
         """What `function` returns or raises, without holding up the event loop."""
@@ -110,7 +118,9 @@ class Jobs:
             job.end(failure)
 
     def close(self) -> None:
-        """Let the threads go."""
+        """Let the threads go, and what nobody will count any more."""
+        for task in self._accounting:
+            task.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     @asynccontextmanager
@@ -124,16 +134,19 @@ class Jobs:
         finally:
             self._jobs.discard(job)
             job.end(job.failure)
+            accounting = asyncio.create_task(job.account())
+            self._accounting.add(accounting)
+            accounting.add_done_callback(self._accounting.discard)
 
-    def _check_length(self, prepared: Prepared) -> None:
+    def _check_length(self, prepared: Prepared, field: str) -> None:
         """What is asked for must fit as a whole: nothing is cut in silence."""
         request, length = prepared[0], self.engine.context_length
         asked = request.params.max_tokens or 1
         if len(request.ids) + asked > length:
             raise invalid(
                 f"This model's maximum context length is {length} tokens. However, you requested "
-                f"{len(request.ids) + asked} tokens ({len(request.ids)} in the messages, {asked} in the completion). "
-                "Please reduce the length of the messages or completion.",
-                "messages",
+                f"{len(request.ids) + asked} tokens ({len(request.ids)} in the {field}, {asked} in the completion). "
+                f"Please reduce the length of the {field} or completion.",
+                field,
                 "context_length_exceeded",
             )

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from limits import RateLimitItem, parse
 from limits.storage import MemoryStorage
@@ -15,7 +15,7 @@ from limits.strategies import MovingWindowRateLimiter
 from specgen.errors import InvalidRequest
 from specgen.server.auth import Caller
 from specgen.server.config import ServerConfig
-from specgen.server.errors import ApiError
+from specgen.server.errors import ApiError, invalid
 
 _RETRY_SECONDS = 1.0
 
@@ -45,7 +45,9 @@ class Gate:
 
     @contextmanager
     def place(self, caller: Caller, sequences: int) -> Iterator[None]:
-        """Room for the sequences of a request, while it is there. Raises ApiError 429 when there is none."""
+        """Room for the sequences of a request, while it is there. Raises ApiError 429 when there is none now, 400 when
+        there never is."""
+        self._check_size(sequences)
         held = self._by_key[caller.name] + sequences
         if self._most_per_key is not None and held > self._most_per_key:
             message = f"{held} sequences at once with this key; at most {self._most_per_key}"
@@ -64,6 +66,12 @@ class Gate:
             if not self.sequences:
                 self._empty.set()
 
+    def _check_size(self, sequences: int) -> None:
+        """Raise ApiError 400 for more sequences than an idle server takes: to come again would not help."""
+        for most, whose in ((self._most_per_key, " with one key"), (self._most, "")):
+            if most is not None and sequences > most:
+                raise invalid(f"{sequences} sequences, n for each prompt; at most {most} at once{whose}", "n")
+
     async def until_empty(self) -> None:
         """Wait until no request is left."""
         await self._empty.wait()
@@ -72,7 +80,8 @@ class Gate:
 def _rate(text: str | None) -> RateLimitItem | None:
     if text is None:
         return None
-    try:
-        return parse(text)
-    except ValueError:
-        raise InvalidRequest(f"key_rate is {text!r}; it must be like '100/minute'", param="key_rate") from None
+    with suppress(ValueError):
+        rate = parse(text)
+        if rate.amount > 0:
+            return rate
+    raise InvalidRequest(f"key_rate is {text!r}; it must be like '100/minute'", param="key_rate")

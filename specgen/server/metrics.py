@@ -38,6 +38,8 @@ _SECONDS = (
 _LONG_SECONDS = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 240.0, 480.0, 960.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 _LABELS = ("model_name",)
+_REASONS = {"cancelled": "abort"}
+"""vLLM's words for why a sequence finished, where they are not ours."""
 
 
 class Metrics:
@@ -97,14 +99,16 @@ class Metrics:
     def finished(self, result: Result, whole: float, decode: float) -> None:
         """A sequence ended."""
         stats, usage = result.stats, result.usage
-        self._success.labels(self._name, result.finish_reason).inc()
+        self._success.labels(self._name, _REASONS.get(result.finish_reason, result.finish_reason)).inc()
         self._prompt.inc(usage.prompt_tokens)
         self._generated.inc(usage.completion_tokens)
         self._cached.inc(usage.cached_tokens)
-        self._prompts.observe(usage.prompt_tokens)
-        self._lengths.observe(usage.completion_tokens)
-        self._whole.observe(whole)
-        self._decode.observe(decode)
+        # What was cut short tells little of how long answers are and take.
+        if result.finish_reason != "cancelled":
+            self._prompts.observe(usage.prompt_tokens)
+            self._lengths.observe(usage.completion_tokens)
+            self._whole.observe(whole)
+            self._decode.observe(decode)
         self._drafts.inc(sum(1 for drafted in stats.per_step_drafted if drafted))
         self._drafted.inc(stats.num_draft_tokens)
         self._accepted.inc(stats.num_accepted_draft_tokens)
@@ -123,6 +127,7 @@ class Timing:
     arrival: float = field(default_factory=time.monotonic)
     _first: dict[int, float] = field(default_factory=dict)
     _last: dict[int, float] = field(default_factory=dict)
+    _finished: set[int] = field(default_factory=set)
 
     def output(self, choice: int, output: StepOutput) -> None:
         """An output of a choice came."""
@@ -134,8 +139,15 @@ class Timing:
             self.metrics.tokens(len(output.tokens), now - self._last[choice])
             self._last[choice] = now
         if output.result is not None:
-            decode = now - self._first.get(choice, now)
-            self.metrics.finished(output.result, now - self.arrival, decode)
+            self.result(choice, output.result)
+
+    def result(self, choice: int, result: Result) -> None:
+        """A choice ended, be it that nobody read its outputs any more. It counts once."""
+        if choice in self._finished:
+            return
+        self._finished.add(choice)
+        now = time.monotonic()
+        self.metrics.finished(result, now - self.arrival, now - self._first.get(choice, now))
 
 
 class _EngineState(Collector):

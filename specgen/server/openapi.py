@@ -18,7 +18,6 @@ _ERRORS = {
     "408": "It took too long.",
     "413": "The body is too large.",
     "415": "The body is no JSON.",
-    "422": "The adapter does not fit.",
     "429": "Too much at once; Retry-After says when to come again.",
     "500": "Something failed; the log has it under the answer's x-request-id.",
     "503": "Not now.",
@@ -36,7 +35,7 @@ def document(routes: Iterable[Route]) -> bytes:
     by_kind = dict(zip(kinds, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, by_kind)
+        paths.setdefault(_path(route), {})[route.method.lower()] = _operation(route, by_kind)
     found = {
         "openapi": "3.1.0",
         "info": {"title": "specgen", "version": __version__, "license": {"name": "Apache-2.0"}},
@@ -49,15 +48,20 @@ def document(routes: Iterable[Route]) -> bytes:
     return msgspec.json.encode(found)
 
 
+def _path(route: Route) -> str:
+    """As the document writes it: without what a name in it may match."""
+    return re.sub(r"{(\w+):[^}]+}", r"{\1}", route.path)
+
+
 def _operation(route: Route, schemas: dict[Any, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "summary": route.summary,
-        "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.path}").strip("_"),
+        "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{_path(route)}").strip("_"),
         "responses": _responses(route, schemas),
     }
     if route.access != "open":
         found["security"] = [{"key": []}]
-    if parameters := re.findall(r"{(\w+)}", route.path):
+    if parameters := re.findall(r"{(\w+)}", _path(route)):
         found["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in parameters
         ]

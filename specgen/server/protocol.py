@@ -177,6 +177,12 @@ class TextOptions(msgspec.Struct, forbid_unknown_fields=True):
     verbosity: Literal["medium"] | None = None
 
 
+Metadata: TypeAlias = Annotated[
+    dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
+]
+"""What a client wants to read again beside its answer."""
+
+
 class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The body of POST /v1/responses. Nothing is kept: what went before comes with the input."""
 
@@ -191,6 +197,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     tool_choice: str | Object | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
+    metadata: Metadata | None = None
     seed: int | None = None
     speculation: str | Object | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None

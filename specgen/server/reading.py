@@ -9,7 +9,10 @@ import msgspec
 from aiohttp import web
 
 from specgen.server.bodies import whole
+from specgen.server.deadlines import in_time
 from specgen.server.errors import ApiError, invalid
+from specgen.server.logs import TIMING
+from specgen.server.service import SERVICE
 
 StructT = TypeVar("StructT", bound=msgspec.Struct)
 
@@ -66,11 +69,13 @@ _LONGEST_BYTES = 128 << 10
 
 
 async def read(request: web.Request, kind: type[StructT]) -> StructT:
-    """The body of a request. Raises ApiError naming the field, the value's fault and what is expected."""
+    """The body of a request. Raises ApiError naming the field, the value's fault and what is expected; 408 when the
+    request's time is over before all of the body is there."""
     if request.content_type != "application/json":
         # A page elsewhere can make a browser send anything else unasked.
         raise ApiError(415, f"the content type is {request.content_type!r}; it must be 'application/json'")
-    body = await whole(request)
+    async with in_time(request[TIMING].arrival, request.app[SERVICE].config.request_seconds):
+        body = await whole(request)
     try:
         # Nothing is built of a value before it is known what it has to be.
         found = msgspec.json.decode(body, type=dict[str, msgspec.Raw])

@@ -48,7 +48,7 @@ async def respond(request: web.Request) -> web.StreamResponse:
     service.check_model(asked.model)
     prompts, params = await service.aside(request, lambda: service.asker.chat(as_chat(asked), request[CALLER]))
     writer = ResponseWriter(asked, service)
-    running = service.jobs.run(request[CALLER], request[TIMING], prompts, params)
+    running = service.jobs.run(request[CALLER], request[TIMING], prompts, params, "input")
     if not asked.stream:
         async with running as job:
             return json_response(await writer.whole(job))
@@ -105,6 +105,7 @@ class ResponseWriter:
         self._calls = bool(asked.tools) and asked.tool_choice != "none"
         self._parser = CallParser(1 if asked.parallel_tool_calls is False else None)
         self._said = ""
+        self._has_message = False
         self._items: list[OutputItem] = []
         self._sent = 0
 
@@ -125,6 +126,8 @@ class ResponseWriter:
                     yield each
             said, calls = self._parts(output.text, last=output.result is not None)
             if said:
+                for each in self._open_message():
+                    yield each
                 self._said += said
                 yield self._text_event("response.output_text.delta", delta=said, logprobs=[])
             self._items += [_call_item(call) for call in calls]
@@ -143,23 +146,37 @@ class ResponseWriter:
 
     def _begin(self) -> list[ResponseEvent]:
         response = self._response("in_progress")
-        part = OutputText(text="")
-        item = OutputItem(id=self._message_id, type="message", status="in_progress", role="assistant", content=[])
         return [
             self.event("response.created", response=response),
             self.event("response.in_progress", response=response),
-            self.event("response.output_item.added", output_index=0, item=item),
-            self._text_event("response.content_part.added", part=part),
         ]
 
-    def _end(self, result: Result | None) -> list[ResponseEvent]:
-        message = self._message()
-        found = [
+    def _open_message(self) -> list[ResponseEvent]:
+        """The message begins with its first text: where there are calls alone, there is none."""
+        if self._has_message:
+            return []
+        self._has_message = True
+        item = OutputItem(id=self._message_id, type="message", status="in_progress", role="assistant", content=[])
+        return [
+            self.event("response.output_item.added", output_index=0, item=item),
+            self._text_event("response.content_part.added", part=OutputText(text="")),
+        ]
+
+    def _close_message(self, message: OutputItem) -> list[ResponseEvent]:
+        return [
             self._text_event("response.output_text.done", text=self._said, logprobs=[]),
             self._text_event("response.content_part.done", part=OutputText(text=self._said)),
             self.event("response.output_item.done", output_index=0, item=message),
         ]
-        for place, item in enumerate(self._items, start=1):
+
+    def _end(self, result: Result | None) -> list[ResponseEvent]:
+        cut = result is not None and result.finish_reason == "length"
+        status = "incomplete" if cut else "completed"
+        found = [] if self._items else self._open_message()
+        messages = [self._message(status)] if self._has_message else []
+        for message in messages:
+            found += self._close_message(message)
+        for place, item in enumerate(self._items, start=len(messages)):
             begun = msgspec.structs.replace(item, status="in_progress", arguments="")
             whole, at = item.arguments or "", {"item_id": item.id, "output_index": place}
             found += [
@@ -168,17 +185,15 @@ class ResponseWriter:
                 self.event("response.function_call_arguments.done", arguments=whole, name=item.name, **at),
                 self.event("response.output_item.done", output_index=place, item=item),
             ]
-        cut = result is not None and result.finish_reason == "length"
-        status = "incomplete" if cut else "completed"
-        self._last = self._response(status, [message, *self._items], result)
+        self._last = self._response(status, [*messages, *self._items], result)
         return [*found, self.event(f"response.{status}", response=self._last)]
 
     def _text_event(self, type: str, **fields: Any) -> ResponseEvent:
         return self.event(type, item_id=self._message_id, output_index=0, content_index=0, **fields)
 
-    def _message(self) -> OutputItem:
+    def _message(self, status: str) -> OutputItem:
         content = [OutputText(text=self._said)]
-        return OutputItem(id=self._message_id, type="message", status="completed", role="assistant", content=content)
+        return OutputItem(id=self._message_id, type="message", status=status, role="assistant", content=content)
 
     def _parts(self, text: str, *, last: bool) -> tuple[str, list[ToolCall]]:
         return self._parser.parts(text, last=last) if self._calls else (text, [])
@@ -195,9 +210,11 @@ class ResponseWriter:
             usage=_usage(result) if result else None,
             incomplete_details=Incomplete("max_output_tokens") if status == "incomplete" else None,
             instructions=self._asked.instructions,
+            metadata=self._asked.metadata or {},
             parallel_tool_calls=self._asked.parallel_tool_calls is not False,
             temperature=self._asked.temperature,
             top_p=self._asked.top_p,
+            tool_choice=self._asked.tool_choice or "auto",
             tools=[msgspec.to_builtins(tool) for tool in self._asked.tools or ()],
         )
 

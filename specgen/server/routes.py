@@ -60,7 +60,7 @@ ROUTES: tuple[Route, ...] = (
         event=answers.ResponseEvent,
     ),
     Route("GET", "/v1/models", models.models, answer=answers.ModelList),
-    Route("GET", "/v1/models/{model}", models.model, answer=answers.ModelCard),
+    Route("GET", "/v1/models/{model:.+}", models.model, answer=answers.ModelCard),
     Route("POST", "/tokenize", tokens.tokenize, body=protocol.TokenizeRequest, answer=answers.TokenizeAnswer),
     Route("POST", "/detokenize", tokens.detokenize, body=protocol.DetokenizeRequest, answer=answers.DetokenizeAnswer),
     Route(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import signal
-from collections.abc import Callable
-from contextlib import suppress
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 from aiohttp import web
 
 from specgen.api import Engine
+from specgen.errors import InvalidRequest
 from specgen.log import Log
 from specgen.server.app import build_app
 from specgen.server.config import ServerConfig
@@ -23,10 +27,31 @@ _HEAD_SECONDS = 75.0
 _CUT_SECONDS = 0.1
 
 
-async def serve(engine: Engine, config: ServerConfig, on_start: Callable[[str], None] | None = None) -> bool:
+@contextmanager
+def bound(config: ServerConfig) -> Iterator[list[socket.socket]]:
+    """Sockets at the config's host and port, one for each address of the host; until `serve` has them, who comes is
+    refused.
+
+    Raises InvalidRequest for a host that there is not and a port that is not to be had.
+    """
+    with ExitStack() as stack:
+        try:
+            sockets = _all_bound(config, stack)
+        except (OSError, UnicodeError) as error:
+            raise _not_to_be_had(config, error) from None
+        yield sockets
+
+
+async def serve(
+    engine: Engine,
+    config: ServerConfig,
+    sockets: Sequence[socket.socket],
+    on_start: Callable[[str], None] | None = None,
+) -> bool:
     """Serve until SIGTERM or SIGINT, or until the engine is beyond help; a second signal ends it at once.
 
-    on_start: gets the address when requests are taken. Answers whether the engine was well to the end.
+    sockets: where to listen, from `bound`. on_start: gets the address when requests are taken. Answers whether the
+    engine was well to the end. Raises InvalidRequest where another process listens at one of the sockets by now.
     """
     app = build_app(engine, config)
     # Without handler_cancellation a request whose client has gone would run on to its end.
@@ -38,8 +63,8 @@ async def serve(engine: Engine, config: ServerConfig, on_start: Callable[[str], 
     stop, now = asyncio.Event(), asyncio.Event()
     _on_signals(lambda: now.set() if stop.is_set() else stop.set())
     try:
-        site = web.TCPSite(runner, config.host, config.port)
-        await site.start()
+        for each in sockets:
+            await _listen(runner, each, config)
         host, port = runner.addresses[0][:2]
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         log.info("serving", address=address, model=app[SERVICE].name, keys=len(config.api_keys))
@@ -68,6 +93,56 @@ async def drain(app: web.Application, now: asyncio.Event) -> None:
         service.jobs.end_all(ApiError(503, "the server is shutting down", code="shutting_down", retry=1))
         with suppress(TimeoutError):
             await asyncio.wait_for(gate.until_empty(), _LAST_WORDS_SECONDS)
+
+
+async def _listen(runner: web.AppRunner, at: socket.socket, config: ServerConfig) -> None:
+    try:
+        await web.SockSite(runner, at).start()
+    except OSError as error:
+        raise _not_to_be_had(config, error) from None
+
+
+def _places(config: ServerConfig) -> list[tuple[socket.AddressFamily, Any]]:
+    """(family, address) of all that the host's name stands for; no name is every address of this machine."""
+    found = socket.getaddrinfo(config.host or None, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+
+
+def _all_bound(config: ServerConfig, stack: ExitStack) -> list[socket.socket]:
+    sockets, failure = [], OSError("no such address")
+    for family, address in _places(config):
+        try:
+            sockets.append(stack.enter_context(_bound(family, address)))
+        except OSError as error:
+            # "localhost" has an address of the new kind where the machine speaks the old one alone.
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise
+            failure = error
+    if not sockets:
+        raise failure
+    return sockets
+
+
+def _bound(family: socket.AddressFamily, address: Any) -> socket.socket:
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        # Else the connections of a server that has just ended keep the port for a minute.
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            # An address of the old kind has a socket of its own.
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.bind(address)
+    except OSError:
+        made.close()
+        raise
+    return made
+
+
+def _not_to_be_had(config: ServerConfig, error: OSError | UnicodeError) -> InvalidRequest:
+    is_name = isinstance(error, socket.gaierror | UnicodeError)
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    at = f"host {config.host!r}" if is_name else f"port {config.port} of host {config.host!r}"
+    return InvalidRequest(f"{at} is not to be had: {reason}", param="host" if is_name else "port")
 
 
 async def _until_stopped(app: web.Application, stop: asyncio.Event) -> bool:

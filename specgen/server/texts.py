@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -12,7 +13,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from specgen.params import Request
 from specgen.server.answers import ChatLogprobs, StepTrace, TokenLogprob, TopLogprob, TracedNode, TracedToken
 from specgen.text import TextCursor
-from specgen.types import Logprob, Prompt, StepOutput
+from specgen.types import Logprob, Prompt, Result, StepOutput
 
 LOWEST: float = -9999.0
 """OpenAI's word for impossible: JSON has no infinity."""
@@ -27,6 +28,7 @@ class Texts:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.text: Callable[[int], str] = lru_cache(_CACHED)(self._text)
+        self._anchor = self._found_anchor()
 
     def bytes(self, token: int) -> list[int]:
         """What a token stands for, be it a part of a character."""
@@ -37,6 +39,15 @@ class Texts:
         if found := _BYTE.fullmatch(written):
             return [int(found[1], 16)]
         return [_BYTES[letter] for letter in written] if all(letter in _BYTES for letter in written) else []
+
+    def name(self, token: int) -> str:
+        """The text of a token, or, as OpenAI writes parts of characters, its bytes: those have no text, and would all
+        be called the same."""
+        text = self.text(token)
+        if "\ufffd" not in text:
+            return text
+        spelt = bytes(self.bytes(token))
+        return text if spelt == text.encode() else "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelt)
 
     def prompt(self, prompt: Prompt) -> str:
         """A prompt of a completion, text or ids, as text."""
@@ -56,17 +67,65 @@ class Texts:
             ]
         )
 
+    def spelling(self, request: Request) -> Spelling:
+        """For one sequence of a request."""
+        return Spelling(self, request)
+
     def tracer(self, request: Request) -> Tracer:
         """For one sequence of a request."""
         return Tracer(self, request)
 
     def _text(self, token: int) -> str:
-        return self._decode([token], skip_special=False)
+        """A token as it is spelt within a text: at the beginning of one, some tokenizers leave out a space."""
+        alone = self._decode([token], skip_special=False)
+        if self._anchor is None:
+            return alone
+        before, ids = self._anchor
+        behind = self._decode([*ids, token], skip_special=False)
+        return behind.removeprefix(before) if behind.startswith(before) else alone
+
+    def _found_anchor(self) -> tuple[str, list[int]] | None:
+        """A word that others are spelt behind, as text and ids."""
+        if self.tokenizer is None:
+            return None
+        ids = list(self.tokenizer.encode("a", add_special_tokens=False))
+        text = self._decode(ids, skip_special=False)
+        return (text, ids) if text and "\ufffd" not in text else None
 
     def _decode(self, ids: list[int], *, skip_special: bool) -> str:
         if self.tokenizer is None:
             return ""
         found: str = self.tokenizer.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+        return found
+
+
+class Spelling:
+    """The log-probabilities of one sequence as they may be shown, each with the place of its token in the text.
+
+    Those of tokens from behind the beginning of a stop string are not: `text` ends before it. As long as a text may
+    still turn out to be one, they wait.
+    """
+
+    def __init__(self, texts: Texts, request: Request) -> None:
+        skip = request.params.skip_special_tokens
+        self._cursor = TextCursor.after(request.ids, texts.tokenizer, skip_special=skip)
+        self._may_stop = bool(request.params.stop)
+        self._spelt = 0
+        self._shown = 0
+        self._held: deque[tuple[int, Logprob]] = deque()
+
+    def take(self, logprobs: Sequence[Logprob], text: str, result: Result | None) -> list[tuple[int, Logprob]]:
+        """(place, log-probability) of what is to be shown now; logprobs and text are what an output added, result is
+        its last one's."""
+        for each in logprobs:
+            self._held.append((self._spelt, each))
+            self._cursor, piece, _ = self._cursor.advance([each.token])
+            self._spelt += len(piece)
+        self._shown += len(text)
+        is_cut = isinstance(result.stop, str) if result else self._may_stop
+        found = []
+        while self._held and (not is_cut or self._held[0][0] < self._shown):
+            found.append(self._held.popleft())
         return found
 
 

@@ -5,6 +5,7 @@ What the model says is read as JSON and never run.
 
 from __future__ import annotations
 
+import re
 import secrets
 from typing import Any
 
@@ -13,6 +14,7 @@ import msgspec
 from specgen.server.protocol import CalledFunction, ToolCall
 
 _BEGIN, _END = "<tool_call>", "</tool_call>"
+_QUOTES = re.compile(r'\\.|"', re.DOTALL)
 
 
 class _Said(msgspec.Struct):
@@ -32,6 +34,8 @@ class CallParser:
         self._most = most
         self._held = ""
         self._inside = False
+        self._looked = 0
+        self._in_string = False
         self._called = False
 
     def parts(self, text: str, *, last: bool) -> tuple[str, list[ToolCall]]:
@@ -42,21 +46,17 @@ class CallParser:
 
     def feed(self, text: str) -> tuple[str, list[ToolCall]]:
         """Take text in: what may be shown of it now, and the calls that are complete."""
-        said, calls = "", []
+        said = ""
+        calls: list[ToolCall] = []
         self._held += text
-        while True:
-            mark = _END if self._inside else _BEGIN
-            place = self._held.find(mark)
-            if place < 0:
-                break
-            inner, self._held = self._held[:place], self._held[place + len(mark) :]
-            if not self._inside:
-                said += self._shown(inner)
-            elif (call := _call(inner)) is None:
-                said += f"{_BEGIN}{inner}{_END}"
-            else:
+        while (place := self._mark()) >= 0:
+            if self._inside and (call := _call(self._held[:place])):
+                self._take(place, _END)
                 calls += self._counted(call)
-            self._inside = not self._inside
+            elif self._inside:
+                said += self._refused()
+            else:
+                said += self._shown(self._take(place, _BEGIN))
         if not self._inside:
             safe = len(self._held) - _may_begin(self._held)
             said, self._held = said + self._shown(self._held[:safe]), self._held[safe:]
@@ -64,14 +64,40 @@ class CallParser:
 
     def flush(self) -> tuple[str, list[ToolCall]]:
         """The rest, when the text is over. Models leave out the last mark where it would be their end token."""
+        said = ""
+        calls: list[ToolCall] = []
+        while self._inside and (call := _call(self._held)) is None and _END in self._held:
+            # A string that was never closed hid its end; behind it there may be calls.
+            said += self._refused()
+            more, found = self.feed("")
+            said, calls = said + more, calls + found
         held, self._held = self._held, ""
         if not self._inside:
-            return self._shown(held), []
+            return said + self._shown(held), calls
         self._inside = False
-        call = _call(held)
-        if call is None:
-            return _BEGIN + held, []
-        return "", self._counted(call)
+        return (said + _BEGIN + held, calls) if call is None else (said, calls + self._counted(call))
+
+    def _mark(self) -> int:
+        """Where the next mark stands in what is held; -1 while there is none. An end inside a string is part of it."""
+        if not self._inside:
+            return self._held.find(_BEGIN)
+        while (place := self._held.find(_END, self._looked)) >= 0:
+            quotes = sum(found == '"' for found in _QUOTES.findall(self._held, self._looked, place))
+            self._in_string ^= quotes % 2 == 1
+            if not self._in_string:
+                return place
+            self._looked = place + len(_END)
+        return -1
+
+    def _take(self, place: int, mark: str) -> str:
+        """Go on behind a mark; what stands before it."""
+        before, self._held = self._held[:place], self._held[place + len(mark) :]
+        self._inside, self._looked, self._in_string = not self._inside, 0, False
+        return before
+
+    def _refused(self) -> str:
+        """What begins as a call and is none, up to the first mark of an end, as text."""
+        return f"{_BEGIN}{self._take(self._held.find(_END), _END)}{_END}"
 
     def _counted(self, call: ToolCall) -> list[ToolCall]:
         self.found += 1

@@ -14,7 +14,7 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET, UnsetType
 
-from specgen.params import SamplingParams
+from specgen.params import Request, SamplingParams
 from specgen.server.answers import (
     CompletionDetails,
     PromptDetails,
@@ -30,8 +30,8 @@ from specgen.server.logs import TIMING, report
 from specgen.server.protocol import Sampling, StreamOptions
 from specgen.server.service import SERVICE, Service
 from specgen.server.sse import EventStream, ReaderTooSlow
-from specgen.server.texts import Tracer
-from specgen.types import Prompt, Result, StepOutput
+from specgen.server.texts import Spelling, Tracer
+from specgen.types import Logprob, Prompt, Result, StepOutput
 
 _PADDED_TO = 256
 
@@ -40,6 +40,8 @@ class Writer(ABC):
     """One answer. A subclass knows its shape; this class what all shapes hold."""
 
     prefix: str
+    field: str
+    """Where the prompts stand in a request."""
 
     def __init__(self, asked: Sampling, service: Service) -> None:
         self.service = service
@@ -49,7 +51,11 @@ class Writer(ABC):
         self.model = asked.model or service.name
         self.options = asked.stream_options or StreamOptions()
         self._completion = 0
+        self._spellings: dict[int, Spelling] = {}
         self._tracers: dict[int, Tracer] = {}
+
+    async def begin(self, job: Job) -> None:
+        """What is to be done when the job was accepted, before the answer."""
 
     @abstractmethod
     def answer(self, job: Job, results: Sequence[Result]) -> msgspec.Struct:
@@ -65,6 +71,7 @@ class Writer(ABC):
 
     async def events(self, job: Job) -> AsyncIterator[msgspec.Struct]:
         """All events of a stream, but for its [DONE]."""
+        await self.begin(job)
         results: list[Result] = []
         async for choice, output in job.outputs():
             self._completion += len(output.tokens)
@@ -107,9 +114,23 @@ class Writer(ABC):
             found.per_step_drafted = list(stats.per_step_drafted)
         return RequestMetrics(found)
 
+    def spelt(
+        self, job: Job, choice: int, logprobs: Sequence[Logprob], text: str, result: Result | None
+    ) -> list[tuple[int, Logprob]]:
+        """(place in the text, log-probability) of the tokens of a choice that may be shown by now: see `Spelling`."""
+        request = self._request(job, choice)
+        if request.params.logprobs is None:
+            return []
+        if choice not in self._spellings:
+            self._spellings[choice] = self.service.texts.spelling(request)
+        return self._spellings[choice].take(logprobs, text, result)
+
+    def _request(self, job: Job, choice: int) -> Request:
+        return job.prepared[choice // (self.asked.n or 1)][0]
+
     def trace(self, job: Job, choice: int, output: StepOutput) -> StepTrace | UnsetType:
         """Who guessed what, where the request asks for it."""
-        request = job.prepared[choice // (self.asked.n or 1)][0]
+        request = self._request(job, choice)
         if not request.params.trace or not output.tokens:
             return UNSET
         tracer = self._tracers.setdefault(choice, self.service.texts.tracer(request))
@@ -133,10 +154,15 @@ async def respond(
 ) -> web.StreamResponse:
     """Run a request and answer it, whole or as a stream."""
     service = request.app[SERVICE]
-    running = service.jobs.run(request[CALLER], request[TIMING], prompts, params)
+    running = service.jobs.run(request[CALLER], request[TIMING], prompts, params, writer.field)
     if not writer.asked.stream:
         async with running as job:
-            return json_response(writer.answer(job, await job.results()))
+            await writer.begin(job)
+            results = await job.results()
+            if params.logprobs is None:
+                return json_response(writer.answer(job, results))
+            # The text of each token and of those that were likely too takes a while.
+            return json_response(await service.jobs.in_thread(lambda: writer.answer(job, results)))
     return await stream(request, running, writer.events)
 
 

@@ -241,6 +241,10 @@ async def test_the_description_is_valid_and_lists_every_route(world: World) -> N
         if route.resource and not route.resource.canonical.startswith("/page") and route.resource.canonical != "/"
     }
     assert set(document["paths"]) == served
+    (named,) = document["paths"]["/v1/models/{model}"]["get"]["parameters"]
+    assert (named["name"], named["in"]) == ("model", "path")
+    # An adapter that does not fit is a 400 too.
+    assert not any("422" in kind["responses"] for path in document["paths"].values() for kind in path.values())
     chat = document["components"]["schemas"]["ChatRequest"]
     assert {"messages", "prediction", "speculation"} <= set(chat["properties"])
     assert chat["required"] == ["messages"]

@@ -54,6 +54,21 @@ def form(kind: str, value: Any) -> bytes:
     return chat(structured_outputs={kind: value})
 
 
+def called(arguments: str) -> bytes:
+    call = {"id": "1", "function": {"name": "f", "arguments": arguments}}
+    return chat(messages=[{"role": "user", "content": "x", "tool_calls": [call]}])
+
+
+def response_called(arguments: str) -> bytes:
+    call = {"type": "function_call", "call_id": "1", "name": "f", "arguments": arguments}
+    return json.dumps({"input": [{"role": "user", "content": "x"}, call], "max_output_tokens": 4}).encode()
+
+
+def deep(body: bytes, levels: int) -> bytes:
+    """The body with a nested schema for its "@", which `json.dumps` could not write."""
+    return body.replace(b'"@"', b'{"items": ' * levels + b"{}" + b"}" * levels)
+
+
 def schema(value: Any) -> bytes:
     return chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": value}})
 
@@ -112,6 +127,11 @@ BODIES: dict[str, tuple[str, bytes, tuple[int, ...]]] = {
         chat(messages=[{"role": "user", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{"}}]}]),
         (400,),
     ),
+    "calls without arguments": (PATH, called(""), (200,)),
+    "calls nested too deeply": (PATH, called("[" * 60_000), (400,)),
+    "calls nested as deeply as can be read": (PATH, called("[" * 900 + "]" * 900), (200, 400)),
+    "a response's calls nested too deeply": ("/v1/responses", response_called("[" * 60_000), (400,)),
+    "usage of no stream": (PATH, chat(stream_options={"include_usage": True}), (400,)),
     "a bad schema": (PATH, schema({"type": 7}), (400,)),
     "no schema": (PATH, schema("x"), (400,)),
     "a schema elsewhere": (PATH, schema({"$ref": "http://127.0.0.1:1/schema"}), (400,)),
@@ -139,6 +159,11 @@ BODIES: dict[str, tuple[str, bytes, tuple[int, ...]]] = {
     "many prompts": (COMPLETIONS, completion(prompt=["a"] * 65), (400,)),
     "mixed prompts": (COMPLETIONS, completion(prompt=["a", 1]), (400,)),
     "prompt ids outside": (COMPLETIONS, completion(prompt=[99999]), (400,)),
+    "echo of an id below": (COMPLETIONS, completion(echo=True, prompt=[-1]), (400,)),
+    "echo of a huge id": (COMPLETIONS, completion(echo=True, prompt=[10**30]), (400,)),
+    "echo of a text and an id": (COMPLETIONS, completion(echo=True, prompt=["a", 3]), (400,)),
+    "echo of an id and a text": (COMPLETIONS, completion(echo=True, prompt=[3, "a"]), (400,)),
+    "echo of all kinds": (COMPLETIONS, completion(echo=True, prompt=[[1], "a", 2]), (400,)),
     "echo of nothing": (COMPLETIONS, completion(echo=True, max_tokens=0), (400,)),
     "best_of": (COMPLETIONS, completion(best_of=3), (400,)),
     "best_of one": (COMPLETIONS, completion(best_of=1), (200,)),
@@ -202,6 +227,13 @@ async def test_a_bad_body_is_an_answer(world: World, name: str, stream: bool) ->
             assert json.loads(text)["error"]["message"]
             assert len(text) < 2000
         assert answer.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("body", [chat(guided_json="@"), form("json", "@"), chat(tool_choice="@"), schema("@")])
+async def test_no_depth_is_an_internal_error(world: World, body: bytes) -> None:
+    """What can be read and what can be made of it end at different depths."""
+    statuses = {await send(world, PATH, deep(body, levels)) for levels in range(880, 1010)}
+    assert statuses == {400}
 
 
 async def send(world: World, path: str, body: bytes, **headers: str) -> int:
@@ -498,6 +530,77 @@ async def test_a_key_has_its_share_and_its_rate(shared_engine: Any) -> None:
         assert 1 <= int(caught.value.response.headers["Retry-After"]) <= 60
 
 
+async def test_what_never_fits_is_not_worth_another_try(shared_engine: Any) -> None:
+    """More sequences than an idle server takes: 400, with what there is room for."""
+    most = shared_engine.config.max_running + 3
+    async with serving(shared_engine, key_sequences=4, max_queued=3, max_n=64) as world:
+        with pytest.raises(openai.BadRequestError, match="5 sequences.* at most 4 at once with one key") as caught:
+            await world.client().chat.completions.create(**SHORT, n=5)
+        assert caught.value.param == "n"
+        assert (await world.client().chat.completions.create(**{**SHORT, "max_tokens": 1}, n=4)).choices
+    async with serving(shared_engine, max_queued=3) as world:
+        with pytest.raises(openai.BadRequestError, match=f"{64 * 16} sequences.* at most {most} at once"):
+            await world.client().completions.create(model="tiny", prompt=["a"] * 64, n=16)
+
+
+def begin(world: World, path: str, body: bytes, size: int) -> socket.socket:
+    """Send a head, and of its body of `size` bytes so much."""
+    reader = socket.create_connection(("127.0.0.1", world.port))
+    reader.settimeout(10)
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {size}\r\n\r\n"
+    reader.sendall(head.encode() + body)
+    return reader
+
+
+def received(reader: socket.socket) -> bytes:
+    """All that comes until the connection is closed."""
+    with reader:
+        return b"".join(iter(lambda: reader.recv(65536), b""))
+
+
+@pytest.mark.parametrize("path", [PATH, COMPLETIONS, "/v1/responses", "/tokenize", "/detokenize"])
+async def test_a_body_that_does_not_come_is_not_waited_for_beyond_the_deadline(shared_engine: Any, path: str) -> None:
+    async with serving(shared_engine, request_seconds=0.2) as world:
+        reader = await asyncio.to_thread(begin, world, path, b"{", 100)
+        began = time.monotonic()
+        answer = await asyncio.to_thread(received, reader)
+        assert time.monotonic() - began < 5
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"connection: close" in answer.lower()
+    assert json.loads(answer.split(b"\r\n\r\n")[1])["error"]["code"] == "timeout"
+
+
+async def test_the_time_that_a_body_takes_counts(shared_engine: Any) -> None:
+    """What comes late has so much less time to run."""
+    body = json.dumps(LONG).encode()
+    async with serving(shared_engine, request_seconds=1.5) as world:
+        reader = await asyncio.to_thread(begin, world, PATH, body[:-1], len(body))
+        began = time.monotonic()
+        await asyncio.sleep(1.2)
+        reader.sendall(body[-1:])
+        answer = await asyncio.to_thread(received, reader)
+        assert time.monotonic() - began < 2.4
+    assert answer.startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_was_generated_for_a_client_that_left_is_counted(world: World, stream: bool) -> None:
+    reader = await asyncio.to_thread(connect, world, {**LONG, "stream": stream, "n": 2})
+    await until(lambda: world.engine.load.running)
+    steps = world.engine.counters.steps
+    await until(lambda: world.engine.counters.steps > steps + 5)
+    reader.close()
+    await until(lambda: not world.engine.load.running)
+    aborted = 'specgen:request_success_total{finished_reason="abort",model_name="tiny"}'
+    async with asyncio.timeout(10):
+        while (found := await world.metrics()).get(aborted) != 2:
+            await asyncio.sleep(0.01)
+    prompt = len(world.engine.encode(Chat(HELLO)))
+    assert found['specgen:prompt_tokens_total{model_name="tiny"}'] == 2 * prompt
+    assert found['specgen:generation_tokens_total{model_name="tiny"}'] >= 5
+    assert found['specgen:e2e_request_latency_seconds_count{model_name="tiny"}'] == 0
+
+
 # What fails inside.
 
 
@@ -760,7 +863,7 @@ async def test_routes_of_plugins_are_served_where_the_config_names_them() -> Non
 FILES = ("/", "/page/page.css", "/page/page.js", "/page/tree.js")
 """The playground, which holds no secrets and asks for a key itself."""
 ADMIN = {"POST /v1/load_lora_adapter", "POST /v1/unload_lora_adapter"}
-OPEN = {"GET /health", "GET /ready", *(f"{method} {path}" for path in FILES for method in ("GET", "HEAD"))}
+OPEN = {f"{method} {path}" for path in ("/health", "/ready", *FILES) for method in ("GET", "HEAD")}
 
 
 @pytest.mark.parametrize("key", [None, "", "wrong", "one ", "Öne", "o" * 7000])

@@ -177,6 +177,48 @@ async def test_log_probabilities_of_completions(world: World) -> None:
         assert top[token] == value == max(top.values())
 
 
+async def test_parts_of_characters_are_called_by_their_bytes(world: World) -> None:
+    """All of them would have one name otherwise; the place of a character is that of each of its parts."""
+    answer = await world.client().completions.create(
+        model="tiny", prompt="ab", max_tokens=8, logprobs=20, extra_body=say("xé→y")
+    )
+    found = answer.choices[0].logprobs
+    assert found
+    assert found.tokens
+    bytewise = [f"bytes:\\x{byte:02x}" for byte in "é→".encode()]
+    assert found.tokens[:7] == ["x", *bytewise, "y"]
+    assert (found.text_offset or [])[:7] == [0, 1, 1, 2, 2, 2, 3]
+    assert found.top_logprobs
+    assert {len(top) for top in found.top_logprobs} <= {20, 21}
+
+
+@pytest.mark.parametrize(("stop", "shown"), [("lo", "hel"), ("el", "h"), ("zz", "hello there")])
+async def test_what_is_behind_a_stop_has_no_log_probabilities(world: World, stop: str, shown: str) -> None:
+    client, letters = world.client(), list({"lo": "hel", "el": "h"}.get(stop, "hello there"))
+    asked: dict[str, Any] = {"model": "tiny", "stop": stop, "max_tokens": 40, "extra_body": say("hello there")}
+    chats: dict[str, Any] = {**asked, "messages": HELLO, "logprobs": True}
+    texts: dict[str, Any] = {**asked, "prompt": "ab", "logprobs": 1}
+    whole = await client.chat.completions.create(**chats)
+    content = (whole.choices[0].logprobs or pytest.fail("none")).content or []
+    assert whole.choices[0].message.content == shown
+    assert [each.token for each in content][: len(shown)] == letters
+    assert len(content) == len(shown) + (stop == "zz")
+    streamed = []
+    async for chunk in await client.chat.completions.create(**chats, stream=True):
+        streamed += [each for choice in chunk.choices if choice.logprobs for each in choice.logprobs.content or ()]
+    assert streamed == content
+    text = (await client.completions.create(**texts)).choices[0].logprobs
+    assert text
+    tokens: list[str] = []
+    places: list[int] = []
+    async for part in await client.completions.create(**texts, stream=True):
+        if part.choices and (added := part.choices[0].logprobs):
+            tokens, places = tokens + (added.tokens or []), places + (added.text_offset or [])
+    assert (tokens, places) == (text.tokens, text.text_offset)
+    assert places == list(range(len(places)))
+    assert len(places) == len(content)
+
+
 async def test_stops_end_a_text(world: World) -> None:
     client = world.client()
     for stop, text in (("lo", "hel"), (["xx", " t"], "hello")):
@@ -306,6 +348,7 @@ async def test_the_answers_of_tools_go_into_the_next_turn(world: World) -> None:
         ({"logit_bias": {"9999": 1}}, 400, "logit_bias", "400"),
         ({"logit_bias": {"a": 1}}, 400, "logit_bias", "400"),
         ({"top_logprobs": 2}, 400, "top_logprobs", "400"),
+        ({"extra_body": {"stream_options": {}, "stream": False}}, 400, "stream_options", "400"),
         ({"seed": 2**65}, 400, "seed", "400"),
         ({"response_format": {"type": "yaml"}}, 400, "response_format", "400"),
         ({"response_format": {"type": "json_schema"}}, 400, "response_format", "400"),
@@ -416,6 +459,23 @@ async def test_models_are_listed_and_found(world: World) -> None:
     assert (await world.client().models.retrieve("tiny")).id == "tiny"
     with pytest.raises(openai.NotFoundError):
         await world.client().models.retrieve("other")
+
+
+async def test_a_name_may_hold_slashes_and_a_head_is_answered(shared_engine: Any) -> None:
+    async with serving(shared_engine, name="org/some/name") as world:
+        assert (await world.client().models.retrieve("org/some/name")).id == "org/some/name"
+        for path in ("/v1/models/org/some/name", "/v1/models/org%2Fsome%2Fname"):
+            async with world.http.get(f"{world.url}{path}") as answer:
+                assert (answer.status, (await answer.json())["id"]) == (200, "org/some/name")
+        for path in ("/health", "/ready", "/v1/models"):
+            async with world.http.head(f"{world.url}{path}") as answer:
+                assert (answer.status, await answer.read()) == (200, b"")
+
+
+async def test_what_is_too_long_is_named_as_the_request_does(world: World) -> None:
+    with pytest.raises(openai.BadRequestError, match="2 in the prompt, 5000 in the completion") as caught:
+        await world.client().completions.create(model="tiny", prompt="ab", max_tokens=5000)
+    assert caught.value.param == "prompt"
 
 
 async def test_a_deadline_ends_a_request(shared_engine: Any) -> None:

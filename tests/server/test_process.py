@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,11 +19,15 @@ from urllib.error import HTTPError
 
 import openai
 import pytest
+from typer.testing import CliRunner
 
 from specgen import Engine
+from specgen.cli.app import app
 from specgen.cli.serve import _run
 from specgen.errors import InvalidRequest, UnknownName
 from specgen.server.config import ServerConfig
+from specgen.server.limits import Gate
+from specgen.server.serve import bound, serve
 from tests.server.worlds import HELLO, model, tokenizer
 
 PLUGIN = """import time
@@ -174,11 +179,53 @@ def test_settings_come_from_file_environment_and_flags(tmp_path: Path) -> None:
         ({"metrics_compat": "x"}, InvalidRequest, "metrics_compat"),
         ({"api_keys": [""]}, InvalidRequest, "a key is empty"),
         ({"api_keys": ["a b"]}, InvalidRequest, "visible"),
+        ({"engine": "foo"}, InvalidRequest, "engine in the command line is 'foo'; it must hold settings by name"),
     ],
 )
 def test_bad_settings_are_refused_by_name(values: dict[str, Any], kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         ServerConfig.load(None, {}, values)
+
+
+@pytest.mark.parametrize("rate", ["0/minute", "-1/minute", "often"])
+def test_a_rate_that_lets_nobody_in_is_refused(rate: str) -> None:
+    with pytest.raises(InvalidRequest, match="key_rate is"):
+        Gate(ServerConfig(key_rate=rate), 1)
+
+
+@pytest.mark.parametrize(
+    ("host", "message"),
+    [("127.0.0.1", "port {port} of host '127.0.0.1' is not to be had"), ("no.such.host.invalid", "host 'no.such")],
+)
+def test_a_place_that_is_not_to_be_had_is_told_before_a_model_is_loaded(
+    host: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one line, with exit code 2."""
+    monkeypatch.setattr("specgen.cli.serve._engine", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("specgen.server.logs.configure", lambda _: None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = CliRunner().invoke(app, ["serve", "nothing", "--host", host, "--port", str(port)])
+    assert done.exit_code == 2, done.output
+    (line,) = done.stderr.splitlines()
+    assert message.format(port=port) in line
+
+
+def test_what_the_environment_says_of_the_engine_must_be_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECGEN_SERVER_ENGINE", "foo")
+    done = CliRunner().invoke(app, ["serve", "nothing"])
+    assert done.exit_code == 2, done.output
+    assert "engine in the environment is 'foo'" in done.stderr
+
+
+async def test_a_port_that_another_took_meanwhile_is_told(shared_engine: Engine) -> None:
+    """Two servers may have bound the same while they loaded their models; one of them listens first."""
+    with bound(ServerConfig(port=0)) as first:
+        config = ServerConfig(port=first[0].getsockname()[1])
+        with bound(config) as second:
+            first[0].listen()
+            with pytest.raises(InvalidRequest, match=f"port {config.port}"):
+                await serve(shared_engine, config, second)
 
 
 def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
@@ -199,7 +246,7 @@ def test_what_was_built_before_the_first_request_is_not_looked_through_again(mon
     monkeypatch.setattr("specgen.server.serve.serve", run)
     before = len(gc.get_objects())
     try:
-        _run(cast(Engine, None), ServerConfig())
+        _run(cast(Engine, None), ServerConfig(), [])
     finally:
         gc.unfreeze()
     assert left[0] < before / 20

@@ -70,6 +70,42 @@ async def test_calls_are_items_of_their_own(world: World) -> None:
     assert json.loads(final.output[1].arguments) == {"city": "Paris"}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_calls_alone_bring_no_message(world: World, stream: bool) -> None:
+    said = {"plugin_processors": {"say": {"text": CALL}}}
+    asked: dict[str, Any] = {"model": "tiny", "input": "hello", "tools": TOOLS, "temperature": 0, "extra_body": said}
+    if stream:
+        async with world.client().responses.stream(**asked) as events:
+            added = [event.output_index async for event in events if event.type == "response.output_item.added"]
+            answer: Any = await events.get_final_response()
+        assert added == [0]
+    else:
+        answer = await world.client().responses.create(**asked)
+    assert [item.type for item in answer.output] == ["function_call"]
+
+
+async def test_a_message_that_was_cut_says_so(world: World) -> None:
+    answer: Any = await world.client().responses.create(input="hello there", **SEEDED)
+    assert (answer.status, answer.output[0].status) == ("incomplete", "incomplete")
+    ended: Any = await world.client().responses.create(
+        model="tiny", input="hello", extra_body={"plugin_processors": {"say": {"text": "Hi"}}}
+    )
+    assert (ended.status, ended.output[0].status) == ("completed", "completed")
+    assert ended.output_text == "Hi"
+
+
+async def test_what_was_asked_is_in_the_answer(world: World) -> None:
+    choice: Any = {"type": "function", "name": "weather"}
+    asked: dict[str, Any] = {"model": "tiny", "input": "hello", "tools": TOOLS, "max_output_tokens": 60}
+    for wanted in ("none", "auto", choice):
+        answer: Any = await world.client().responses.create(**asked, tool_choice=wanted, metadata={"a": "b"})
+        found = answer.tool_choice
+        assert (found if isinstance(found, str) else found.model_dump(exclude_none=True)) == wanted
+        assert answer.metadata == {"a": "b"}
+    plain: Any = await world.client().responses.create(model="tiny", input="hello", max_output_tokens=2)
+    assert (plain.tool_choice, plain.metadata) == ("auto", {})
+
+
 async def test_earlier_calls_and_what_they_gave_go_in(world: World) -> None:
     turns: list[Any] = [
         {"role": "user", "content": "weather?"},
@@ -93,6 +129,8 @@ async def test_earlier_calls_and_what_they_gave_go_in(world: World) -> None:
         ({"input": [{"content": "x"}]}, "input[0]"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0]"),
         ({"max_output_tokens": 0}, "max_tokens"),
+        ({"max_output_tokens": 5000}, "input"),
+        ({"metadata": {"a": 1}}, "metadata[...]"),
     ],
 )
 async def test_what_a_chat_cannot_say_is_refused(world: World, options: dict[str, Any], param: str) -> None:

@@ -21,6 +21,9 @@ PIECES = (
     '{"name": "f", "arguments": {}}',
     '{"name": "f"',
     "}",
+    '"',
+    '{"name": "f", "arguments": {"a": "',
+    "\\",
     " ",
     "\n",
     "é",
@@ -46,6 +49,23 @@ def test_how_a_text_is_cut_changes_nothing(pieces: list[str]) -> None:
     assert parsed(pieces) == parsed([whole]) == parsed(list(whole))
     said, calls = parsed([whole])
     assert calls or said == whole
+
+
+MARKED = '<tool_call>{"name": "f", "arguments": {"a": "<x> \\"</tool_call>\\" and </tool_call>"}}</tool_call>'
+CALLED = ("f", '{"a":"<x> \\"</tool_call>\\" and </tool_call>"}')
+
+
+@pytest.mark.parametrize("text", [MARKED, MARKED.removesuffix("</tool_call>")])
+def test_the_mark_of_an_end_may_stand_in_an_argument(text: str) -> None:
+    for pieces in ([text], list(text)):
+        assert parsed(pieces) == ("", [CALLED])
+        assert parsed([*pieces, *MARKED]) == ("", [CALLED, CALLED]) or not text.endswith(">")
+
+
+def test_a_string_that_is_never_closed_hides_no_call_behind_it() -> None:
+    odd = '<tool_call>5" long</tool_call> well '
+    for pieces in ([odd + MARKED], list(odd + MARKED)):
+        assert parsed(pieces) == (odd, [CALLED])
 
 
 @pytest.mark.parametrize(

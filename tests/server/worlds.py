@@ -185,10 +185,10 @@ class World:
 
 
 @asynccontextmanager
-async def serving(own: Engine | None = None, **settings: Any) -> AsyncIterator[World]:
+async def serving(own: Engine | None = None, *, name: str = "tiny", **settings: Any) -> AsyncIterator[World]:
     """A server on a free port, with everything given back at the end."""
     found = own or engine()
-    app = build_app(found, ServerConfig(served_model_name="tiny", **settings))
+    app = build_app(found, ServerConfig(served_model_name=name, **settings))
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1.0)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
