@@ -340,6 +340,7 @@ def test_load_tells_who_runs_and_who_waits(model: PreTrainedModel) -> None:
         assert (engine.load.running, engine.load.waiting, engine.load.used_pages) == (0, 0, 0)
         streams = [engine.stream(PROMPT, max_tokens=100, processors=[Slow(0.01)]) for _ in range(3)]
         next(streams[0])
+        engine.check()  # behind it on the engine's thread all three are queued
         assert (engine.load.running, engine.load.waiting) == (1, 2)
         assert 0 < engine.load.used_pages <= engine.load.total_pages
         for stream in streams:
