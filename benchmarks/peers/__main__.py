@@ -125,6 +125,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     options.add_argument("--batches", nargs="*", type=int, metavar="N", help="sizes of the batches; default: 8 and 32")
     options.add_argument("--draft-model", metavar="PATH", help="for transformers' assisted generation")
+    options.add_argument(
+        "--head",
+        type=Path,
+        metavar="FOLDER",
+        help="specgen drafts with it, recycling and suffix; default: as it is made",
+    )
     args = harness.parse(options, argv, full=FULL, quick=QUICK)
     if args.batches is None:
         args.batches = BATCHES[args.quick]

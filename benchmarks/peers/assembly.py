@@ -53,6 +53,7 @@ def options(args: argparse.Namespace, prompts: Sequence[Prompt], batches: Sequen
         "streams": max([1, *map(len, batches)]),
         "kv_tokens": max([_KV_TOKENS, *needs]),
         "draft_model": args.draft_model,
+        "drafters": {"eagle": {"path": str(args.head)}, "recycling": {}, "suffix": {}} if args.head else None,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ class Peer:
         from specgen import Engine
 
         torch.set_num_threads(options["threads"])
+        self._runs = count()
         self.engine = Engine.from_pretrained(
             model,
             dtype=options["dtype"],
@@ -27,6 +29,7 @@ class Peer:
             kv_tokens=options["kv_tokens"],
             max_running=options["streams"],
             prefix_cache=False,
+            **({} if options["drafters"] is None else {"drafters": options["drafters"]}),
         )
         if options["compile"] and not self.engine.target.compiled:
             raise RuntimeError("its forward did not compile; the log says why")
@@ -34,6 +37,8 @@ class Peer:
     def run(self, prompts: Sequence[Sequence[int]], tokens: int, setting: str, clock: Any) -> None:
         """Greedy, to the end token or the budget."""
         options: dict[str, Any] = {"temperature": 0, "max_tokens": tokens, "speculation": _SPECULATION[setting]}
+        # Nobody drafts from what was said when the same prompt came before.
+        options["cache_salt"] = str(next(self._runs))
         if len(prompts) == 1:
             for output in self.engine.stream(list(prompts[0]), **options):
                 clock.note(0, output.tokens)
