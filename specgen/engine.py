@@ -330,11 +330,10 @@ class EngineCore:
 
     def _end_lost(self) -> list[StepOutput]:
         """End those whose adapter cannot be brought back."""
-        lost = [(s, s.adapter.failure) for s in self.scheduler.waiting if s.adapter and s.adapter.failure]
-        for sequence, _ in lost:
-            if sequence.adapter:
-                self.adapters.forgive(sequence.adapter)
-        return [self._close(sequence, sequence.end(Finish("error", error=error))) for sequence, error in lost]
+        lost = [(s, s.adapter, s.adapter.failure) for s in self.scheduler.waiting if s.adapter and s.adapter.failure]
+        for _, adapter, _ in lost:
+            self.adapters.forgive(adapter)
+        return [self._close(sequence, sequence.end(Finish("error", error=error))) for sequence, _, error in lost]
 
     def _await_adapter(self) -> list[StepOutput]:
         """Nobody can run before an adapter has arrived: look again when one has."""

@@ -196,25 +196,20 @@ class PageFolder:
             header, rows = decode(raw)
             if header != wanted:
                 raise DamagedPage("it holds another page")
-            self.touch(name)
         except (DamagedPage, OSError) as error:
             self._reject(name, error)
             return None
-        return rows
-
-    def touch(self, name: str) -> None:
-        """Take a page that is there for the one used last. Raises OSError if its file is out of reach."""
-        if self._writable:
-            os.utime(self._path(name))
-        self._sizes.move_to_end(name)
+        return rows if self.use(name) else None
 
     def use(self, name: str) -> bool:
-        """The same; False if it is gone, or goes since it is out of reach."""
+        """Take a page that is there for the one used last; False if its file is out of reach, and then it goes."""
         try:
-            self.touch(name)
+            if self._writable:
+                os.utime(self._path(name))
         except OSError as error:
             self._reject(name, error)
             return False
+        self._sizes.move_to_end(name)
         return True
 
     def age(self, name: str) -> None:

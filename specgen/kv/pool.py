@@ -63,6 +63,7 @@ class KVPool:
         self._dtype = dtype
         self.shapes = tuple(layers)
         self.bytes_per_token = kind.bytes_per_token(layers, dtype)
+        self.page_bytes = page_size * self.bytes_per_token
         self.holders: set[Holder] = set()
         self.reserve: Reserve | None = None
         self._free = torch.ones(pages, dtype=torch.bool)

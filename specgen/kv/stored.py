@@ -60,7 +60,7 @@ class StoredPrefixes:
         if tiers is None or tiers.disk is None:
             return
         room = tiers.disk.max_bytes
-        chosen = self._latest(None if room is None else room // (self._page_bytes + _FILE_BYTES))
+        chosen = self._latest(None if room is None else room // (self.cache.pool.page_bytes + _FILE_BYTES))
         # From the end of each text on: what stands before others is deleted after them.
         for node in reversed(chosen):
             if node.page is not None or node.kept is not None:
@@ -101,11 +101,10 @@ class StoredPrefixes:
     def _save(self, node: Node, folder: PageFolder) -> bool:
         if len(node.ids) < self.cache.pool.page_size:
             return False
-        header = self.header(node)
-        if node.page is not None:
-            return folder.write(header, self.cache.pool.rows_of(node.page))
-        rows = self.cache.tiers.rows(node.kept) if self.cache.tiers and node.kept else None
-        return rows is not None and folder.write(header, rows)
+        rows = self._rows(node)
+        if rows is None and self.cache.tiers and node.kept:
+            rows = self.cache.tiers.rows(node.kept)
+        return rows is not None and folder.write(self.header(node), rows)
 
     def _load(self, node: Node, header: PageHeader, folder: PageFolder) -> bool:
         pool, tiers = self.cache.pool, self.cache.tiers
@@ -133,10 +132,6 @@ class StoredPrefixes:
             if node.parent in used:
                 used[node.parent] = max(used[node.parent], used[node])
         return sorted(nodes, key=lambda node: -used[node])[:most]
-
-    @property
-    def _page_bytes(self) -> int:
-        return self.cache.pool.bytes_per_token * self.cache.pool.page_size
 
     def _rows(self, node: Node) -> list[Tensor] | None:
         """The KV of a page that is in the pool."""
@@ -190,7 +185,7 @@ def open_cache(
     pool: KVPool, options: CacheOptions, *, identity: Callable[[], str], token_seconds: Callable[[], float]
 ) -> PrefixCache:
     """A prefix cache with its tiers. Raises InvalidRequest when the folder cannot be used, or no page fits a tier."""
-    page_bytes = pool.bytes_per_token * pool.page_size
+    page_bytes = pool.page_bytes
     if options.host_bytes:
         _check_room("host_cache_bytes", options.host_bytes, page_bytes)
     if options.disk_folder is not None:

@@ -51,7 +51,8 @@ def _ids(target: PackedModel, count: int, first: int = 1) -> list[int]:
 
 
 @contextmanager
-def _tables(target: PackedModel, *tokens: int) -> Iterator[list[BlockTable]]:
+def opened_tables(target: PackedModel, *tokens: int) -> Iterator[list[BlockTable]]:
+    """Tables of the target's pool with slots for so many tokens each, released on the way out."""
     tables = [target.pool.open() for _ in tokens]
     try:
         for table, count in zip(tables, tokens, strict=True):
@@ -71,7 +72,7 @@ def _chunk(table: BlockTable, ids: Sequence[int]) -> Segment:
 def _read(target: PackedModel, ids: Sequence[int], parts: Sequence[int], *, company: bool = False) -> Tensor:
     """The logits of all rows of `ids`, read in `parts`; with `company` between the rows of two other texts."""
     logits = []
-    with _tables(target, len(ids), 7, _COMPANY) as (table, before, behind):
+    with opened_tables(target, len(ids), 7, _COMPANY) as (table, before, behind):
         for part in parts:
             segments = [_chunk(table, ids[table.length : table.length + part])]
             if company:
@@ -89,7 +90,7 @@ def _in_tree(target: PackedModel, ids: Sequence[int]) -> Tensor:
     wrong = _ids(target, 4, first=11)
     tree = [wrong[0], ids[-3], wrong[1], wrong[2], ids[-2], wrong[3], ids[-1]]
     parents = [-1, -1, 0, 1, 1, 3, 4]
-    with _tables(target, 2 * len(ids), 7) as (table, before):
+    with opened_tables(target, 2 * len(ids), 7) as (table, before):
         target.forward([_chunk(table, ids[:-5])])
         table.commit(len(ids) - 5)
         segments = [_chunk(before, _ids(target, 7, first=5)), hung_rows(table, ids[-5:-3], tree, parents)]
@@ -103,7 +104,7 @@ def _culprit(target: PackedModel, ids: Sequence[int]) -> str:
     """The first layer whose output for one row changes when other rows stand beside it."""
     traces = []
     for company in (False, True):
-        with _tables(target, len(ids), _COMPANY) as (table, other):
+        with opened_tables(target, len(ids), _COMPANY) as (table, other):
             target.forward([_chunk(table, ids[:-1])])
             table.commit(len(ids) - 1)
             segments = [_chunk(table, ids[-1:])]
