@@ -15,15 +15,15 @@ PACKAGE = ROOT / "specgen"
 # Left may not import right. Top-level modules and folders of specgen; those in one pair of brackets do not know one
 # another. Everything is looked at, imports inside functions and under TYPE_CHECKING too.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
-    ("types", "adapter", "folders", "log", "workers"),
+    ("errors", "foreign_options"),
+    ("types", "adapter", "folders", "log", "memory", "workers"),
     ("config", "tree", "kernels", "params", "text", "stream", "options", "openai_constraints"),
     ("sampling", "kv", "adapter_cache", "constraint"),
     ("context", "draft", "verify", "model"),
-    ("sequence", "hookspecs", "view"),
+    ("sequence", "hookspecs", "view", "prefill_budget"),
     ("scheduler", "builtin"),
     ("plugins", "response_cache"),
-    ("engine", "runs"),
+    ("engine", "runs", "preflight"),
     ("requests", "runner"),
     ("adapters", "prefixes"),
     ("api",),

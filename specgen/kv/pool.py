@@ -18,6 +18,7 @@ from torch import Tensor
 from specgen.errors import OutOfPages
 from specgen.kernels import gpu_kernels
 from specgen.kv.formats import NATIVE, KVFormat, LayerShape, LayerStore
+from specgen.memory import promise
 
 PAGE_SIZE = 16
 
@@ -83,6 +84,8 @@ class KVPool:
             for place, index in enumerate(members):
                 stores[index] = LayerStore(kind, shape, dtype, [stack[place] for stack in stacks])
         self.layers = [stores[index] for index in range(len(layers))]
+        if device.type == "cpu":
+            promise(self, pages * self.page_bytes)
 
     @property
     def free_pages(self) -> int:

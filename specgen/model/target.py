@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -23,6 +22,7 @@ from specgen.kv.formats import NATIVE, KVFormat
 from specgen.kv.pool import PAGE_SIZE, KVPool
 from specgen.kv.segment import Segment
 from specgen.log import Log
+from specgen.memory import available_bytes
 from specgen.model.adapter_files import AdapterFiles, read_adapter
 from specgen.model.architecture import context_limit, inspect_layers
 from specgen.model.attention import PackedAttention, PackedCache, Seam
@@ -31,6 +31,7 @@ from specgen.model.calibration import centre_keys
 from specgen.model.compiled import CompiledForward, compile_forward, in_background
 from specgen.model.invariance_check import CHECK_PAGES, check_invariance
 from specgen.model.invariant import InvariantLayers, mixes_experts
+from specgen.model.kv_size import kv_size
 from specgen.model.lora import AdaptedLayers, Kernel
 from specgen.model.packed_linear import pack_linears
 from specgen.model.plan import wanted_rows
@@ -48,9 +49,7 @@ log = Log("specgen.model")
 
 Compile: TypeAlias = bool | Literal["background"]
 
-_FULL_CONTEXTS = 16
 _SEAM_CHECK_PAGES = 2
-_LONGEST_CONTEXT = 1 << 20
 
 
 class Target:
@@ -59,9 +58,10 @@ class Target:
     Loading proves that the packed forward says what the model says alone, on a small tree; a model for which it does
     not is refused. The caller's model is never touched: `model` is a twin of it that shares its weights.
 
-    kv_tokens: tokens the KV pool holds; `None` takes a quarter of the free memory, at most 16 full contexts.
-    max_context: most tokens of one sequence; `None` takes what the model's positions allow. LongRoPE models stay below
-        their original length: behind it one text would change how another is read.
+    kv_tokens: tokens the KV pool holds; `None` takes a quarter of the available memory, at most 16 full contexts.
+    max_context: most tokens of one sequence; `None` takes what the model's positions and the pool allow, and warns
+        where the pool is the shorter. LongRoPE models stay below their original length: behind it one text would change
+        how another is read.
     kv_format: how the pool keeps keys and values. calibration: ids of a text, for formats that centre keys.
     invariant: compute each row so that its bits do not depend on the rows beside it, which loading proves. `None` does
         so where it is cheap, with the CPU kernels, and for formats that round, where the last bit of a sum may be a
@@ -69,7 +69,8 @@ class Target:
     cpu_kernels: use them where they can be built; `False` is plain torch.
     gpu_kernels: `None` uses them on a GPU where triton is installed; `True` demands them, also of Triton's interpreter.
     gpu_graphs: capture forwards through them as graphs, where that can be; see `why_no_graphs`.
-    Raises UnsupportedModel, naming the layer and what to do instead, and InvalidRequest for sizes below 1.
+    Raises UnsupportedModel, naming the layer and what to do instead, and InvalidRequest for sizes below 1 and
+    those that memory has no room for.
     """
 
     def __init__(
@@ -114,10 +115,15 @@ class Target:
         if gpu_kernels and (reason := self.why_no_gpu(kv_format)):
             raise UnsupportedModel(f"gpu_kernels=True cannot be kept: {reason}; take gpu_kernels=None")
         self._make_invariant(kv_format, invariant)
-        context = min(n for n in (context_limit(model), max_context, _LONGEST_CONTEXT) if n is not None)
-        tokens = kv_tokens or self._affordable_tokens(context, kv_format)
-        self.pool = self._make_pool(max(2, -(-tokens // PAGE_SIZE)), kv_format)
-        self.context_length = min(context, self.pool.capacity)
+        sizes = kv_size(
+            limit=context_limit(model),
+            max_context=max_context,
+            kv_tokens=kv_tokens,
+            token_bytes=kv_format.bytes_per_token(self.architecture.shapes, self.architecture.dtype),
+            available=_free_memory(self.device),
+        )
+        self.pool = self._make_pool(sizes.tokens // PAGE_SIZE, kv_format)
+        self.context_length = sizes.context
         if kv_format.centred:
             centre_keys(self.pool, model, calibration, self.architecture)
         if self._gpu and self.why_no_graphs() is None:
@@ -356,10 +362,6 @@ class Target:
     def _make_pool(self, pages: int, kind: KVFormat) -> KVPool:
         return KVPool(self.architecture.shapes, pages, dtype=self.architecture.dtype, device=self.device, kind=kind)
 
-    def _affordable_tokens(self, context: int, kv_format: KVFormat) -> int:
-        per_token = kv_format.bytes_per_token(self.architecture.shapes, self.architecture.dtype)
-        return min(_FULL_CONTEXTS * context, max(PAGE_SIZE, _free_memory(self.device) // 4 // per_token))
-
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
     """The same modules around the same weights, with a config of their own.
@@ -371,6 +373,4 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return available_bytes(device)
