@@ -28,6 +28,7 @@ from specgen.model.identity import kv_identity, model_name
 from specgen.model.probes import row_seconds
 from specgen.model.target import Compile, Target
 from specgen.params import Request
+from specgen.prefill_budget import PrefillBudget
 from specgen.sampling import Sampler
 from specgen.scheduler import Scheduler, Turn
 from specgen.sequence import Sequence, StopRules
@@ -91,6 +92,7 @@ class EngineCore:
         *,
         max_running: int = 16,
         max_prompt_rows: int = 512,
+        inter_token_seconds: float | None = None,
         prefix_cache: CacheOptions | None = _DEFAULT_CACHE,
         compile: Compile = False,
         adapters: AdapterOptions = _DEFAULT_ADAPTERS,
@@ -105,13 +107,13 @@ class EngineCore:
             self.prefix = open_cache(
                 target.pool, prefix_cache, identity=lambda: self._identity, token_seconds=self._token_seconds
             )
-        self._max_prompt_rows = max_prompt_rows
+        self._prefill = PrefillBudget(max_prompt_rows, inter_token_seconds, lambda: self.drafting.cost)
         self.adapters = AdapterCache(adapters, target.device)
         self.scheduler = Scheduler(
-            target.pool, self.prefix, self.adapters, max_running=max_running, max_prompt_rows=max_prompt_rows
+            target.pool, self.prefix, self.adapters, max_running=max_running, prefill=self._prefill
         )
         self.counters = Counters()
-        if drafters:
+        if drafters or inter_token_seconds is not None:
             self._measure()
             self._measure_context()
 
@@ -284,9 +286,15 @@ class EngineCore:
         drawn_rows = top[1][:, 0].tolist()
         for one, token in zip(draws, tokens, strict=True):
             drawn_rows[one.row] = token
-        rows, context = sum(len(s.tokens) for s in segments), sum(s.table.length for s in segments)
-        self.drafting.cost.observe(rows, time.perf_counter() - started, context)
+        self._learn_cost(segments, time.perf_counter() - started)
         return views(segments, scores, (top[0], top[1]), drawn_rows, self.drafting.wanted.layers)
+
+    def _learn_cost(self, segments: Many[Segment], seconds: float) -> None:
+        """A forward over these rows took `seconds`."""
+        rows, context = sum(len(s.tokens) for s in segments), sum(s.table.length for s in segments)
+        if any(not s.logits for s in segments):
+            self._prefill.observe(rows, context, seconds)
+        self.drafting.cost.observe(rows, seconds, context)
 
     def _settle(self, turn: Turn, tree: TokenTree, view: View) -> list[StepOutput]:
         """Walk and commit one turn. A sequence for which anything raises ends with the error; the others go on."""
@@ -359,7 +367,8 @@ class EngineCore:
 
     def _token_seconds(self) -> float:
         """What a token of a long prompt costs."""
-        return self.drafting.cost.seconds(self._max_prompt_rows) / self._max_prompt_rows
+        rows = self._prefill.most_rows
+        return self.drafting.cost.at_most(rows) / rows
 
     def _close(self, sequence: Sequence, output: StepOutput) -> StepOutput:
         self.scheduler.remove(sequence)

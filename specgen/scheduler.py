@@ -10,6 +10,7 @@ from specgen.adapter_cache import AdapterCache, Presence
 from specgen.kv.pool import KVPool
 from specgen.kv.prefix import PrefixCache
 from specgen.log import Log
+from specgen.prefill_budget import PrefillBudget
 from specgen.sequence import Sequence
 
 log = Log("specgen.engine")
@@ -33,8 +34,8 @@ class Scheduler:
     """Sequences wait in order of arrival, those whose pages were taken before all others. They run in order of
     admission: one that comes back stands behind those that stayed. Those that run are served first, in that order.
 
-    max_running: sequences in one forward. max_prompt_rows: prompt tokens in one forward, over all sequences, so that
-    a long prompt does not hold up running streams. awaits_adapter: whether the last plan left out a sequence whose
+    max_running: sequences in one forward. prefill: prompt tokens in one forward, over all sequences, so that a long
+    prompt does not hold up running streams. awaits_adapter: whether the last plan left out a sequence whose
     adapter is not there.
     """
 
@@ -45,13 +46,13 @@ class Scheduler:
         adapters: AdapterCache,
         *,
         max_running: int,
-        max_prompt_rows: int,
+        prefill: PrefillBudget,
     ) -> None:
         self._pool = pool
         self._prefix = prefix
         self._adapters = adapters
         self._max_running = max_running
-        self._max_prompt_rows = max_prompt_rows
+        self._prefill = prefill
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -71,7 +72,8 @@ class Scheduler:
 
     def plan(self) -> list[Turn]:
         """The turns of the next step; every one owns the pages for its chain. None when nobody can run."""
-        room = self._max_prompt_rows
+        decoding = sum(sequence.pending == 1 for sequence in self.running)
+        room = self._prefill.rows(decoding, sum(sequence.table.length for sequence in self.running))
         turns: dict[Sequence, Turn] = {}
         preemptions = self.preemptions
         for sequence in list(self.running):

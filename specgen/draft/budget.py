@@ -66,6 +66,19 @@ class RowCost:
         last_rows, last = points[-1]
         return last * (1.0 + min(_ROW_PRIOR, 1.0 / last_rows) * (rows - last_rows))
 
+    @property
+    def most_rows(self) -> float:
+        """Rows of the largest forwards that were measured; 0 before any."""
+        points = self._known = self._known or self._points()
+        return points[-1][0] if points else 0.0
+
+    def at_most(self, rows: int) -> float:
+        """Seconds that a forward over `rows` rows hardly exceeds: beyond the largest that was measured each row
+        more is taken to cost as much as those did. `seconds` says what is likely, and there may be several times
+        too little."""
+        measured = self.most_rows
+        return self.seconds(rows) if rows <= measured or not measured else self.seconds(int(measured)) * rows / measured
+
     def reading(self, context: int, rows: int) -> float:
         """Expected seconds that a forward over `rows` rows takes besides, for what they hang under."""
         return min(context * self.context_seconds, _MOST_READING / (1.0 - _MOST_READING) * self.seconds(rows))
