@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from specgen.kv.formats import Coder, KVFormat, KVFormatFactory, Plane
     from specgen.model.identity import model_digest
     from specgen.model.packed_linear import linears_together, pack_linears
-    from specgen.options import read_options
+    from specgen.options import read_options, takes_options
     from specgen.params import Request, SamplingParams
     from specgen.stream import Stream
     from specgen.tree import chain
@@ -115,6 +115,7 @@ __all__ = [
     "model_digest",
     "pack_linears",
     "read_options",
+    "takes_options",
     "wrap",
 ]
 
@@ -177,6 +178,7 @@ _HOMES = {
     "model_digest": "specgen.model.identity",
     "pack_linears": "specgen.model.packed_linear",
     "read_options": "specgen.options",
+    "takes_options": "specgen.options",
     "wrap": "specgen.api",
 }
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,16 +19,18 @@ from specgen.constraint import Constraints, ConstraintSetup
 from specgen.context.pipeline import ContextPipeline
 from specgen.draft.drafter import Drafter, DrafterSetup
 from specgen.engine import Counters, EngineCore, Load
-from specgen.errors import UnknownName
 from specgen.kv.stored import CacheOptions
 from specgen.log import Log
+from specgen.memory import promise
+from specgen.model.architecture import context_limit
 from specgen.model.calibration import calibration_ids
 from specgen.model.compiled import compile_rows
-from specgen.model.loading import load_model, load_tokenizer
+from specgen.model.loading import check_device, check_model_options, dtype_of, load_model, load_tokenizer, located
 from specgen.model.target import Target
 from specgen.params import SamplingParams, not_followed
 from specgen.plugins import Plugins, load_plugins
 from specgen.prefixes import EnginePrefix
+from specgen.preflight import check_options
 from specgen.requests import Prepared, RequestBuilder, model_ends, with_options
 from specgen.response_cache import ResponseCache
 from specgen.runner import Runner
@@ -45,6 +48,7 @@ class Engine:
         engine = Engine.from_pretrained("path/to/model")
         result = engine.generate([{"role": "user", "content": "Hello"}], max_tokens=64)
 
+    model: a loaded model, or a function that loads it, which is called when all options were found to be sound.
     `options` are the fields of `EngineConfig`, and `draft_model` for a smaller model; or give `config` instead.
     `adapters` loads, reloads and unloads LoRA adapters. `prefix` pins, saves and loads the prefix cache. `responses`
     has the response cache's `stats` and `clear()`.
@@ -53,7 +57,7 @@ class Engine:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | Callable[[], PreTrainedModel],
         tokenizer: Any = None,
         *,
         config: EngineConfig | None = None,
@@ -62,15 +66,22 @@ class Engine:
     ) -> None:
         self.config = EngineConfig.chosen(config, options)
         self.plugins = plugins or load_plugins()
+        check_options(self.config, self.plugins)
+        pipeline = ContextPipeline.build(self.config.context, self.plugins.collect("context_stages"), tokenizer)
+        if not isinstance(model, PreTrainedModel):
+            model = model()
         self.tokenizer = tokenizer
         self.model = model
+        promise(self, self.config.host_cache_bytes + self.config.response_cache_bytes)
         self._draft_targets: list[Target] = []
-        self.target = self._target(model, tokenizer, self.config.kv_tokens, self._invariant())
+        sizes = {"kv_tokens": self.config.kv_tokens, "max_context": self.config.max_context}
+        self.target = self._target(model, tokenizer, invariant=self._invariant(), **sizes)
         self._core = EngineCore(
             self.target,
             self._drafters(),
             max_running=self.config.max_running,
             max_prompt_rows=self.config.max_prompt_rows,
+            inter_token_seconds=self.config.inter_token_seconds,
             prefix_cache=_cache_options(self.config),
             compile=self.config.compile,
             adapters=self.config.adapters,
@@ -84,7 +95,7 @@ class Engine:
             self.target.vocab_size,
             self.target.context_length,
             self.target.device,
-            ContextPipeline.build(self.config.context, self.plugins.collect("context_stages"), tokenizer),
+            pipeline,
             self._core.drafting,
             self.plugins.collect("logits_processors"),
             Constraints(
@@ -94,7 +105,6 @@ class Engine:
             self.adapters.named,
             self.config.speculation,
         )
-        self._core.drafting.check_names(self.config.speculation)
         if ignored := not_followed(model.generation_config):
             log.warning("the model's generation config is not followed in all it says", ignored=ignored)
         self.prefix = EnginePrefix(self._core, self._runner, self._builder)
@@ -108,21 +118,30 @@ class Engine:
         dtype: str | torch.dtype | None = "auto",
         device: str | torch.device | None = None,
         quantization_config: Any = None,
+        gguf_file: str | None = None,
         model_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Engine:
-        """Load a model and its tokenizer and wrap them.
+        """Load a model and its tokenizer and wrap them. What is wrong with an option is told before weights are read.
 
+        model: a folder, a name, or the path of a GGUF file, which brings its tokenizer. gguf_file: the name of such a
+        file in the folder or repository `model`.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16" or a torch dtype.
         device: where to put it; an accelerator if there is one.
         quantization_config: transformers' own, such as `TorchAoConfig`: how the weights are quantised while loading.
         model_options: anything else for transformers' `from_pretrained`. Code that comes with a model runs only with
         `trust_remote_code=True` among them.
         """
-        chosen = {} if quantization_config is None else {"quantization_config": quantization_config}
-        chosen |= model_options or {}
-        loaded = load_model(model, dtype=dtype, device=device, **chosen)
-        return cls(loaded, load_tokenizer(model, trust_remote_code=bool(chosen.get("trust_remote_code"))), **options)
+        check_model_options(model_options or {})
+        own = {"quantization_config": quantization_config, "gguf_file": gguf_file}
+        chosen = {name: value for name, value in own.items() if value is not None} | dict(model_options or {})
+        plugins = options.pop("plugins", None)
+        config = EngineConfig.chosen(options.pop("config", None), options)
+        dtype_of(dtype)
+        check_device(device)
+        located(model, chosen)
+        load = partial(load_model, model, dtype=dtype, device=device, **chosen)
+        return cls(load, load_tokenizer(model, **chosen), config=config, plugins=plugins)
 
     def generate(self, prompt: Any, params: SamplingParams | None = None, **options: Any) -> Any:
         """Continue one prompt, or many at once, and wait for the end.
@@ -214,8 +233,6 @@ class Engine:
             setup = replace(setup, compile_rows=compile_rows)
         built = {}
         for name, options in self.config.drafters.items():
-            if name not in offered:
-                raise UnknownName("drafter", name, offered, param="drafters")
             built[name] = offered[name](replace(setup, options=options))
         return built
 
@@ -223,21 +240,29 @@ class Engine:
         tokenizer = load_tokenizer(source)
         if not isinstance(source, PreTrainedModel):
             source = load_model(source, dtype=self.target.model.dtype, device=self.target.device)
+        context = min(self.context_length, context_limit(source) or self.context_length)
         # What a drafter rounds changes no text.
-        drafter = self._target(source, tokenizer, self.target.pool.capacity, invariant=False)
+        drafter = self._target(
+            source, tokenizer, kv_tokens=self.target.pool.capacity, max_context=context, invariant=False
+        )
         drafter.compile(self.config.compile)
         self._draft_targets.append(drafter)
         return drafter, tokenizer
 
-    def _target(self, model: PreTrainedModel, tokenizer: Any, kv_tokens: int | None, invariant: bool | None) -> Target:
-        formats = self.plugins.collect("kv_formats")
-        if self.config.kv_format not in formats:
-            raise UnknownName("KV format", self.config.kv_format, formats, param="kv_format")
+    def _target(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        kv_tokens: int | None,
+        max_context: int | None,
+        invariant: bool | None,
+    ) -> Target:
         return Target(
             model,
             kv_tokens=kv_tokens,
-            max_context=self.config.max_context,
-            kv_format=formats[self.config.kv_format](),
+            max_context=max_context,
+            kv_format=self.plugins.collect("kv_formats")[self.config.kv_format](),
             calibration=calibration_ids(tokenizer),
             invariant=invariant,
             cpu_kernels=self.config.cpu_kernels,

@@ -11,6 +11,7 @@ import msgspec
 
 from specgen.adapter import AdapterOptions
 from specgen.errors import InvalidRequest, UnknownName
+from specgen.foreign_options import INSTEAD
 from specgen.types import Speculation
 
 _LEAST = {
@@ -31,6 +32,7 @@ _NEEDS = (
 )
 """What says nothing unless another option is set, its default, and that option."""
 
+_INTER_TOKEN_SECONDS = 0.2
 _FLAGS = ("cpu_kernels", "gpu_graphs", "prefix_cache")
 _MAY_BE_NONE = ("max_context", "kv_tokens", "prefix_cache_bytes")
 
@@ -42,8 +44,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     that survive most often: the order decides exact ties alone.
     context: the stages that turn a prompt into ids, in order; a name, or a pair of a name and its options.
     speculation: what requests do that do not say it themselves.
-    max_context: most tokens of one sequence; `None` takes what the model's positions allow.
-    kv_tokens: tokens that the KV pool holds; `None` takes a quarter of the free memory, at most 16 full contexts.
+    max_context: most tokens of one sequence; `None` takes what the model's positions and the KV pool allow, and warns
+    where the pool is the shorter; a number that memory has no room for is refused.
+    kv_tokens: tokens that the KV pool holds; `None` takes a quarter of the available memory, at most 16 full contexts.
     kv_format: how the pool keeps keys and values; a name that a plugin offers ("native", "int8", "k8v4", "int4",
     "fp8"). prefix_cache: keep the KV of finished text for prompts that begin alike.
     prefix_cache_bytes: most bytes of the pool for it; `None` takes what nobody needs. host_cache_bytes: host memory
@@ -66,6 +69,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     gpu_kernels: likewise for GPUs; None takes them where there is one and triton, True refuses to run without.
     gpu_graphs: False launches every kernel of a step through them by itself; by default a GPU replays steps as graphs.
     max_running: sequences in one forward. max_prompt_rows: prompt tokens in one forward.
+    inter_token_seconds: while others decode, a step reads no more of a prompt than it is expected to be through with in
+    so long, so that streams go on; a few tokens at least. None: max_prompt_rows alone.
     adapters: where LoRA adapters may lie and how many bytes they may take; see `AdapterOptions`.
 
     Raises InvalidRequest naming the field.
@@ -93,6 +98,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     gpu_graphs: bool = True
     max_running: int = 16
     max_prompt_rows: int = 512
+    inter_token_seconds: float | None = _INTER_TOKEN_SECONDS
     adapters: AdapterOptions = AdapterOptions()
 
     @classmethod
@@ -104,7 +110,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         draft_model = values.pop("draft_model", None)
         for name in values:
             if name not in cls.__struct_fields__:
-                raise UnknownName("engine option", name, (*cls.__struct_fields__, "draft_model"), param=name)
+                known = (*cls.__struct_fields__, "draft_model")
+                raise UnknownName("engine option", name, known, param=name, hint=INSTEAD.get(name))
         if drafters is not None:
             values["drafters"] = _with_options(drafters)
         if draft_model is not None:
@@ -169,10 +176,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise InvalidRequest(message, param=name)
 
     def _check_seconds(self) -> None:
-        name, seconds = "response_cache_seconds", self.response_cache_seconds
-        number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-        if not number or not 0 < seconds < math.inf:
-            raise InvalidRequest(f"{name} is {seconds!r}; it must be a finite number above 0", param=name)
+        for name in ("response_cache_seconds", "inter_token_seconds"):
+            seconds = getattr(self, name)
+            if seconds is None and name == "inter_token_seconds":
+                continue
+            number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+            if not number or not 0 < seconds < math.inf:
+                raise InvalidRequest(f"{name} is {seconds!r}; it must be a finite number above 0", param=name)
 
 
 def _listed(name: str, value: Any, wanted: str) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -31,9 +32,18 @@ class UnknownName(InvalidRequest):
     def __init__(
         self, kind: str, name: object, known: Iterable[str], *, param: str | None = None, hint: str | None = None
     ) -> None:
-        choices = ", ".join(sorted(known)) or "none"
-        message = f"unknown {kind} {name!r}; choices: {choices}"
+        names = sorted(known)
+        message = f"unknown {kind} {name!r}; choices: {', '.join(names) or 'none'}"
+        if not hint and (meant := _like(str(name), names)):
+            hint = f"did you mean {meant!r}?"
         super().__init__(f"{message}; {hint}" if hint else message, param=param)
+
+
+def _like(name: str, known: list[str]) -> str | None:
+    """The one that was probably meant, whatever its case and its dashes."""
+    plain = {other.lower().replace("_", "").replace("-", ""): other for other in known}
+    near = difflib.get_close_matches(name.lower().replace("_", "").replace("-", ""), plain, n=1, cutoff=0.75)
+    return plain[near[0]] if near else None
 
 
 class AdapterRefused(InvalidRequest):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -10,12 +10,32 @@ import msgspec
 from specgen.errors import InvalidRequest, UnknownName
 
 OptionsT = TypeVar("OptionsT", bound=msgspec.Struct)
+FactoryT = TypeVar("FactoryT", bound=Callable[..., Any])
+
+_DECLARED = "specgen_options"
+
+
+def takes_options(fields: type[msgspec.Struct]) -> Callable[[FactoryT], FactoryT]:
+    """Declare the options of a drafter's factory, a function or a class, as the struct that it reads them with: an
+    engine then checks them before it loads a model, and not only when it builds the drafter."""
+
+    def declare(factory: FactoryT) -> FactoryT:
+        setattr(factory, _DECLARED, fields)
+        return factory
+
+    return declare
+
+
+def declared_options(factory: Callable[..., Any]) -> type[msgspec.Struct] | None:
+    """What `takes_options` said of a factory; None where nothing is declared."""
+    return getattr(factory, _DECLARED, None)
 
 
 def read_options(owner: str, options: Mapping[str, Any], fields: type[OptionsT]) -> OptionsT:
     """The options of `owner` ("drafter 'echo'"), as the struct `fields` declares them, ranges by `msgspec.Meta`.
 
-    Raises UnknownName for an option that is not declared, InvalidRequest for a value that does not fit.
+    Raises UnknownName for an option that is not declared, InvalidRequest for a value that does not fit, and what the
+    struct's own `__post_init__` raises of that kind.
     """
     for name in options:
         if name not in fields.__struct_fields__:
@@ -23,6 +43,8 @@ def read_options(owner: str, options: Mapping[str, Any], fields: type[OptionsT])
     try:
         return msgspec.convert(dict(options), fields)
     except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, InvalidRequest):
+            raise error.__cause__ from None
         expected, _, place = str(error).partition(" - at `$.")
         name = place.removesuffix("`")
         given = options.get(name, dict(options))

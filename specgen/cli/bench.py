@@ -58,6 +58,7 @@ def serve(
     import asyncio
     from pathlib import Path
 
+    _check_run(url, concurrency, rate, requests, json_file)
     fields: dict[str, Any] = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
     loads: list[float] = [*rate] if rate else [*(concurrency or [1, 8, 32])]
     runs = list(zip(loads, _dealt(_read(prompts, seed), len(loads), requests), strict=True))
@@ -67,6 +68,33 @@ def serve(
         _save(reports, Path(json_file))
     if any(each.errors for each in reports):
         raise typer.Exit(1)
+
+
+def _check_run(
+    url: str, concurrency: list[int] | None, rate: list[float] | None, requests: int, json_file: str | None
+) -> None:
+    """Raise InvalidRequest for what cannot be run or kept, before anything is asked."""
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    from specgen.errors import InvalidRequest, SpecgenError
+
+    if rate and concurrency:
+        raise InvalidRequest("concurrency and rate are two kinds of load; give one", param="rate")
+    if not url.startswith(("http://", "https://")):
+        raise InvalidRequest(f"url is {url!r}; it must begin with http:// or https://", param="url")
+    for name, least, values in (("concurrency", 1, concurrency or []), ("requests", 1, [requests])):
+        for value in values:
+            if value < least:
+                raise InvalidRequest(f"{name} is {value}; it must be at least {least}", param=name)
+    for pace in rate or []:
+        if not 0 < pace < float("inf"):
+            raise InvalidRequest(f"rate is {pace}; it must be a finite number above 0", param="rate")
+    if json_file and not Path(json_file).absolute().parent.is_dir():
+        raise InvalidRequest(f"json is {json_file!r}, whose folder is not there", param="json")
+    for package, extra in (("aiohttp", "server"), *([("matplotlib", "bench")] if json_file else [])):
+        if find_spec(package) is None:
+            raise SpecgenError(f"this needs {package}: pip install 'specgen-llm[{extra}]'")
 
 
 async def _runs(

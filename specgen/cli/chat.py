@@ -37,6 +37,9 @@ def chat(
     drafters: options.Drafters = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
+    max_context: options.MaxContext = None,
+    kv_tokens: options.KVTokens = None,
+    gguf_file: options.GgufFile = None,
 ) -> None:
     """Talk to a model. Inside: /reset, /stats, /quit; Ctrl-C cancels the answer that is running."""
     params = options.sampling(
@@ -49,7 +52,17 @@ def chat(
         stop=stop,
         speculation=speculation,
     )
-    with open_engine(model, dtype=dtype, device=device, draft_model=draft_model, drafters=drafters) as engine:
+    with open_engine(
+        model,
+        dtype=dtype,
+        device=device,
+        draft_model=draft_model,
+        drafters=drafters,
+        max_context=max_context,
+        kv_tokens=kv_tokens,
+        gguf_file=gguf_file,
+        params=params,
+    ) as engine:
         note(_HELP)
         Conversation(engine, params, system).run()
 

@@ -38,6 +38,9 @@ def generate(
     drafters: options.Drafters = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
+    max_context: options.MaxContext = None,
+    kv_tokens: options.KVTokens = None,
+    gguf_file: options.GgufFile = None,
     adapter: options.Adapter = None,
     any_base: options.AnyBase = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object, at the end.")] = False,
@@ -54,9 +57,21 @@ def generate(
         speculation=speculation,
         adapter=adapter and _ADAPTER,
     )
+    if adapter is not None:
+        _check_adapter(adapter)
     text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     tally = Tally()
-    with open_engine(model, dtype=dtype, device=device, draft_model=draft_model, drafters=drafters) as engine:
+    with open_engine(
+        model,
+        dtype=dtype,
+        device=device,
+        draft_model=draft_model,
+        drafters=drafters,
+        max_context=max_context,
+        kv_tokens=kv_tokens,
+        gguf_file=gguf_file,
+        params=params,
+    ) as engine:
         if adapter is not None:
             engine.adapters.load(_ADAPTER, adapter, any_base=any_base)
         as_chat = has_chat_template(engine) if chat is None else chat
@@ -65,6 +80,13 @@ def generate(
             result = stream.results()[0] if as_json else _written(stream)
     tally.add(result)
     _finish(result, tally, as_json=as_json)
+
+
+def _check_adapter(path: str) -> None:
+    """Raise AdapterRefused, before a model is loaded, for a folder that holds no adapter."""
+    from specgen.model.adapter_files import check_folder
+
+    check_folder(path)
 
 
 def _written(stream: Stream) -> Result:

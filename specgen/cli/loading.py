@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from specgen.cli.options import drafter_list
@@ -9,6 +11,7 @@ from specgen.cli.terminal import note, quiet_libraries
 
 if TYPE_CHECKING:
     from specgen.api import Engine
+    from specgen.params import SamplingParams
 
 
 def open_engine(
@@ -16,22 +19,69 @@ def open_engine(
     *,
     dtype: str,
     device: str | None,
-    draft_model: str | None,
-    drafters: str | None,
+    gguf_file: str | None = None,
+    params: SamplingParams | None = None,
     **options: Any,
 ) -> Engine:
-    """Load the model and wrap it; the demo model if `model` is None. options: others of the engine.
+    """Load the model and wrap it; the demo model if `model` is None.
 
-    Raises InvalidRequest, UnsupportedModel, DrafterMismatch or PluginError.
+    params: what will be asked of it. options: of the engine; those that are None are left to it, and drafters are names
+    between commas. Raises InvalidRequest, UnsupportedModel, DrafterMismatch or PluginError, and before anything is
+    loaded where the options alone say so.
     """
     quiet_libraries()
-    from specgen.api import Engine
-    from specgen.model.demo import demo_model
-
-    chosen: dict[str, Any] = {"draft_model": draft_model, **options}
-    if (names := drafter_list(drafters)) is not None:
+    chosen = {name: value for name, value in options.items() if value is not None}
+    if (names := drafter_list(chosen.pop("drafters", None))) is not None:
         chosen["drafters"] = names
-    return Engine.from_pretrained(model or demo_model(progress=note), dtype=dtype, device=device, **chosen)
+    return engine_of(model, chosen, dtype=dtype, device=device, gguf_file=gguf_file, params=params)
+
+
+def engine_of(
+    model: str | None,
+    options: Mapping[str, Any],
+    *,
+    dtype: str,
+    device: str | None,
+    gguf_file: str | None,
+    params: SamplingParams | None = None,
+) -> Engine:
+    """As `open_engine`, with the engine's options as `EngineConfig.of` reads them."""
+    from specgen.api import Engine
+    from specgen.config import EngineConfig
+    from specgen.errors import InvalidRequest
+    from specgen.model.demo import demo_model
+    from specgen.model.loading import check_device, dtype_of
+    from specgen.plugins import load_plugins
+    from specgen.preflight import check_options, check_speculation
+
+    config, plugins = EngineConfig.of(options), load_plugins()
+    dtype_of(dtype)
+    check_device(device)
+    check_options(config, plugins)
+    if params is not None and params.speculation is not None:
+        check_speculation(params.speculation, config)
+    if model is None and gguf_file is not None:
+        raise InvalidRequest(f"gguf_file is {gguf_file!r}, but no model is named; name its folder", param="gguf_file")
+    return Engine.from_pretrained(
+        model or demo_model(progress=note),
+        dtype=dtype,
+        device=device,
+        gguf_file=gguf_file,
+        config=config,
+        plugins=plugins,
+    )
+
+
+@contextmanager
+def needing(extra: str) -> Iterator[None]:
+    """Imports that need an extra of the distribution. Raises SpecgenError naming it where they fail."""
+    from specgen.errors import SpecgenError
+
+    try:
+        yield
+    except ImportError as error:
+        message = f"this needs more packages: pip install 'specgen-llm[{extra}]' ({error})"
+        raise SpecgenError(message) from None
 
 
 def has_chat_template(engine: Engine) -> bool:

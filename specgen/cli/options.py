@@ -21,6 +21,19 @@ Dtype = Annotated[
 Device = Annotated[
     str | None, typer.Option(metavar="NAME", help="Where to run. Default: the accelerator if there is one.")
 ]
+GgufFile = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Of a GGUF file in the folder or repository that is the model.")
+]
+MaxContext = Annotated[
+    int | None, typer.Option(metavar="N", help="Most tokens of a text with its prompt. Default: the model's own limit.")
+]
+KVTokens = Annotated[
+    int | None,
+    typer.Option("--kv-tokens", metavar="N", help="Tokens of the KV pool. Default: a quarter of available memory."),
+]
+KVFormatName = Annotated[
+    str | None, typer.Option("--kv-format", metavar="NAME", help="How keys and values are kept. Default: native.")
+]
 Adapter = Annotated[str | None, typer.Option(metavar="PATH", help="The folder of a LoRA adapter to run under.")]
 AnyBase = Annotated[bool, typer.Option("--any-base", help="Take an adapter that was made for a model of another name.")]
 MaxTokens = Annotated[int, typer.Option(metavar="N", help="Most new tokens.")]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specgen.cli import options
+from specgen.cli.loading import engine_of, needing
 from specgen.cli.terminal import note, quiet_libraries
 
 if TYPE_CHECKING:
@@ -53,6 +54,13 @@ def serve(
     drafters: options.Drafters = None,
     dtype: options.Dtype = "auto",
     device: options.Device = None,
+    max_context: options.MaxContext = None,
+    kv_tokens: options.KVTokens = None,
+    kv_format: options.KVFormatName = None,
+    max_running: Annotated[
+        int | None, typer.Option(metavar="N", help="Sequences that run at once. Default: 16.")
+    ] = None,
+    gguf_file: options.GgufFile = None,
 ) -> None:
     """Serve a model to OpenAI's clients.
 
@@ -63,6 +71,10 @@ def serve(
         "draft_model": draft_model,
         "drafters": options.drafter_list(drafters),
         "speculation": None if speculation is None else options.read_speculation(speculation),
+        "max_context": max_context,
+        "kv_tokens": kv_tokens,
+        "kv_format": kv_format,
+        "max_running": max_running,
     }
     flags = {
         "host": host,
@@ -79,30 +91,27 @@ def serve(
     }
     settings = _settings(config, flags)
     quiet_libraries()
-    from specgen.server.logs import configure
-    from specgen.server.serve import bound
+    with needing("server"):
+        from specgen.server.limits import Gate
+        from specgen.server.logs import configure
+        from specgen.server.plugin_routes import check_plugin_routes
+        from specgen.server.serve import bound
 
     configure(settings)
-    # A port that is taken is told before a model is loaded for minutes.
-    with bound(settings) as sockets, _engine(model, settings, dtype=dtype, device=device) as engine:
+    # What is wrong with a setting, or a port that is taken, is told before a model is loaded for minutes.
+    Gate(settings, 1)
+    check_plugin_routes(settings)
+    with (
+        bound(settings) as sockets,
+        engine_of(model, settings.engine, dtype=dtype, device=device, gguf_file=gguf_file) as engine,
+    ):
         _run(engine, settings, sockets)
 
 
 def _settings(file: str | None, flags: dict[str, Any]) -> ServerConfig:
-    from specgen.errors import SpecgenError
+    from specgen.server.config import ServerConfig
 
-    try:
-        from specgen.server.config import ServerConfig
-    except ImportError as error:
-        raise SpecgenError(f"the server needs more packages: pip install 'specgen-llm[server]' ({error})") from None
     return ServerConfig.load(file, flags=flags)
-
-
-def _engine(model: str | None, settings: ServerConfig, *, dtype: str, device: str | None) -> Engine:
-    from specgen.api import Engine
-    from specgen.model.demo import demo_model
-
-    return Engine.from_pretrained(model or demo_model(progress=note), dtype=dtype, device=device, **settings.engine)
 
 
 def _run(engine: Engine, settings: ServerConfig, sockets: Sequence[socket]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from specgen.draft.drafter import Drafter, DrafterSetup, DraftHints, DraftSession
-from specgen.options import read_options
+from specgen.options import read_options, takes_options
 from specgen.tree import chain
 from specgen.types import TokenTree
 
@@ -16,6 +16,7 @@ class _NoOptions(msgspec.Struct, frozen=True):
     """There are none."""
 
 
+@takes_options(_NoOptions)
 class Grammar(Drafter):
     """Drafts the tokens that a constraint forces: sure, and found without the model."""
 

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from specgen.draft.drafter import Drafter, DrafterSetup, DraftHints, DraftSession
 from specgen.draft.ngram import NgramIndex, continuations
 from specgen.draft.prompt_lookup import LookupOptions
-from specgen.options import read_options
+from specgen.options import read_options, takes_options
 from specgen.types import EMPTY_TREE, TokenTree
 
 
+@takes_options(LookupOptions)
 class Prediction(Drafter):
     """Follows `hints.prediction` from its start, and finds its way back by the last `min_match` ids after an edit."""
 

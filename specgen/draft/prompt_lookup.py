@@ -9,7 +9,7 @@ import msgspec
 
 from specgen.draft.drafter import Drafter, DrafterSetup, DraftHints, DraftSession
 from specgen.draft.ngram import NgramIndex, continuations
-from specgen.options import read_options
+from specgen.options import read_options, takes_options
 from specgen.types import TokenTree
 
 
@@ -20,6 +20,7 @@ class LookupOptions(msgspec.Struct, frozen=True):
     branches: Annotated[int, msgspec.Meta(ge=1, le=8)] = 3
 
 
+@takes_options(LookupOptions)
 class PromptLookup(Drafter):
     """Looks the last `min_match` ids up in prompt and output and drafts what followed, up to `branches` ways."""
 

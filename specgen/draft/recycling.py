@@ -15,7 +15,7 @@ from torch import Tensor
 from specgen.draft.drafter import Drafter, DrafterSetup, DraftHints, DraftSession
 from specgen.draft.features import Features, Wanted
 from specgen.draft.growth import best_first
-from specgen.options import read_options
+from specgen.options import read_options, takes_options
 from specgen.types import TokenTree
 
 _TENANTS = 16
@@ -40,6 +40,7 @@ class RecyclingOptions(msgspec.Struct, frozen=True):
     memory: Annotated[int, msgspec.Meta(ge=1)] = 16384
 
 
+@takes_options(RecyclingOptions)
 class Recycling(Drafter):
     """Keeps for each token the likeliest successors that the target named lately, and drafts along them.
 

@@ -20,7 +20,7 @@ from specgen.draft.drafter import Drafter, DrafterSetup, DraftHints, DraftSessio
 from specgen.draft.merge import Merged
 from specgen.draft.spelling import CONTEXT, HALF, Spelling
 from specgen.errors import DrafterMismatch, InvalidRequest
-from specgen.options import read_options
+from specgen.options import read_options, takes_options
 from specgen.tree import path, select
 from specgen.types import EMPTY_TREE, TokenTree
 
@@ -32,15 +32,20 @@ class DraftModelOptions(msgspec.Struct, frozen=True):
     depth: Annotated[int, msgspec.Meta(ge=1, le=16)] = 5
     width: Annotated[int, msgspec.Meta(ge=1, le=8)] = 3
 
+    def __post_init__(self) -> None:
+        if self.model is None:
+            raise InvalidRequest("drafter 'draft-model' needs the option model: a path or a model", param="model")
 
+
+@takes_options(DraftModelOptions)
 def draft_model(setup: DrafterSetup) -> Drafter:
     """The drafter for the option `model`: in the target's own tokens where the tokenizers agree, else through text.
 
     Raises InvalidRequest without a model, DrafterMismatch when the vocabularies differ and a tokenizer is not known.
     """
     options = read_options("drafter 'draft-model'", setup.options, DraftModelOptions)
-    if options.model is None or setup.load_model is None:
-        raise InvalidRequest("drafter 'draft-model' needs the option model: a path or a model", param="model")
+    if setup.load_model is None:
+        raise InvalidRequest("drafter 'draft-model' needs an engine that loads models", param="model")
     model, tokenizer = setup.load_model(options.model)
     if _same_tokens(setup, model.vocab_size, tokenizer):
         shared = min(model.vocab_size, setup.vocab_size)

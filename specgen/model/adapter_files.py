@@ -86,6 +86,16 @@ def locate(path: str | Path, root: str | Path | None) -> Path:
     return folder
 
 
+def check_folder(path: str | Path, root: str | Path | None = None) -> None:
+    """Raise AdapterRefused for a path at which no adapter lies, or where what reads one is not installed. Needs no
+    model."""
+    folder = locate(path, root)
+    if not (folder / CONFIG).is_file():
+        raise AdapterRefused(f"adapter path {str(path)!r} holds no {CONFIG}")
+    if find_spec("peft") is None:
+        raise AdapterRefused("adapters need peft; pip install 'specgen-llm[lora]'")
+
+
 def read_adapter(
     folder: Path, model: PreTrainedModel, *, fits: Collection[str], dtype: torch.dtype, max_rank: int, max_bytes: int
 ) -> AdapterFiles:

@@ -7,6 +7,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from specgen.api import Engine
 from specgen.errors import UnknownName
+from specgen.plugins import Plugins, load_plugins
 from specgen.server.config import ServerConfig
 from specgen.server.errors import ApiError
 from specgen.server.logs import report
@@ -16,13 +17,21 @@ _HOOK = "register_routes"
 
 def add_plugin_routes(app: web.Application, engine: Engine, config: ServerConfig) -> None:
     """Mount what the plugins register. Raises UnknownName for one without routes, PluginError for one that fails."""
-    offering = [info.name for info in engine.plugins.info() if _HOOK in info.hooks]
+    check_plugin_routes(config, engine.plugins)
     for name in config.plugin_routes:
-        if name not in offering:
-            raise UnknownName("plugin with routes", name, offering, param="plugin_routes")
         inner = web.Application(middlewares=[_named(name)])
         engine.plugins.call(_HOOK, only=name, app=inner, engine=engine)
         app.add_subapp(f"/plugins/{name}/", inner)
+
+
+def check_plugin_routes(config: ServerConfig, plugins: Plugins | None = None) -> None:
+    """Raise UnknownName for a plugin without routes; `None` are those that are installed."""
+    if not config.plugin_routes:
+        return
+    offering = [info.name for info in (plugins or load_plugins()).info() if _HOOK in info.hooks]
+    for name in config.plugin_routes:
+        if name not in offering:
+            raise UnknownName("plugin with routes", name, offering, param="plugin_routes")
 
 
 def _named(name: str) -> Middleware:

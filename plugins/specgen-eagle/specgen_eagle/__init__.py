@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from specgen import DrafterFactory, DrafterSetup, hookimpl
+from specgen import DrafterFactory, DrafterSetup, hookimpl, takes_options
+from specgen_eagle.options import EagleOptions
 
 if TYPE_CHECKING:
     import typer
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from specgen import Drafter
 
 
+@takes_options(EagleOptions)
 def _eagle(setup: DrafterSetup) -> Drafter:
     from specgen_eagle.factory import eagle
 

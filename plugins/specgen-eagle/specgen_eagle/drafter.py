@@ -15,11 +15,11 @@ from torch.nn.utils.rnn import pad_sequence
 from specgen import Drafter, DraftHints, DraftSession, Levels, TokenTree, Wanted
 from specgen_eagle.borrowed import NOTHING, Lender
 from specgen_eagle.head import EagleHead
+from specgen_eagle.options import WINDOW
 from specgen_eagle.session import Answer, EagleSession, Part
 
 _ROWS_PER_FORWARD = 512
 _EXAMPLE_ROWS = 16
-WINDOW = 256
 # A level costs little beside a step of the target: grow what is unlikely too, the budget may leave it out.
 LEAST_SURVIVAL = 0.02
 

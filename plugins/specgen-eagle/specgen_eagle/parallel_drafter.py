@@ -12,8 +12,9 @@ from torch import Tensor
 
 from specgen import MAX_TREE_NODES, DraftSession, TokenTree
 from specgen_eagle.borrowed import Lender
-from specgen_eagle.drafter import LEAST_SURVIVAL, WINDOW, Eagle, Halves, attend, exact, joined, told, words_of
+from specgen_eagle.drafter import LEAST_SURVIVAL, Eagle, Halves, attend, exact, joined, told, words_of
 from specgen_eagle.head import EagleHead
+from specgen_eagle.options import WINDOW
 from specgen_eagle.session import EMPTY, Answer, EagleSession, Part, causal
 
 _CHOICES = 64

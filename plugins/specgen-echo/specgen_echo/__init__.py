@@ -8,7 +8,17 @@ from typing import Annotated
 
 import msgspec
 
-from specgen import Drafter, DrafterFactory, DrafterSetup, DraftHints, DraftSession, TokenTree, hookimpl, read_options
+from specgen import (
+    Drafter,
+    DrafterFactory,
+    DrafterSetup,
+    DraftHints,
+    DraftSession,
+    TokenTree,
+    hookimpl,
+    read_options,
+    takes_options,
+)
 
 
 class EchoOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,6 +35,7 @@ class EchoOptions(msgspec.Struct, frozen=True, kw_only=True):
     confidence: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
 
 
+@takes_options(EchoOptions)
 def echo(setup: DrafterSetup) -> EchoDrafter:
     """The factory. Raises UnknownName for an option that there is not, InvalidRequest for a value out of range."""
     return EchoDrafter(setup.vocab_size, read_options("drafter 'echo'", setup.options, EchoOptions))

@@ -10,7 +10,16 @@ from typing import Annotated
 
 import msgspec
 
-from specgen import Drafter, DrafterFactory, DrafterSetup, DraftHints, DraftSession, hookimpl, read_options
+from specgen import (
+    Drafter,
+    DrafterFactory,
+    DrafterSetup,
+    DraftHints,
+    DraftSession,
+    hookimpl,
+    read_options,
+    takes_options,
+)
 from specgen_suffix.past import Outputs, joined
 from specgen_suffix.session import SuffixSession
 
@@ -28,6 +37,7 @@ class SuffixOptions(msgspec.Struct, frozen=True, kw_only=True):
     window: Annotated[int, msgspec.Meta(ge=2)] = 16384
 
 
+@takes_options(SuffixOptions)
 def suffix(setup: DrafterSetup) -> Suffix:
     """The factory. Raises UnknownName for an option that there is not, InvalidRequest for a value out of range."""
     return Suffix(read_options("drafter 'suffix'", setup.options, SuffixOptions))
