@@ -58,8 +58,10 @@ def demo_model(cache: Path | None = None, progress: Callable[[str], None] = prin
         return folder
     if folder.exists():
         progress(f"{folder}: {damage}; building it again")
-    if importlib.util.find_spec("gguf") is None:
-        raise SpecgenError("the demo model needs the gguf package to be built: pip install 'specgen-llm[gguf]'")
+    for package in ("gguf", "accelerate"):  # transformers reads GGUF files with both
+        if importlib.util.find_spec(package) is None:
+            needs = f"the demo model needs the {package} package to be built"
+            raise SpecgenError(f"{needs}: pip install 'specgen-llm[gguf]'")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # In the cache itself, since a rename is atomic only within one file system.

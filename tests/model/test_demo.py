@@ -118,12 +118,14 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path, builds: list[Path], m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_gguf_package_is_named_before_anything_is_downloaded(
+def test_a_missing_package_is_named_before_anything_is_downloaded(
     tmp_path: Path, builds: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    without(monkeypatch, "gguf")
-    with pytest.raises(SpecgenError, match=r"pip install 'specgen-llm\[gguf\]'"):
-        demo_model(tmp_path)
+    for package in ("gguf", "accelerate"):
+        with monkeypatch.context() as patch:
+            without(patch, package)
+            with pytest.raises(SpecgenError, match=rf"{package} package.*pip install 'specgen-llm\[gguf\]'"):
+                demo_model(tmp_path)
     assert builds == []
 
 
