@@ -9,6 +9,9 @@ class TestMine(DrafterContract):
 
 from __future__ import annotations
 
+import gc
+import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -26,10 +29,12 @@ _BUDGETS = (1, 2, 5, 17, MAX_TREE_NODES)
 
 
 class DrafterContract(ABC):
-    """Tests of one drafter. Override `drafter`, and the rest where the drafter needs other prompts to draft at all."""
+    """Tests of one drafter. Override `drafter`, and the rest where the drafter needs other prompts to draft at all, or
+    more time: `longest_seconds` for a tree, where an engine would begin to ask it less and less."""
 
     vocab_size: ClassVar[int] = 64
     prompts: ClassVar[Sequence[Sequence[int]]] = ((7,), (1, 2, 3, 1, 2, 3, 1, 2), (5, 5, 5, 5), tuple(range(40)))
+    longest_seconds: ClassVar[float] = 0.1
     hints: ClassVar[DraftHints] = DraftHints(prediction=(3, 1, 2, 3, 9, 8, 7, 6, 5, 4))
 
     @abstractmethod
@@ -47,6 +52,12 @@ class DrafterContract(ABC):
     def ask(self, session: DraftSession, max_nodes: int = MAX_TREE_NODES) -> TokenTree:
         """The session's tree, checked."""
         tree = session.propose(max_nodes)
+        assert isinstance(tree, TokenTree), f"propose answers a TokenTree, not {type(tree).__name__}"
+        for name, kind in (("tokens", int), ("parents", int), ("confidence", float)):
+            values = getattr(tree, name)
+            assert isinstance(values, tuple), f"{name} must be a tuple, not {type(values).__name__}"
+            wrong = [type(value).__name__ for value in values if not isinstance(value, kind)]
+            assert not wrong, f"{name} must hold {kind.__name__}, not {wrong[0]}"
         check(tree, self.vocab_size, max_nodes)
         return tree
 
@@ -123,6 +134,25 @@ class DrafterContract(ABC):
         busy.close()
         drafter.check()
 
+    def test_a_closed_session_is_let_go(self) -> None:
+        """A drafter that lists its sessions grows with every request of a server."""
+        drafter = self.drafter()
+        session = drafter.open(self.prompts[0], self.hints)
+        session.commit(self._path(self.ask(session)))
+        session.close()
+        held = weakref.ref(session)
+        del session
+        gc.collect()
+        assert held() is None, "a drafter must not keep its sessions once they are closed"
+
+    def test_a_tree_takes_no_longer_than_it_may(self) -> None:
+        """The quickest of three: what else the machine does is not the drafter's fault."""
+        for prompt in self.prompts:
+            with self.session(prompt) as session:
+                session.commit([prompt[0]])
+                seconds = min(_seconds(session) for _ in range(3))
+                assert seconds <= self.longest_seconds, f"a tree took {seconds:.3f} s, at most {self.longest_seconds}"
+
     def _trees(self, prompt: Sequence[int]) -> list[TokenTree]:
         """What a session answers while it is always right, then wrong, then right again."""
         trees = []
@@ -136,6 +166,12 @@ class DrafterContract(ABC):
     def _path(tree: TokenTree) -> list[int]:
         """The tokens down to the last node."""
         return [tree.tokens[node] for node in path(tree, len(tree) - 1)]
+
+
+def _seconds(session: DraftSession) -> float:
+    started = time.perf_counter()
+    session.propose(MAX_TREE_NODES)
+    return time.perf_counter() - started
 
 
 class ContextStageContract(ABC):
