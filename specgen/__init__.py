@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from specgen.model.packed_linear import linears_together, pack_linears
     from specgen.options import read_options, takes_options
     from specgen.params import Request, SamplingParams
+    from specgen.plugins import load_plugins
     from specgen.stream import Stream
     from specgen.tree import chain
     from specgen.types import (
@@ -112,6 +113,7 @@ __all__ = [
     "generate",
     "hookimpl",
     "linears_together",
+    "load_plugins",
     "model_digest",
     "pack_linears",
     "read_options",
@@ -175,6 +177,7 @@ _HOMES = {
     "generate": "specgen.api",
     "hookimpl": "specgen.hookspecs",
     "linears_together": "specgen.model.packed_linear",
+    "load_plugins": "specgen.plugins",
     "model_digest": "specgen.model.identity",
     "pack_linears": "specgen.model.packed_linear",
     "read_options": "specgen.options",

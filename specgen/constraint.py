@@ -26,7 +26,7 @@ log = Log("specgen.constraint")
 _WELL_KNOWN = frozenset({"json_object", "json_schema", "regex", "choice", "grammar", "tool_calls"})
 """Kinds that OpenAI's and vLLM's fields ask for."""
 
-_HINT = "the plugin specgen-grammar has it: pip install specgen-grammar"
+_HINT = "the plugin specgen-grammar has it: pip install ./plugins/specgen-grammar in specgen's repository"
 
 
 class Matcher(ABC):

@@ -2,8 +2,10 @@
 
 import inspect
 import re
+import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -76,6 +78,43 @@ def test_the_pasteable_plugin_is_short_and_keeps_the_contract(monkeypatch: pytes
     factory = registered(module).collect("drafters")["successor"]
     session = factory(DrafterSetup(vocab_size=10)).open([1, 2, 3, 1], DraftHints())
     assert session.propose(4).tokens == (2, 3, 1, 2)
+
+
+def built(folder: Path, files: dict[str, str]) -> zipfile.ZipFile:
+    """The wheel that `pip install -e .` makes of a folder with these files, by the same backend."""
+    pytest.importorskip("setuptools", minversion="71")
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    script = "from setuptools import build_meta; print(build_meta.build_editable('dist'))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return zipfile.ZipFile(folder / "dist" / done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("readme", ["README.md", "plugins/README.md"])
+def test_the_recipe_installs_as_it_is_written(readme: str, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / readme).read_text()
+    (project,) = (block for block in blocks(text, "toml") if "[project.entry-points.specgen]" in block)
+    (module,) = tomllib.loads(project)["project"]["entry-points"][hookspecs.PROJECT].values()
+    source = next(block for block in blocks(text, "python") if "@hookimpl" in block)
+    tests = [block for block in blocks(text, "python") if f"from {module} import" in block]
+    files = {"pyproject.toml": project, f"{module}.py": source}
+    wheel = built(tmp_path, files | {f"test_{number}.py": test for number, test in enumerate(tests)})
+    (points,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+    assert f"= {module}\n" in wheel.read(points).decode()
+    (top_level,) = (name for name in wheel.namelist() if name.endswith("top_level.txt"))
+    assert wheel.read(top_level).decode().split() == [module], "tests are not installed"
+
+
+def test_nothing_is_to_be_installed_by_a_name_that_no_index_has() -> None:
+    """specgen and its plugins are installed from folders; extras of what is installed go by name."""
+    root = Path(__file__).parents[1]
+    named = re.compile(r"pip install (?:-[\w-]+ )*['\"]?(specgen[\w-]*)(?!.*\[)")
+    texts = [*root.glob("*.md"), *(root / "plugins").rglob("*.md"), *(root / "specgen").rglob("*.py")]
+    wrong = [f"{path.name}: {found[0]}" for path in texts for found in named.finditer(path.read_text())]
+    assert not wrong
 
 
 def pasted(hook: str) -> ModuleType:

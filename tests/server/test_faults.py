@@ -760,7 +760,7 @@ async def test_what_the_missing_plugin_is_called_is_said() -> None:
                 ("guided_choice", {"extra_body": {"guided_choice": ["a"]}}),
                 ("tools", {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"}),
             ):
-                with pytest.raises(openai.BadRequestError, match="pip install specgen-grammar") as caught:
+                with pytest.raises(openai.BadRequestError, match="pip install ./plugins/specgen-grammar") as caught:
                     await world.client().chat.completions.create(**SHORT, **asked)
                 assert caught.value.param == field
 
