@@ -27,6 +27,7 @@ from specgen.model.calibration import calibration_ids
 from specgen.model.compiled import compile_rows
 from specgen.model.loading import check_device, check_model_options, dtype_of, load_model, load_tokenizer, located
 from specgen.model.target import Target
+from specgen.options import made
 from specgen.params import SamplingParams, not_followed
 from specgen.plugins import Plugins, load_plugins
 from specgen.prefixes import EnginePrefix
@@ -233,7 +234,8 @@ class Engine:
             setup = replace(setup, compile_rows=compile_rows)
         built = {}
         for name, options in self.config.drafters.items():
-            built[name] = offered[name](replace(setup, options=options))
+            make = partial(offered[name], replace(setup, options=options))
+            built[name] = made(f"drafter {name!r}", options, make, param="drafters")
         return built
 
     def _load_draft_model(self, source: str | Path | PreTrainedModel) -> tuple[Target, Any]:

@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from specgen.errors import InvalidRequest, UnknownName
+from specgen.errors import InvalidRequest, PluginError, SpecgenError, UnknownName
 
 OptionsT = TypeVar("OptionsT", bound=msgspec.Struct)
+MadeT = TypeVar("MadeT")
 FactoryT = TypeVar("FactoryT", bound=Callable[..., Any])
 
 _DECLARED = "specgen_options"
@@ -24,6 +25,20 @@ def takes_options(fields: type[msgspec.Struct]) -> Callable[[FactoryT], FactoryT
         return factory
 
     return declare
+
+
+def made(owner: str, options: Mapping[str, Any], make: Callable[[], MadeT], *, param: str) -> MadeT:
+    """What a plugin's factory makes of options. Raises InvalidRequest naming `owner` ("drafter 'echo'") where it
+    refuses them by an error of Python's own, as for a keyword that it does not have; specgen's errors come through."""
+    try:
+        return make()
+    except SpecgenError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"{owner} refuses {dict(options)!r}: {error}", param=param) from error
+    except Exception as error:  # a plugin's code may raise anything
+        message = f"{owner} cannot be made of {dict(options)!r}: {type(error).__name__}: {error}"
+        raise PluginError(message) from error
 
 
 def declared_options(factory: Callable[..., Any]) -> type[msgspec.Struct] | None:

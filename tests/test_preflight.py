@@ -155,6 +155,40 @@ def test_a_stage_is_built_once(folder: Path, loads: list[Any]) -> None:
         assert built == [{}]
 
 
+def test_what_a_factory_refuses_in_pythons_own_words_is_a_wrong_option() -> None:
+    """A keyword that it does not have is the user's mistake; what else it raises is the plugin's."""
+
+    class Plain:
+        @specgen.hookimpl
+        def drafters(self) -> dict[str, Any]:
+            return {"plain": lambda setup: (lambda width=2: 1 / 0)(**setup.options)}
+
+        @specgen.hookimpl
+        def context_stages(self) -> dict[str, Any]:
+            return {"plain": lambda tokenizer, options: (lambda width=2: lambda context: context)(**options)}
+
+    plugins = load_plugins()
+    plugins.register(Plain(), "plain")
+    own: dict[str, Any] = {"kv_tokens": 64, "plugins": plugins}
+    with pytest.raises(InvalidRequest, match=r"drafter 'plain' refuses {'widht': 3}: .*widht") as caught:
+        Engine(build("llama"), drafters={"plain": {"widht": 3}}, **own)
+    assert caught.value.param == "drafters"
+    with pytest.raises(InvalidRequest, match=r"context stage 'plain' refuses {'widht': 3}: .*widht") as caught:
+        Engine(build("llama"), context=[("plain", {"widht": 3})], **own)
+    assert caught.value.param == "context"
+    with pytest.raises(specgen.PluginError, match=r"drafter 'plain' cannot be made of {}: ZeroDivisionError"):
+        Engine(build("llama"), drafters=["plain"], **own)
+
+
+def test_a_home_folder_is_the_users(folder: Path, loads: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    with pytest.raises(WeightsRead):
+        Engine.from_pretrained(f"~/{folder.name}")
+    assert loads == [folder]
+    with pytest.raises(InvalidRequest, match=r"'\./nowhere' cannot be loaded: there is no such folder"):
+        Engine.from_pretrained("./nowhere")
+
+
 @pytest.fixture
 def invoke(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     monkeypatch.setenv("SPECGEN_PLUGINS", "")

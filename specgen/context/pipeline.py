@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 from specgen.context.stage import Context, ContextStage, ContextStageFactory
 from specgen.errors import ContextLengthExceeded, InvalidRequest, PluginError, RequestFailed, SpecgenError, UnknownName
+from specgen.options import made
 
 StageChoice: TypeAlias = "str | tuple[str, Mapping[str, Any]]"
 """A stage's name, or its name and its options."""
@@ -25,14 +27,15 @@ class ContextPipeline:
     ) -> ContextPipeline:
         """Make the stages that `choices` names, in that order.
 
-        Raises UnknownName for a name that nothing offers; what a factory raises about its options comes through.
+        Raises UnknownName for a name that nothing offers, InvalidRequest for options that a factory refuses.
         """
         stages = []
         for choice in choices:
             name, options = _read(choice)
             if name not in offered:
                 raise UnknownName("context stage", name, offered, param="context")
-            stages.append((name, offered[name](tokenizer, options)))
+            make = partial(offered[name], tokenizer, options)
+            stages.append((name, made(f"context stage {name!r}", options, make, param="context")))
         return cls(tuple(stages))
 
     def run(self, context: Context) -> tuple[int, ...]:

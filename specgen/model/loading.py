@@ -133,6 +133,11 @@ def located(source: Any, options: Mapping[str, Any]) -> tuple[str | Path, dict[s
     if not isinstance(source, str | Path) or not str(source):
         raise InvalidRequest(f"model is {source!r}; it must be a path or a name", param="model")
     path = Path(source).expanduser()
+    if str(source).startswith("~"):
+        source = path
+    is_path = path.is_absolute() or str(source).startswith(("./", "../"))
+    if is_path and not path.exists() and path.suffix.lower() != _GGUF:
+        raise InvalidRequest(f"model {str(source)!r} cannot be loaded: there is no such folder", param="model")
     if path.suffix.lower() == _GGUF:
         if "gguf_file" in found and found["gguf_file"] != path.name:
             message = f"model is {str(source)!r} and gguf_file is {found['gguf_file']!r}; name the file once"
