@@ -63,11 +63,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     on the output (OpenAI).
 
     Tokens. logit_bias adds to logits; allowed_token_ids and banned_token_ids (`suppress_tokens` in
-    `generation_config.json`) restrict the draw; bad_words bans strings; no_repeat_ngram_size bans repeating n-grams;
-    min_tokens (`min_new_tokens` there) bans ending earlier.
+    `generation_config.json`) restrict the draw; bad_words bans strings; no_repeat_ngram_size bans repeating n-grams.
 
     Ends. stop strings and stop_token_ids end the text, as do the model's own end tokens unless ignore_eos;
     max_tokens bounds the output, `None` leaves it to the context length. stopping_criteria are transformers'.
+    min_tokens (`min_new_tokens` of `generation_config.json`) is vLLM's rule: the first so many tokens are none that
+    end the text, and no stop string ends in theirs. What else ends it does so earlier too: a criterion, a constraint
+    that lets nothing follow, the context length.
 
     processors: `transformers.LogitsProcessor` objects or alike, after the penalties and before the temperature.
     With several sequences (n, or a list of prompts) each gets its own copy.

@@ -106,10 +106,12 @@ class RequestBuilder:
             stop=params.stop,
             include_stop=params.include_stop_str_in_output,
             skip_special=params.skip_special_tokens,
+            min_tokens=params.min_tokens or 0,
         )
-        length = len(request.ids) + min(room, params.max_tokens or room)
+        prompt = len(request.ids)
+        longest, shortest = prompt + min(room, params.max_tokens or room), prompt + (params.min_tokens or 0)
         criteria = tuple(_own(c, "stopping_criteria", copies=copies) for c in params.stopping_criteria)
-        return Sample(sampler, StopRules(ends, length, criteria), cursor, constraint)
+        return Sample(sampler, StopRules(ends, longest, shortest, criteria), cursor, constraint)
 
     def _check_text_needs(self, params: SamplingParams) -> None:
         for name in ("stop", "bad_words"):
