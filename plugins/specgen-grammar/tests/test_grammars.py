@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -10,6 +11,7 @@ import llguidance.hf
 import numpy as np
 import pytest
 import specgen_grammar
+import torch
 from specgen_grammar.matcher import MAX_CHARACTERS
 
 from specgen import ConstraintSetup, InvalidRequest, Matcher, RequestFailed
@@ -216,6 +218,28 @@ def test_a_tokenizer_that_llguidance_cannot_read_is_refused() -> None:
             specgen_grammar.constraints()["regex"](ConstraintSetup(tokenizer, 96), "a+")
     with pytest.raises(InvalidRequest, match="takes no constraints: vocab size too small"):
         specgen_grammar.constraints()["regex"](ConstraintSetup(TOKENIZERS["byte-level"], 96), "a+")
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_of_a_tokenizer_larger_than_the_model_the_rest_is_cut(family: str) -> None:
+    """Tokens that were added without resizing the model: it spells them in others."""
+    tokenizer = deepcopy(TOKENIZERS[family])
+    tokenizer.add_tokens(["Bob", '{"name'])
+    rows = len(TOKENIZERS[family])
+    assert len(tokenizer) > rows
+    larger = ConstraintSetup(tokenizer, rows, (tokenizer.eos_token_id,))
+    for kind, value, text in (
+        ("json_schema", SCHEMA, '{"name": "Bob", "age": 7, "ok": true}'),
+        ("choice", ["Bob"], "Bob"),
+    ):
+        matcher = specgen_grammar.constraints()[kind](larger, value)
+        beside = compiled(kind, value, family)
+        for token in spelt(text, family):
+            assert torch.equal(matcher.allowed(), beside.allowed()[:rows])
+            assert all(each < rows for each in matcher.forced())
+            matcher.consume(token)
+            beside.consume(token)
+        assert (matcher.may_end(), matcher.is_complete()) == (True, beside.is_complete())
 
 
 def test_a_grammar_that_grows_too_costly_on_the_way_fails_by_name() -> None:
