@@ -12,7 +12,7 @@ import msgspec
 from transformers import GenerationConfig
 
 from specgen.adapter import Adapter
-from specgen.errors import InvalidRequest, UnknownName
+from specgen.errors import InvalidRequest, UnknownName, check_text
 from specgen.option_names import hint_for
 from specgen.types import Constraint, LogitsProcessor, Speculation, StoppingCriterion
 
@@ -149,7 +149,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             msgspec.structs.force_setattr(self, "constraint", Constraint.of(self.constraint))
         for name in _SEVERAL:
             _several(self, name)
-        if not isinstance(self.prediction, str):
+        if isinstance(self.prediction, str):
+            check_text(self.prediction, "prediction holds", param="prediction")
+        else:
             _several(self, "prediction")
         for name in _IDS:
             _plain_ids(self, name)
@@ -334,3 +336,4 @@ def _strings(params: SamplingParams, name: str) -> None:
     for value in getattr(params, name):
         if not isinstance(value, str) or not value:
             raise InvalidRequest(f"{name} holds {value!r}; it must hold non-empty strings", param=name)
+        check_text(value, f"{name} holds", param=name)

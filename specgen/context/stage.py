@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, TypeAlias
 
-from specgen.errors import InvalidRequest
+from specgen.errors import InvalidRequest, check_text
 from specgen.types import Chat, Message, Prompt
 
 
@@ -35,6 +35,7 @@ class Context:
         Raises InvalidRequest for anything else and for an empty list.
         """
         if isinstance(prompt, str):
+            check_text(prompt, "the prompt holds", param="prompt")
             return cls(max_prompt_tokens=max_prompt_tokens, text=prompt)
         if isinstance(prompt, Chat):
             chat = cls.of(list(prompt.messages), max_prompt_tokens=max_prompt_tokens)
