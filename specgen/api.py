@@ -101,7 +101,11 @@ class Engine:
             self.plugins.collect("logits_processors"),
             Constraints(
                 self.plugins.collect("constraints"),
-                ConstraintSetup(tokenizer, self.target.vocab_size, model_ends(model.generation_config, tokenizer)),
+                ConstraintSetup(
+                    tokenizer,
+                    self.target.vocab_size,
+                    model_ends(model.generation_config, tokenizer, self.target.vocab_size),
+                ),
             ),
             self.adapters.named,
             self.config.speculation,

@@ -90,3 +90,12 @@ class EngineClosed(SpecgenError):
 
 class OutOfPages(SpecgenError):
     """The KV pool has no free page left. The scheduler answers it by preemption; users never see it."""
+
+
+def check_text(text: str, what: str, *, param: str) -> None:
+    """Raise InvalidRequest for a string that is no Unicode text: half a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start : error.start + 1]
+        raise InvalidRequest(f"{what} {half!r}, which is half a surrogate pair and no text", param=param) from None

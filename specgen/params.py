@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import msgspec
 from transformers import GenerationConfig
 
 from specgen.adapter import Adapter
-from specgen.errors import InvalidRequest, UnknownName
+from specgen.errors import InvalidRequest, UnknownName, check_text
+from specgen.option_names import hint_for
 from specgen.types import Constraint, LogitsProcessor, Speculation, StoppingCriterion
 
 _SAMPLING_ONLY = ("top_k", "top_p", "min_p", "typical_p")
@@ -48,6 +50,7 @@ _SEVERAL = (
     "stop_token_ids",
     "stopping_criteria",
 )
+_IDS = ("allowed_token_ids", "banned_token_ids", "stop_token_ids", "prediction")
 _MAX_SEED = 2**64
 
 
@@ -63,11 +66,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     on the output (OpenAI).
 
     Tokens. logit_bias adds to logits; allowed_token_ids and banned_token_ids (`suppress_tokens` in
-    `generation_config.json`) restrict the draw; bad_words bans strings; no_repeat_ngram_size bans repeating n-grams;
-    min_tokens (`min_new_tokens` there) bans ending earlier.
+    `generation_config.json`) restrict the draw; bad_words bans strings; no_repeat_ngram_size bans repeating n-grams.
 
     Ends. stop strings and stop_token_ids end the text, as do the model's own end tokens unless ignore_eos;
     max_tokens bounds the output, `None` leaves it to the context length. stopping_criteria are transformers'.
+    min_tokens (`min_new_tokens` of `generation_config.json`) is vLLM's rule: the first so many tokens are none that
+    end the text, and no stop string ends in theirs. What else ends it does so earlier too: a criterion, a constraint
+    that lets nothing follow, the context length.
 
     processors: `transformers.LogitsProcessor` objects or alike, after the penalties and before the temperature.
     With several sequences (n, or a list of prompts) each gets its own copy.
@@ -123,7 +128,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         known = cls.__struct_fields__
         for name in options:
             if name not in known:
-                raise UnknownName("option", name, known, param=name)
+                raise UnknownName("option", name, known, param=name, hint=hint_for(name, known))
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in options.items()
@@ -144,6 +149,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             msgspec.structs.force_setattr(self, "constraint", Constraint.of(self.constraint))
         for name in _SEVERAL:
             _several(self, name)
+        if isinstance(self.prediction, str):
+            check_text(self.prediction, "prediction holds", param="prediction")
+        else:
+            _several(self, "prediction")
+        for name in _IDS:
+            _plain_ids(self, name)
         for name in _FLAGS:
             _flag(self, name)
         _number(self, "temperature", 0.0, math.inf)
@@ -164,23 +175,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             _strings(self, name)
         for name in ("processors", "stopping_criteria"):
             _callables(self, name)
-        if not isinstance(self.prediction, str):
-            _several(self, "prediction")
         if not isinstance(self.adapter, str | None):
             raise InvalidRequest(f"adapter is {self.adapter!r}; it must be the name of one", param="adapter")
         for name in ("logit_bias", "plugin_processors"):
             _mapping(name, getattr(self, name) or {})
+        _plain_bias(self)
         for name, options in (self.plugin_processors or {}).items():
             _mapping("plugin_processors", options, of=f"the options of {name!r}")
         if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
             raise InvalidRequest(
                 f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}", param="min_tokens"
             )
-        for token, bias in (self.logit_bias or {}).items():
-            if not isinstance(token, int) or not isinstance(bias, int | float) or not math.isfinite(bias):
-                raise InvalidRequest(
-                    f"logit_bias {token!r}: {bias!r} is not token id: finite number", param="logit_bias"
-                )
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise InvalidRequest if a token id lies outside the vocabulary, or more tokens are asked for than it has."""
@@ -248,23 +253,59 @@ def check_ids(ids: Iterable[Any], vocab_size: int, param: str) -> None:
             raise InvalidRequest(f"{param} holds {token!r}; token ids are 0 to {vocab_size - 1}", param=param)
 
 
-def _number(params: SamplingParams, name: str, low: float, high: float, *, open_low: bool = False) -> None:
+def _plain(value: Any) -> Any:
+    """numpy's and other numbers as Python's own; anything else as it is."""
+    if isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
+
+
+def _plain_ids(params: SamplingParams, name: str) -> None:
     value = getattr(params, name)
+    if value is not None and not isinstance(value, str) and any(type(token) is not int for token in value):
+        msgspec.structs.force_setattr(params, name, tuple(map(_plain, value)))
+
+
+def _plain_bias(params: SamplingParams) -> None:
+    if not params.logit_bias:
+        return
+    biases = {_plain(token): _plain(bias) for token, bias in params.logit_bias.items()}
+    for token, bias in biases.items():
+        number = isinstance(bias, int | float) and not isinstance(bias, bool)
+        if not isinstance(token, int) or not number or not _is_finite(bias):
+            raise InvalidRequest(f"logit_bias {token!r}: {bias!r} is not token id: finite number", param="logit_bias")
+    msgspec.structs.force_setattr(params, "logit_bias", biases)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        # A whole number that no float holds.
+        return False
+
+
+def _number(params: SamplingParams, name: str, low: float, high: float, *, open_low: bool = False) -> None:
+    value = _plain(getattr(params, name))
     if value is None:
         return
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
+    number = isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
+    if not number or not (low < value if open_low else low <= value) or not value <= high:
         bound = f"{'above' if open_low else 'from'} {low:g} to {high:g}"
         raise InvalidRequest(f"{name} is {value!r}; it must be a finite number {bound}", param=name)
+    msgspec.structs.force_setattr(params, name, value)
 
 
 def _integer(params: SamplingParams, name: str, low: int, high: int | None = None) -> None:
-    value = getattr(params, name)
+    value = _plain(getattr(params, name))
     if value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
         bound = f"{low} to {high}" if high is not None else f"at least {low}"
         raise InvalidRequest(f"{name} is {value!r}; it must be a whole number, {bound}", param=name)
+    msgspec.structs.force_setattr(params, name, value)
 
 
 def _flag(params: SamplingParams, name: str) -> None:
@@ -276,7 +317,8 @@ def _flag(params: SamplingParams, name: str) -> None:
 def _several(params: SamplingParams, name: str) -> None:
     value = getattr(params, name)
     if value is not None and (isinstance(value, str | bytes) or not isinstance(value, Sequence | Set)):
-        raise InvalidRequest(f"{name} is {value!r}; it must be a list", param=name)
+        hint = ": give its tolist()" if hasattr(value, "tolist") else ""
+        raise InvalidRequest(f"{name} is {value!r}; it must be a list{hint}", param=name)
 
 
 def _mapping(name: str, value: object, *, of: str = "it") -> None:
@@ -294,3 +336,4 @@ def _strings(params: SamplingParams, name: str) -> None:
     for value in getattr(params, name):
         if not isinstance(value, str) or not value:
             raise InvalidRequest(f"{name} holds {value!r}; it must hold non-empty strings", param=name)
+        check_text(value, f"{name} holds", param=name)

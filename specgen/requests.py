@@ -80,7 +80,7 @@ class RequestBuilder:
         params = request.params
         ends = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
-            ends |= set(model_ends(self.defaults, self.tokenizer))
+            ends |= set(model_ends(self.defaults, self.tokenizer, self.vocab_size))
         constraint = Constrained(matcher.copy(), ends) if matcher is not None else None
         room = self.context_length - len(request.ids)
         sampler = Sampler(
@@ -106,10 +106,12 @@ class RequestBuilder:
             stop=params.stop,
             include_stop=params.include_stop_str_in_output,
             skip_special=params.skip_special_tokens,
+            min_tokens=params.min_tokens or 0,
         )
-        length = len(request.ids) + min(room, params.max_tokens or room)
+        prompt = len(request.ids)
+        longest, shortest = prompt + min(room, params.max_tokens or room), prompt + (params.min_tokens or 0)
         criteria = tuple(_own(c, "stopping_criteria", copies=copies) for c in params.stopping_criteria)
-        return Sample(sampler, StopRules(ends, length, criteria), cursor, constraint)
+        return Sample(sampler, StopRules(ends, longest, shortest, criteria), cursor, constraint)
 
     def _check_text_needs(self, params: SamplingParams) -> None:
         for name in ("stop", "bad_words"):
@@ -122,11 +124,25 @@ class RequestBuilder:
             return params.prediction
         if self.tokenizer is None:
             raise InvalidRequest("prediction as text needs a tokenizer; give token ids", param="prediction")
-        return tuple(self.tokenizer.encode(params.prediction, add_special_tokens=False))
+        return tuple(self._spelt(params.prediction, "prediction"))
 
     def _spellings(self, word: str) -> list[list[int]]:
-        spellings = [self.tokenizer.encode(text, add_special_tokens=False) for text in (word, f" {word}")]
+        """A bad word in a text and at the beginning of one."""
+        spellings = [self._spelt(text, "bad_words") for text in (word, f" {word}")]
+        if not any(spellings):
+            raise InvalidRequest(f"bad_words holds {word!r}, which the tokenizer makes no token of", param="bad_words")
         return [ids for ids in spellings if ids]
+
+    def _spelt(self, text: str, param: str) -> list[int]:
+        """The ids of a text that a request holds. A tokenizer may know tokens that the model has no logits for."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        if beyond := [token for token in ids if not 0 <= token < self.vocab_size]:
+            raise InvalidRequest(
+                f"{param} holds {text!r}, which the tokenizer spells with token id {beyond[0]}; "
+                f"token ids of this model are 0 to {self.vocab_size - 1}",
+                param=param,
+            )
+        return ids
 
     def _offered(self, params: SamplingParams) -> list[LogitsProcessor]:
         found = []
@@ -144,14 +160,16 @@ class RequestBuilder:
         return found
 
 
-def model_ends(defaults: GenerationConfig, tokenizer: Any) -> tuple[int, ...]:
-    """The model's own end tokens: what its generation config says, else the tokenizer's."""
+def model_ends(defaults: GenerationConfig, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+    """The model's own end tokens: what its generation config says, else the tokenizer's; of those the ones that the
+    model can say."""
     eos = defaults.eos_token_id
     if eos is None:
         eos = getattr(tokenizer, "eos_token_id", None)
     if eos is None:
         return ()
-    return tuple(eos) if isinstance(eos, Sequence) else (int(eos),)
+    ends = eos if isinstance(eos, Sequence) else (int(eos),)
+    return tuple(end for end in ends if 0 <= end < vocab_size)
 
 
 def _own(function: FunctionT, param: str, *, copies: bool) -> FunctionT:

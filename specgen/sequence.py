@@ -34,10 +34,12 @@ from specgen.verify import acceptance
 @dataclass(frozen=True, slots=True)
 class StopRules:
     """What ends a sequence after a token; looked at in this order: end ids, stop strings (the cursor's), criteria, a
-    constraint that lets nothing follow, length. `max_length` bounds prompt and output together."""
+    constraint that lets nothing follow, length. `max_length` bounds prompt and output together, and so does
+    `min_length`: no token of the first so many is an end id, whatever a processor makes of it."""
 
     end_ids: frozenset[int]
     max_length: int
+    min_length: int = 0
     criteria: tuple[StoppingCriterion, ...] = ()
 
 
@@ -201,7 +203,8 @@ class _Scan:
 
     def _finish(self, token: int, node: int) -> Finish | None:
         sequence, stops = self.sequence, self.sequence.stops
-        if token in stops.end_ids:
+        length = len(sequence.ids) + len(self.path)
+        if token in stops.end_ids and length > stops.min_length:
             return Finish("stop", token)
         if sequence.cursor.stop and (string := self._advance([token])):
             return Finish("stop", string)
@@ -211,9 +214,7 @@ class _Scan:
                 return Finish("stop")
         if sequence.constraint and sequence.constraint.advance(token):
             return Finish("stop")
-        if len(sequence.ids) + len(self.path) >= stops.max_length:
-            return Finish("length")
-        return None
+        return Finish("length") if length >= stops.max_length else None
 
     def _row(self, node: int) -> Tensor:
         """float32[1, vocab], a copy: the caller's code may write into it, log-probabilities are of the row as it is."""

@@ -32,6 +32,7 @@ from specgen import (
 )
 from specgen.config import EngineConfig
 from specgen.model.loading import load_tokenizer
+from specgen.option_names import _ELSEWHERE
 from specgen.plugins import load_plugins
 from tests.models.tiny import CONTEXT, VOCABULARY, build
 from tests.models.tokenizers import sentence_piece
@@ -129,7 +130,14 @@ PROMPTS: dict[str, tuple[Any, str, str]] = {
     "no text": ("", "prompt", "the prompt has no tokens"),
     "None": (None, "prompt", "the prompt is None"),
     "a number": (5, "prompt", "the prompt is 5"),
-    "one message": ({"role": "user", "content": "hi"}, "prompt", "the prompt is {'role'"),
+    "one message": ({"role": "user", "content": "hi"}, "prompt", "the prompt is {'role'.*one message is a list of one"),
+    "what a tokenizer returns": ({"input_ids": [5, 6]}, "prompt", "the prompt is {'input_ids'.*give `input_ids`, as a"),
+    "another mapping": ({"text": "hi"}, "prompt", "the prompt is {'text': 'hi'}; it must be text.*, not empty$"),
+    "half a surrogate pair": ("a\ud83d", "prompt", r"the prompt holds '\\ud83d', which is half a surrogate pair"),
+    "bytes": (b"hi", "prompt", "the prompt is b'hi'; it must be text"),
+    "an array": (np.array([5, 6]), "prompt", r"the prompt is array.*give its `tolist\(\)`"),
+    "a list of tensors": ([torch.tensor(5)], "prompt", r"the prompt holds tensor\(5\).*give its `tolist\(\)`"),
+    "a batch of tensors": (torch.tensor([[5, 6]]), "prompt", r"the prompt is tensor\(\[\[5, 6\]\]\).*`tolist\(\)`"),
     "an id too high": ([5, VOCABULARY], "prompt", f"prompt holds {VOCABULARY}; token ids are 0 to {VOCABULARY - 1}"),
     "a negative id": ([5, -1], "prompt", f"prompt holds -1; token ids are 0 to {VOCABULARY - 1}"),
     "a fraction": ([5, 1.5], "prompt", "the prompt holds 1.5"),
@@ -196,6 +204,9 @@ OPTIONS: list[tuple[str, Any, str]] = [
     ("temperature", "hot", "temperature is 'hot'; it must be a finite number from 0"),
     ("temperature", True, "temperature is True; it must be a finite number from 0"),
     ("temperature", [0.5], r"temperature is \(0.5,\); it must be a finite number from 0"),
+    ("temperature", 10**400, "temperature is 1000.*; it must be a finite number from 0"),
+    ("presence_penalty", -(10**400), "presence_penalty is -1000.*; it must be a finite number from -2 to 2"),
+    ("top_p", torch.tensor(0.5), r"top_p is tensor\(0.5.*; it must be a finite number above 0 to 1"),
     ("top_p", 0, "top_p is 0; it must be a finite number above 0 to 1"),
     ("top_p", 1.01, "top_p is 1.01; it must be a finite number above 0 to 1"),
     ("top_p", math.nan, "top_p is nan"),
@@ -227,6 +238,10 @@ OPTIONS: list[tuple[str, Any, str]] = [
     ("logit_bias", {"5": 1.0}, "logit_bias '5': 1.0 is not token id: finite number"),
     ("logit_bias", {5: math.inf}, "logit_bias 5: inf is not token id: finite number"),
     ("logit_bias", {5: "much"}, "logit_bias 5: 'much' is not token id: finite number"),
+    ("logit_bias", {5: True}, "logit_bias 5: True is not token id: finite number"),
+    ("logit_bias", {5: 10**400}, "logit_bias 5: 1000.* is not token id: finite number"),
+    ("logit_bias", {torch.tensor(5): 1}, r"logit_bias tensor\(5\): 1 is not token id: finite number"),
+    ("logit_bias", {-1: 1.0}, "logit_bias holds -1; token ids are"),
     ("logit_bias", {True: 1.0}, "logit_bias holds True; token ids are"),
     ("logit_bias", [(5, 1.0)], "logit_bias: it must be a mapping, not"),
     ("allowed_token_ids", [], "allowed_token_ids is empty"),
@@ -236,6 +251,12 @@ OPTIONS: list[tuple[str, Any, str]] = [
     ("banned_token_ids", ["a"], "banned_token_ids holds 'a'; token ids are 0 to"),
     ("banned_token_ids", "abc", "banned_token_ids is 'abc'; it must be a list"),
     ("stop_token_ids", [1.0], "stop_token_ids holds 1.0; token ids are 0 to"),
+    ("stop_token_ids", [VOCABULARY], f"stop_token_ids holds {VOCABULARY}; token ids are 0 to {VOCABULARY - 1}"),
+    ("stop_token_ids", [np.int64(VOCABULARY)], f"stop_token_ids holds {VOCABULARY}; token ids are 0 to"),
+    ("stop_token_ids", [np.bool_(1)], "stop_token_ids holds .*True.*; token ids are 0 to"),
+    ("stop_token_ids", [torch.tensor(5)], r"stop_token_ids holds tensor\(5\); token ids are 0 to"),
+    ("allowed_token_ids", torch.tensor([5]), r"allowed_token_ids is tensor.* it must be a list: give its tolist\(\)"),
+    ("prediction", [np.float32(5)], "prediction holds 5.0; token ids are 0 to"),
     ("stop_token_ids", 5, "stop_token_ids is 5; it must be a list"),
     ("stop_token_ids", np.array([1, 2]), r"stop_token_ids is array\(\[1, 2\]\); it must be a list"),
     ("bad_words", [""], "bad_words holds ''; it must hold non-empty strings"),
@@ -243,6 +264,9 @@ OPTIONS: list[tuple[str, Any, str]] = [
     ("stop", "", "stop holds ''; it must hold non-empty strings"),
     ("stop", ["ok", ""], "stop holds ''; it must hold non-empty strings"),
     ("stop", [b"x"], "stop holds b'x'; it must hold non-empty strings"),
+    ("stop", ["ok", "\ud800"], r"stop holds '\\ud800', which is half a surrogate pair and no text"),
+    ("bad_words", ["\udfff"], r"bad_words holds '\\udfff', which is half a surrogate pair and no text"),
+    ("prediction", "a\ud800", r"prediction holds '\\ud800', which is half a surrogate pair and no text"),
     ("stop", 5, "stop is 5; it must be a list"),
     ("ignore_eos", "no", "ignore_eos is 'no'; choices: True, False"),
     ("skip_special_tokens", 0, "skip_special_tokens is 0; choices: True, False"),
@@ -310,6 +334,34 @@ def test_an_unknown_option_is_refused_with_the_choices(engine: Engine, neighbour
     assert says(error, "unknown option 'max_new_tokens'; choices: .*max_tokens.*, top_p")
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("max_new_tokens", "what you mean is max_tokens$"),
+        ("do_sample", "what you mean is temperature; 0 is greedy"),
+        ("stop_strings", "what you mean is stop$"),
+        ("num_return_sequences", "what you mean is n$"),
+        ("max_completion_tokens", "what you mean is max_tokens$"),
+        ("response_format", "what you mean is constraint="),
+        ("streamer", "what you mean is the method `stream`"),
+        ("num_beams", "there is no beam search"),
+        ("max_token", "did you mean 'max_tokens'"),
+        ("temprature", "did you mean 'temperature'"),
+        ("flavour", "top_p, trace, typical_p$"),
+    ],
+)
+def test_what_others_call_an_option_is_told(name: str, meant: str) -> None:
+    with pytest.raises(UnknownName, match=f"unknown option '{name}'; choices: .*{meant}") as caught:
+        SamplingParams.of({name: 1})
+    assert caught.value.param == name
+
+
+def test_every_option_that_is_meant_is_one() -> None:
+    known = {*SamplingParams.__struct_fields__, "nothing", "the", "draft_model"}
+    assert all(re.split(r"[^a-z_]", meant)[0] in known for meant in _ELSEWHERE.values())
+    assert not known & set(_ELSEWHERE)
+
+
 def test_params_and_keywords_at_once_are_refused(engine: Engine, neighbours: tuple[int, ...]) -> None:
     error = refused(engine, neighbours, lambda: engine.generate(PROMPT, SamplingParams(), top_k=5))
     assert error.param == "params"
@@ -368,6 +420,65 @@ def test_one_bad_prompt_of_several_runs_none_of_them(engine: Engine, neighbours:
     assert engine.counters.finished["length"] == finished + 1, "only the neighbour ran"
 
 
+# A tokenizer that knows more tokens than the model has logits for, as after `add_tokens` without a resize.
+
+
+@pytest.fixture(scope="module")
+def larger(model: PreTrainedModel) -> Iterator[Engine]:
+    class Added(Letters):
+        eos_token_id = VOCABULARY + 1
+
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            return [VOCABULARY if letter == "\u263a" else ord(letter) - 32 for letter in text]
+
+    with Engine(model, Added(), kv_tokens=2048) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("a\u263a", {}, f"prompt holds {VOCABULARY}; token ids are 0 to {VOCABULARY - 1}"),
+        (
+            PROMPT,
+            {"bad_words": ["ok", "b\u263a"]},
+            f"bad_words holds 'b\u263a', .* with token id {VOCABULARY}; .*0 to 95",
+        ),
+        (
+            PROMPT,
+            {"prediction": "b\u263a"},
+            f"prediction holds 'b\u263a', which .* with token id {VOCABULARY}; .*0 to 95",
+        ),
+        (PROMPT, {"stop_token_ids": [VOCABULARY]}, f"stop_token_ids holds {VOCABULARY}; token ids are 0 to"),
+    ],
+)
+def test_a_text_that_the_model_has_no_token_for_is_refused(
+    larger: Engine, neighbours: tuple[int, ...], prompt: Any, options: dict[str, Any], message: str
+) -> None:
+    error = refused(larger, neighbours, lambda: larger.generate(prompt, max_tokens=4, **options))
+    assert error.param == next(iter(options), "prompt")
+    assert says(error, message)
+
+
+def test_an_end_token_that_the_model_cannot_say_ends_nothing(larger: Engine, neighbours: tuple[int, ...]) -> None:
+    """A stop string that it cannot spell in one token is one all the same: it may come in others."""
+    options = {"max_tokens": LONG, "temperature": 1.2, "seed": 3, "stop": "\u263a"}
+    assert larger.generate(PROMPT, min_tokens=3, **options).ids == neighbours
+
+
+def test_a_bad_word_that_is_no_token_is_refused(model: PreTrainedModel) -> None:
+    class Empty(Letters):
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            return []
+
+    with Engine(model, Empty(), kv_tokens=512) as engine:
+        with pytest.raises(
+            InvalidRequest, match="bad_words holds 'x', which the tokenizer makes no token of"
+        ) as caught:
+            engine.generate(PROMPT, max_tokens=2, bad_words=["x"])
+        assert caught.value.param == "bad_words"
+
+
 # What looks odd and is fine.
 
 
@@ -386,6 +497,10 @@ def test_one_bad_prompt_of_several_runs_none_of_them(engine: Engine, neighbours:
         {"temperature": None, "stop": None, "speculation": None, "seed": None},
         {"seed": HUGE - 1, "temperature": 1.0},
         {"logprobs": 0},
+        {"temperature": np.float32(0.7), "top_k": np.int32(5), "seed": np.uint64(3), "logprobs": np.int8(1)},
+        {"logit_bias": {np.int64(5): np.float32(1)}, "allowed_token_ids": list(np.array([5, 6]))},
+        {"stop_token_ids": [np.int64(90)], "banned_token_ids": {np.int32(3)}, "prediction": tuple(np.array([5, 6]))},
+        {"top_k": 10**30, "no_repeat_ngram_size": 10**30, "temperature": 1.0},
     ],
     ids=lambda options: " ".join(options),
 )

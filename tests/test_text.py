@@ -122,6 +122,44 @@ def test_a_prompt_that_ends_inside_a_character_is_completed() -> None:
     assert read(TextCursor.after([0], decoder), [[1], [2]])[0].endswith("!")
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_broken_byte_takes_nothing_back_that_was_shown(size: int) -> None:
+    """A newline in a byte before half an emoji that the length cuts: the decoder alone makes one broken run of it."""
+    tokenizer = sentence_piece(64, "x ab")
+    first = tokenizer.convert_tokens_to_ids("<0x00>")
+    ids = [first + byte for byte in f"\n\u00e9{EMOJI}".encode()[:5]]
+    assert tokenizer.decode(ids) == HALF * 5
+    blocks = [ids[start : start + size] for start in range(0, 5, size)]
+    cursor = TextCursor.after(tokenizer.encode("x ab"), tokenizer)
+    assert read(cursor, blocks)[0] == f"\n\u00e9{HALF * 2}"
+    ids += [first + ord("!"), *tokenizer.encode("x", add_special_tokens=False)]
+    assert read(cursor, [ids])[0] == f"\n\u00e9{HALF * 2}! x"
+
+
+@pytest.mark.parametrize("pieces", [(b"a\xf0\x9f", b"\x98", b"\x80!"), (b"a", b"\xf0\x9f", b"\x98", b"\x80!")])
+def test_what_the_prompt_left_broken_shows_only_as_a_whole_character(pieces: tuple[bytes, ...]) -> None:
+    decoder = Bytes(*pieces, b"b", HALF.encode())
+    prompt, after = range(len(pieces) - 2), [[len(pieces) - 2], [len(pieces) - 1]]
+    assert read(TextCursor.after(prompt, decoder), after)[0] == f"{EMOJI}!"
+    assert read(TextCursor.after(prompt, decoder), [[len(pieces)]])[0] == "b"
+    assert read(TextCursor.after(prompt, decoder), [after[0]])[0] == ""
+    quoted = len(pieces) + 1
+    assert (
+        read(TextCursor.after([0, quoted], Bytes(b"a", *decoder.pieces[1:])), [[quoted], [quoted - 1]])[0] == f"{HALF}b"
+    )
+
+
+def test_special_tokens_that_are_left_out_are_no_beginning_of_a_text() -> None:
+    """A decoder that drops a text's first space would drop one in its middle."""
+    tokenizer = sentence_piece(64, "x ab")
+    end, word = tokenizer.eos_token_id, tokenizer.encode("x", add_special_tokens=False)
+    ids = [*word, *[end] * 40, *word]
+    assert read(TextCursor.after([], tokenizer), [[token] for token in ids])[0] == tokenizer.decode(
+        ids, skip_special_tokens=True
+    )
+    assert read(TextCursor.after(ids[:-1], tokenizer), [word])[0] == " x"
+
+
 def test_without_a_tokenizer_there_is_no_text() -> None:
     cursor, text, stop = TextCursor.after([1, 2], None).advance([3])
     assert (text, stop, cursor.flush()) == ("", None, "")
@@ -179,6 +217,23 @@ def test_a_long_run_of_bytes_is_no_broken_text(size: int) -> None:
 
 
 # Stop strings.
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_stop_strings_are_not_looked_for_before_min_tokens(size: int) -> None:
+    """As in vLLM: one may begin in the text of those tokens, not end there. What it cannot end comes at once."""
+    decoder = letters("abcabcabc")
+    blocks = [list(range(9))[start : start + size] for start in range(0, 9, size)]
+    said = {n: read(TextCursor.after([], decoder, stop=("abc", "b"), min_tokens=n), blocks)[:2] for n in range(9)}
+    assert said[0] == said[1] == ("a", "b")
+    # The fourth is an a: the next b ends the text, the string of three does not come to its end.
+    assert said[2] == ("", "abc")
+    assert said[3] == said[4] == ("abca", "b")
+    assert said[5] == ("abc", "abc")
+    assert said[8] == ("abcabc", "abc")
+    assert read(TextCursor.after([], decoder, stop=("abc",), min_tokens=9), blocks)[:2] == ("abcabcabc", None)
+    shown = TextCursor.after([], letters("abcx"), stop=("abcy", "bc"), min_tokens=3)
+    assert read(shown, [[0], [1], [2], [3]])[:2] == ("abcx", None)
 
 
 @pytest.mark.parametrize("include", [False, True])

@@ -59,7 +59,10 @@ class ChatTemplate:
         except Exception as error:
             # A template is a program of the model's author, run on what the user sent: whatever it raises concerns
             # this request alone.
-            raise InvalidRequest(f"the chat template refuses the messages: {error}", param="messages") from error
+            parts = any(isinstance(message.get("content"), list) for message in messages)
+            hint = "; a content of parts is for models whose template takes them: give one string" if parts else ""
+            message = f"the chat template refuses the messages: {error}{hint}"
+            raise InvalidRequest(message, param="messages") from error
 
     def _ids(self, messages: list[Any], options: Mapping[str, Any], *, literal: bool) -> tuple[int, ...]:
         tools = options.get("tools")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, TypeAlias
 
-from specgen.errors import InvalidRequest
+from specgen.errors import InvalidRequest, check_text
 from specgen.types import Chat, Message, Prompt
 
 
@@ -35,6 +35,7 @@ class Context:
         Raises InvalidRequest for anything else and for an empty list.
         """
         if isinstance(prompt, str):
+            check_text(prompt, "the prompt holds", param="prompt")
             return cls(max_prompt_tokens=max_prompt_tokens, text=prompt)
         if isinstance(prompt, Chat):
             chat = cls.of(list(prompt.messages), max_prompt_tokens=max_prompt_tokens)
@@ -43,16 +44,28 @@ class Context:
             return replace(chat, tools=tuple(prompt.tools), options=prompt.options, literal=prompt.literal)
         items: tuple[Any, ...] = tuple(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) else ()
         if not items:
-            raise InvalidRequest(f"the prompt is {prompt!r}; it must be {_CHOICES}", param="prompt")
+            raise InvalidRequest(f"the prompt is {prompt!r}; it must be {_CHOICES}{_hint(prompt)}", param="prompt")
         if all(isinstance(item, Mapping) for item in items):
             return cls(max_prompt_tokens=max_prompt_tokens, messages=items)
         for item in items:
             if not isinstance(item, Integral) or isinstance(item, bool):
-                raise InvalidRequest(f"the prompt holds {item!r}; it must be {_CHOICES}", param="prompt")
+                raise InvalidRequest(f"the prompt holds {item!r}; it must be {_CHOICES}{_hint(item)}", param="prompt")
         return cls(max_prompt_tokens=max_prompt_tokens, ids=tuple(map(int, items)))
 
 
 _CHOICES = "text, a list of token ids or a list of messages, not empty"
+
+
+def _hint(value: object) -> str:
+    """How what is no prompt becomes one."""
+    if isinstance(value, Mapping) and "input_ids" in value:
+        return "; of what a tokenizer returns give `input_ids`, as a list"
+    if isinstance(value, Mapping) and "role" in value:
+        return "; one message is a list of one"
+    if hasattr(value, "tolist"):
+        return "; give its `tolist()`"
+    return ""
+
 
 ContextStage: TypeAlias = Callable[[Context], Context]
 """Called on the thread that submits the request, possibly on several at once: keep no state that a call changes.

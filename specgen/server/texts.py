@@ -38,7 +38,8 @@ class Texts:
         written = self.tokenizer.convert_ids_to_tokens(token)
         if found := _BYTE.fullmatch(written):
             return [int(found[1], 16)]
-        return [_BYTES[letter] for letter in written] if all(letter in _BYTES for letter in written) else []
+        # Otherwise the token is said to be U+FFFD itself.
+        return [_BYTES[letter] for letter in written] if all(map(_BYTES.__contains__, written)) else list(text.encode())
 
     def name(self, token: int) -> str:
         """The text of a token, or, as OpenAI writes parts of characters, its bytes: those have no text, and would all
@@ -130,7 +131,7 @@ class Spelling:
 
 
 class Tracer:
-    """The traces of one sequence, its tokens in pieces that join to its text."""
+    """The traces of one sequence, its tokens in pieces that join to its text, and to a stop string that ended it."""
 
     def __init__(self, texts: Texts, request: Request) -> None:
         skip = request.params.skip_special_tokens
@@ -142,8 +143,7 @@ class Tracer:
         trace = output.trace
         guessers = [trace.drafters[node] for node in trace.accepted] if trace else []
         tokens = []
-        for place, token in enumerate(output.tokens):
-            self._cursor, text, _ = self._cursor.advance([token])
+        for place, text in enumerate(self._pieces(output)):
             tokens.append(TracedToken(text, list(guessers[place]) if place < len(guessers) else []))
         if trace is None:
             return StepTrace(tokens, [])
@@ -153,3 +153,15 @@ class Tracer:
             for node, (token, parent, confidence, drafters) in enumerate(nodes)
         ]
         return StepTrace(tokens, tree)
+
+    def _pieces(self, output: StepOutput) -> list[str]:
+        """What each token of an output adds to the text; a token that ended it adds nothing."""
+        ended = output.result is not None and isinstance(output.result.stop, int)
+        pieces = []
+        for token in output.tokens[: len(output.tokens) - ended]:
+            self._cursor, text, _ = self._cursor.advance([token])
+            pieces.append(text)
+        pieces += [""] * ended
+        if output.result is not None and not isinstance(output.result.stop, str):
+            pieces[-1] += self._cursor.flush()
+        return pieces

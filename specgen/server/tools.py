@@ -5,11 +5,9 @@ What the model says is read as JSON and never run.
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
-from typing import Any
-
-import msgspec
 
 from specgen.server.protocol import CalledFunction, ToolCall
 
@@ -17,10 +15,13 @@ _BEGIN, _END = "<tool_call>", "</tool_call>"
 _QUOTES = re.compile(r'\\.|"', re.DOTALL)
 
 
-class _Said(msgspec.Struct):
-    name: str
-    arguments: dict[str, Any] | None = None
-    parameters: dict[str, Any] | None = None
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+_DECODER = json.JSONDecoder(parse_float=str, parse_constant=_no_constant)
+_BETWEEN = re.compile(r"[\s,:]*")
+_SPACE = re.compile(r'("(?:\\.|[^"\\])*")|\s+')
 
 
 class CallParser:
@@ -113,12 +114,38 @@ class CallParser:
 
 def _call(text: str) -> ToolCall | None:
     try:
-        said = msgspec.json.decode(text, type=_Said)
-    except (msgspec.DecodeError, RecursionError):
+        said = _members(text)
+    except (ValueError, RecursionError):
         return None
-    arguments = said.arguments if said.arguments is not None else said.parameters or {}
-    function = CalledFunction(said.name, msgspec.json.encode(arguments).decode())
-    return ToolCall(f"call_{secrets.token_hex(12)}", function)
+    name = json.loads(said.get("name", "null"))
+    given = [said[key] for key in ("arguments", "parameters") if said.get(key, "null") != "null"]
+    if not isinstance(name, str) or not all(value.startswith("{") for value in given):
+        return None
+    return ToolCall(f"call_{secrets.token_hex(12)}", CalledFunction(name, given[0] if given else "{}"))
+
+
+def _members(text: str) -> dict[str, str]:
+    """The members of a JSON object, each value as it is written but for white space: read and written again, large
+    numbers and long fractions would come out otherwise. Raises ValueError for anything else."""
+    value = _DECODER.decode(text)
+    if not isinstance(value, dict):
+        raise ValueError("no object")
+    # Half a surrogate pair can be written in JSON, and is no text.
+    json.dumps(value, ensure_ascii=False).encode()
+    found: dict[str, str] = {}
+    place = _after(_BETWEEN, text, text.index("{") + 1)
+    while text[place] != "}":
+        key, place = _DECODER.raw_decode(text, place)
+        start = _after(_BETWEEN, text, place)
+        _, place = _DECODER.raw_decode(text, start)
+        found[key] = _SPACE.sub(r"\1", text[start:place])
+        place = _after(_BETWEEN, text, place)
+    return found
+
+
+def _after(pattern: re.Pattern[str], text: str, place: int) -> int:
+    found = pattern.match(text, place)
+    return found.end() if found else place
 
 
 def _may_begin(text: str) -> int:

@@ -62,6 +62,27 @@ def test_the_mark_of_an_end_may_stand_in_an_argument(text: str) -> None:
         assert parsed([*pieces, *MARKED]) == ("", [CALLED, CALLED]) or not text.endswith(">")
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ('{"id": 123456789012345678901234567890}', '{"id":123456789012345678901234567890}'),
+        ('{"x": 1e400, "y": -1E+5, "z": 0.10, "w": 1.0000000000000000000001}', None),
+        ('{"a": 1, "a": 2, "b": -0}', None),
+        ('{"s": "a  b\\n \\" \\u00e9 \\u2028 \\\\"}', '{"s":"a  b\\n \\" \\u00e9 \\u2028 \\\\"}'),
+        ('{\n  "é": [ {} , [ ] ,\t"," ] ,\n  "name": null }', '{"é":[{},[],","],"name":null}'),
+        ("{ }", "{}"),
+    ],
+)
+def test_arguments_come_out_as_they_were_written(written: str, read: str | None) -> None:
+    """But for white space between them. Read and written again, numbers would be others."""
+    read = read or written.replace(" ", "")
+    for key in ("arguments", "parameters"):
+        text = f'<tool_call>{{"name": "f", "{key}": {written}}}</tool_call>'
+        for pieces in ([text], list(text)):
+            assert parsed(pieces) == ("", [("f", read)])
+    assert parsed([f'<tool_call>{{"name": "f", "arguments": null, "parameters": {written}}}']) == ("", [("f", read)])
+
+
 def test_a_string_that_is_never_closed_hides_no_call_behind_it() -> None:
     odd = '<tool_call>5" long</tool_call> well '
     for pieces in ([odd + MARKED], list(odd + MARKED)):
@@ -75,6 +96,11 @@ def test_a_string_that_is_never_closed_hides_no_call_behind_it() -> None:
         '{"name": "f", "arguments": __import__("os").mkdir("trace")}',
         '{"name": "f", "arguments": "{}"}',
         '{"name": 1}',
+        '{"name": "\\ud800"}',
+        '{"name": "f", "arguments": [1]}',
+        '{"name": "f", "arguments": {"a": 01}}',
+        '{"name": "f", "arguments": {"a": 1,}}',
+        '{"name": "f", "arguments": {}} {}',
         "[" * 100_000,
         '{"name": "f", "arguments": {"a": ' + "9" * 10_000 + "}}",
         '{"name": "f", "arguments": {"a": NaN}}',

@@ -8,6 +8,7 @@ from typing import Any
 from llguidance import LLMatcher, grammar_from
 
 from specgen import InvalidRequest
+from specgen_grammar.schema_numbers import kept_exactly
 
 # White space that people and models write, and an end to it: a small model would otherwise go on with blanks for ever.
 WHITESPACE = r"( |\n{1,2}[ \t]{0,20})?"
@@ -34,9 +35,13 @@ def json_schema(value: Any) -> str:
 
 
 def with_whitespace(schema: dict[str, Any] | bool) -> dict[str, Any]:
-    """The schema with bounded white space, unless its own `x-guidance` says otherwise."""
+    """The schema with bounded white space, unless its own `x-guidance` says otherwise, and with exact numbers.
+
+    Raises InvalidRequest for what llguidance would not keep exactly.
+    """
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
+    schema = dict(kept_exactly(schema))
     own = schema.get("x-guidance", {})
     return {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE, **own}} if isinstance(own, dict) else schema
 
@@ -53,7 +58,7 @@ def choice(value: Any) -> str:
     if not isinstance(value, list) or not value or not all(isinstance(text, str) and text for text in value):
         raise refused("choice", value, "a list of texts, none of them empty")
     # One lexeme: as a rule with thousands of alternatives it would be too wide for the parser.
-    texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in dict.fromkeys(value))
+    texts = " | ".join(quoted(text) for text in dict.fromkeys(value))
     return LLMatcher.grammar_from_lark(f"start: TEXT\nTEXT: {texts}")
 
 
@@ -65,6 +70,12 @@ def grammar(value: Any) -> str:
         return grammar_from("grammar", value)
     except ValueError as error:
         raise InvalidRequest(f"grammar: {error}") from None
+
+
+def quoted(text: str) -> str:
+    """A text as Lark quotes it."""
+    # JSON leaves this one as it is, and llguidance's lexer knows no such letter.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def refused(kind: str, value: Any, expected: str) -> InvalidRequest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Sequence
 from itertools import takewhile
@@ -12,7 +13,9 @@ import llguidance.hf
 import numpy as np
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from tokenizers import Tokenizer
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from specgen import ConstraintSetup, InvalidRequest, Matcher, RequestFailed
 
@@ -112,11 +115,22 @@ def _tokenizer(setup: ConstraintSetup) -> LLTokenizer:
 
 def _built(tokenizer: Any, setup: ConstraintSetup) -> LLTokenizer:
     try:
-        return llguidance.hf.from_tokenizer(tokenizer, n_vocab=setup.vocab_size, eos_token=_end_ids(setup))
+        known = _without_added(tokenizer, setup.vocab_size)
+        return llguidance.hf.from_tokenizer(known, n_vocab=setup.vocab_size, eos_token=_end_ids(setup))
     except ValueError as error:
         name = type(tokenizer).__name__
         message = f"this engine's tokenizer ({name}) takes no constraints: {error}"
         raise InvalidRequest(message) from None
+
+
+def _without_added(tokenizer: Any, vocab_size: int) -> Any:
+    """The tokenizer without tokens that were added behind the model's vocabulary: it has no logits for them. What they
+    say it may say in others, so they cannot just be cut from the masks, where one of them may be all that is left."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or len(tokenizer) <= vocab_size:
+        return tokenizer
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described["added_tokens"] = [token for token in described["added_tokens"] if token["id"] < vocab_size]
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(described)))
 
 
 def _end_ids(setup: ConstraintSetup) -> list[int]:

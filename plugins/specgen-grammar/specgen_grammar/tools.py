@@ -10,7 +10,7 @@ import msgspec
 from llguidance import LLMatcher
 
 from specgen import read_options
-from specgen_grammar.grammars import refused, with_whitespace
+from specgen_grammar.grammars import quoted, refused, with_whitespace
 
 _BEGIN, _END = "<tool_call>", "</tool_call>"
 
@@ -53,13 +53,13 @@ def _shape(asked: ToolCalls) -> Iterable[str]:
     """How calls and text take turns. Text ends at the first mark: from there on it is a call."""
     if asked.choice == "required":
         yield 'start: call ("\\n" call)*' if asked.parallel else "start: call"
-        yield f"call: {_text(_BEGIN)} rest"
+        yield f"call: {quoted(_BEGIN)} rest"
     else:
         yield "start: call* TEXT" if asked.parallel else "start: call | TEXT"
         yield "call: begin rest"
-        yield f"begin[lazy]: TEXT {_text(_BEGIN)}"
+        yield f"begin[lazy]: TEXT {quoted(_BEGIN)}"
         yield "TEXT: /(.|\\n)*/"
-    yield f"rest: {_text(chr(10))} function {_text(chr(10) + _END)}"
+    yield f"rest: {quoted(chr(10))} function {quoted(chr(10) + _END)}"
 
 
 def _functions(tools: list[Tool]) -> Iterable[str]:
@@ -67,10 +67,5 @@ def _functions(tools: list[Tool]) -> Iterable[str]:
     for number, tool in enumerate(tools):
         schema = {"type": "object"} if tool.function.parameters is None else tool.function.parameters
         begin = f'{{"name": {json.dumps(tool.function.name, ensure_ascii=False)}, "arguments": '
-        yield f"function_{number}: {_text(begin)} arguments_{number} {_text('}')}"
+        yield f"function_{number}: {quoted(begin)} arguments_{number} {quoted('}')}"
         yield f"arguments_{number}: %json {json.dumps(with_whitespace(schema))}"
-
-
-def _text(text: str) -> str:
-    """A text as Lark quotes it."""
-    return json.dumps(text, ensure_ascii=False)

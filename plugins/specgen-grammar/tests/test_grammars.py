@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -10,6 +11,7 @@ import llguidance.hf
 import numpy as np
 import pytest
 import specgen_grammar
+import torch
 from specgen_grammar.matcher import MAX_CHARACTERS
 
 from specgen import ConstraintSetup, InvalidRequest, Matcher, RequestFailed
@@ -86,6 +88,17 @@ CASES: list[tuple[str, Any, str, bool]] = [
     ("json_schema", json.dumps(SCHEMA), '{"name": "Bob", "age": 7, "ok": true}', True),
     ("json_schema", {**SCHEMA, "x-guidance": {"whitespace_pattern": "  "}}, '{  "name"  :', False),
     ("json_schema", {"type": "integer", "x-guidance": {}}, "12", True),
+    ("json_schema", {"type": "integer", "minimum": 2**53 + 1, "maximum": 2**53 + 3}, str(2**53 + 2), True),
+    ("json_schema", {"type": "integer", "minimum": 2**53 + 1, "maximum": 2**53 + 3}, str(2**53), False),
+    ("json_schema", {"type": "integer", "minimum": 2**53 + 1, "maximum": 2**53 + 3}, str(2**53 + 4), False),
+    ("json_schema", {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, str(2**62 + 1), True),
+    ("json_schema", {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, str(2**63), False),
+    ("json_schema", {"type": "integer", "exclusiveMaximum": -(2**53) - 1}, str(-(2**53) - 1), False),
+    ("json_schema", {"type": "integer", "exclusiveMaximum": -(2**53) - 1}, str(-(2**53) - 4), True),
+    ("json_schema", {"type": "number", "maximum": 10**400}, "1.5", True),
+    ("json_schema", {"properties": {"const": {"const": 2**53}}, "default": 10**30}, f'{{"const": {2**53}}}', True),
+    ("json_schema", {**SCHEMA, "minProperties": 4}, '{"name": "Bob", "age": 7, "ok": true}', False),
+    ("json_schema", {**SCHEMA, "minProperties": 4}, '{"name": "Bob", "age": 7, "tags": [], "ok": true}', True),
     ("json_schema", True, '["a"]', True),
     ("json_schema", NESTED, '{"next": {"next": {}}}', True),
     ("json_schema", {"const": True}, "true", True),
@@ -98,6 +111,7 @@ CASES: list[tuple[str, Any, str, bool]] = [
     ("choice", ["yes", "yes, sir", "no"], "yes,", False),
     ("choice", ['say "hi"\\n', "漢"], 'say "hi"\\n', True),
     ("choice", ['say "hi"', "漢"], "漢", True),
+    *(("choice", [f"a{letter}b", "c"], f"a{letter}b", True) for letter in "\x7f\x00\x1f\x85\u2028\ufeff\U0001f600/|#"),
     ("choice", [f"number {n}" for n in range(3000)], "number 2999", True),
     ("grammar", LARK, "((ab))", True),
     ("grammar", LARK, "((ab)", False),
@@ -179,6 +193,21 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("json_schema", {"type": "string", "format": "weird"}, "Unknown format: weird"),
     ("json_schema", {"type": "integer", "minimum": 9, "maximum": 1}, "json_schema cannot be compiled: "),
     ("json_schema", {"enum": []}, "Unsatisfiable schema"),
+    (
+        "json_schema",
+        {"const": 2**53 + 1},
+        "const holds 9007199254740993; whole numbers beyond 2**53 are not kept exactly",
+    ),
+    ("json_schema", {"items": {"enum": ["a", {"b": [-(10**99)]}]}}, "enum holds -1000"),
+    ("json_schema", {"properties": {"a": {"multipleOf": 10**16}}}, "multipleOf holds 10000000000000000; whole"),
+    ("json_schema", {"type": "integer", "minimum": 10**400}, "minimum is 1000"),
+    ("json_schema", {"anyOf": [{"maximum": -(2**63)}]}, f"maximum is {-(2**63)}; it must be within 64 bits"),
+    ("json_schema", {"type": "object", "minProperties": 2}, "minProperties 2 cannot be kept where names are free"),
+    (
+        "json_schema",
+        {"allOf": [{"patternProperties": {"a": {}}, "additionalProperties": False, "minProperties": 3}]},
+        "min",
+    ),
     ("json_schema", False, "json_schema cannot be compiled: "),
     ("json_schema", {"type": "object", "x-guidance": 5}, "json_schema cannot be compiled: "),
     ("json_schema", {"type": "object", "x-guidance": {"whitespace_pattern": "["}}, "json_schema cannot be compiled: "),
@@ -216,6 +245,28 @@ def test_a_tokenizer_that_llguidance_cannot_read_is_refused() -> None:
             specgen_grammar.constraints()["regex"](ConstraintSetup(tokenizer, 96), "a+")
     with pytest.raises(InvalidRequest, match="takes no constraints: vocab size too small"):
         specgen_grammar.constraints()["regex"](ConstraintSetup(TOKENIZERS["byte-level"], 96), "a+")
+
+
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_of_a_tokenizer_larger_than_the_model_the_rest_is_cut(family: str) -> None:
+    """Tokens that were added without resizing the model: it spells them in others."""
+    tokenizer = deepcopy(TOKENIZERS[family])
+    tokenizer.add_tokens(["Bob", '{"name'])
+    rows = len(TOKENIZERS[family])
+    assert len(tokenizer) > rows
+    larger = ConstraintSetup(tokenizer, rows, (tokenizer.eos_token_id,))
+    for kind, value, text in (
+        ("json_schema", SCHEMA, '{"name": "Bob", "age": 7, "ok": true}'),
+        ("choice", ["Bob"], "Bob"),
+    ):
+        matcher = specgen_grammar.constraints()[kind](larger, value)
+        beside = compiled(kind, value, family)
+        for token in spelt(text, family):
+            assert torch.equal(matcher.allowed(), beside.allowed()[:rows])
+            assert all(each < rows for each in matcher.forced())
+            matcher.consume(token)
+            beside.consume(token)
+        assert (matcher.may_end(), matcher.is_complete()) == (True, beside.is_complete())
 
 
 def test_a_grammar_that_grows_too_costly_on_the_way_fails_by_name() -> None:

@@ -65,6 +65,21 @@ def test_a_call_has_a_name_and_arguments_that_belong_to_it(choice: str) -> None:
         assert not takes(text, tools=BOTH, choice=choice)
 
 
+@pytest.mark.parametrize("name", ["a\x7fb", "日本", "a\\b", "x/y z"])
+def test_a_name_may_hold_any_letter(name: str) -> None:
+    tools = [{"function": {"name": name, "parameters": {"type": "object", "maxProperties": 0}}}]
+    written = json.dumps(name, ensure_ascii=False)
+    assert takes(call(name, "{}").replace(json.dumps(name), written), tools=tools)
+    assert not takes(PARIS, tools=tools)
+
+
+def test_arguments_are_of_a_schema_that_can_be_kept() -> None:
+    """As one that a text must have."""
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"const": 2**60}}}}
+    with pytest.raises(InvalidRequest, match="const holds 1152921504606846976"):
+        compiled(tools=[{"function": function}])
+
+
 def test_required_calls_leave_no_room_for_text() -> None:
     assert takes(PARIS + "\n" + TIME, tools=BOTH)
     for text in ("", "I say: " + PARIS, PARIS + "\n", PARIS + " and", PARIS + TIME, "hello"):
