@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -18,7 +18,8 @@ from specgen.constraint import Constraints, ConstraintSetup
 from specgen.context.pipeline import ContextPipeline
 from specgen.draft.drafter import Drafter, DrafterSetup
 from specgen.engine import Counters, EngineCore, Load
-from specgen.errors import UnknownName
+from specgen.errors import ModelChanged, UnknownName, UnsupportedModel
+from specgen.kv.pool import KVPool
 from specgen.kv.stored import CacheOptions
 from specgen.log import Log
 from specgen.model.calibration import calibration_ids
@@ -63,7 +64,9 @@ class Engine:
         self.config = EngineConfig.chosen(config, options)
         self.plugins = plugins or load_plugins()
         self.tokenizer = tokenizer
-        self.model = model
+        self._model = model
+        # Whether others hold the model, who may change it.
+        self._shared = True
         self._draft_targets: list[Target] = []
         self.target = self._target(model, tokenizer, self.config.kv_tokens, self._invariant())
         self._core = EngineCore(
@@ -80,7 +83,7 @@ class Engine:
         self.adapters = EngineAdapters(self._core, self.config.adapters, self._draft_targets, self._runner)
         self._builder = RequestBuilder(
             tokenizer,
-            model.generation_config,
+            model,
             self.target.vocab_size,
             self.target.context_length,
             self.target.device,
@@ -122,7 +125,10 @@ class Engine:
         chosen = {} if quantization_config is None else {"quantization_config": quantization_config}
         chosen |= model_options or {}
         loaded = load_model(model, dtype=dtype, device=device, **chosen)
-        return cls(loaded, load_tokenizer(model, trust_remote_code=bool(chosen.get("trust_remote_code"))), **options)
+        tokenizer = load_tokenizer(model, trust_remote_code=bool(chosen.get("trust_remote_code")))
+        engine = cls(loaded, tokenizer, **options)
+        engine._shared = False
+        return engine
 
     def generate(self, prompt: Any, params: SamplingParams | None = None, **options: Any) -> Any:
         """Continue one prompt, or many at once, and wait for the end.
@@ -132,6 +138,7 @@ class Engine:
         Returns a `Result` for one prompt and a list of them for several; with n > 1 a list of n for each prompt.
         Raises InvalidRequest before anything runs, RequestFailed if a sequence failed on the way.
         """
+        self._follow()
         params = with_options(params, options)
         many = _is_batch(prompt)
         prompts = list(prompt) if many else [prompt]
@@ -147,6 +154,7 @@ class Engine:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Stream:
         """Continue one prompt and hand out what each step adds: iterate over it with `for` or `async for`."""
+        self._follow()
         params = with_options(params, options)
         (stream,) = self._runner.submit(self._builder.build(prompt, params, copies=False))
         # An engine that only its stream holds must not be closed by the collector before the stream ends.
@@ -164,7 +172,23 @@ class Engine:
 
     def start(self, *prepared: Prepared) -> list[Stream]:
         """Run what was prepared, all in time for the same step, each once; a stream for each, as from `stream`."""
+        self._follow()
         return self._runner.submit(*prepared)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The caller's model, as it was given."""
+        self._shared = True
+        return self._model
+
+    def refresh(self) -> None:
+        """Take the model as it is now: repack its weights, check it as at load, forget what prefix and response cache
+        hold, release pins. Requests that still run end with ModelChanged. Loaded adapters stay.
+
+        An engine does so by itself before a request when it sees that the model changed and nothing runs.
+        Raises UnsupportedModel where it cannot serve the model any more; then it serves nobody until it can.
+        """
+        self._runner.call(lambda: self._renew("refresh() was called", ending=True))
 
     @property
     def failure(self) -> BaseException | None:
@@ -205,6 +229,32 @@ class Engine:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _follow(self) -> None:
+        """Look whether the model is what it was, before a request. Raises as `refresh`, and ModelChanged."""
+        if self._shared and self.target.change() is not None:
+            self._runner.call(self._catch_up)
+
+    def _catch_up(self) -> None:
+        # Another thread's request may have been first.
+        if (change := self.target.change()) is not None:
+            self._renew(f"{change} of the model changed", ending=False)
+
+    def _renew(self, why: str, *, ending: bool) -> None:
+        """A new target over the pool of the old one. On the engine's thread."""
+        if self._core.busy and not ending:
+            told = "while requests run under what it was; wait for them, or call engine.refresh(), which ends them"
+            raise ModelChanged(f"{why} {told}")
+        self._runner.end_all(ModelChanged(f"{why} while this request ran"))
+        old = self.target
+        fresh = self._target(self._model, self.tokenizer, None, self._invariant(), pool=old.pool)
+        if (fresh.vocab_size, fresh.context_length) != (old.vocab_size, old.context_length):
+            sizes = f"{fresh.vocab_size} tokens of vocabulary and {fresh.context_length} of context"
+            was = f"{old.vocab_size} and {old.context_length}"
+            raise UnsupportedModel(f"the model has {sizes} now, and had {was}; make a new engine")
+        self._core.retarget(fresh)
+        self.target = fresh
+        self.responses.clear()
+
     def _drafters(self) -> dict[str, Drafter]:
         offered = self.plugins.collect("drafters")
         setup = DrafterSetup(
@@ -229,7 +279,15 @@ class Engine:
         self._draft_targets.append(drafter)
         return drafter, tokenizer
 
-    def _target(self, model: PreTrainedModel, tokenizer: Any, kv_tokens: int | None, invariant: bool | None) -> Target:
+    def _target(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        kv_tokens: int | None,
+        invariant: bool | None,
+        *,
+        pool: KVPool | None = None,
+    ) -> Target:
         formats = self.plugins.collect("kv_formats")
         if self.config.kv_format not in formats:
             raise UnknownName("KV format", self.config.kv_format, formats, param="kv_format")
@@ -243,6 +301,7 @@ class Engine:
             cpu_kernels=self.config.cpu_kernels,
             gpu_kernels=self.config.gpu_kernels,
             gpu_graphs=self.config.gpu_graphs,
+            pool=pool,
         )
 
     def _invariant(self) -> bool | None:
@@ -257,40 +316,41 @@ def _cache_options(config: EngineConfig) -> CacheOptions | None:
 
 
 def wrap(model: PreTrainedModel, tokenizer: Any = None, **options: Any) -> Engine:
-    """An engine around a model that is loaded already. `options` as in `Engine`. The model stays the caller's, but its
-    weights must stay as they are: the engine has packed copies and cached what they said."""
+    """An engine around a model that is loaded already. `options` as in `Engine`. The model stays the caller's: where it
+    was changed, by a training for instance, the next request finds the engine refreshed; see `Engine.refresh`."""
     return Engine(model, tokenizer, **options)
 
 
-_Weights: TypeAlias = tuple[tuple[int, int], ...]
-_latest: list[tuple[Engine, _Weights]] = []
+_latest: list[Engine] = []
 _making = threading.Lock()
 
 
 def engine_of(model: PreTrainedModel, tokenizer: Any = None) -> Engine:
     """The engine that the one-line helpers use for `model`: made once, kept until they are called for another model or
-    its weights have changed, as by an update of a training. A change through `Tensor.data` cannot be seen."""
-    weights = _weights(model)
-    engine = _kept(model, weights, tokenizer)
+    the model has changed: an update of its weights, an adapter that is active, a hook. The caller looks no more."""
+    engine = _kept(model, tokenizer)
     if engine is None:
         with _making:
             # Another thread may have made it meanwhile.
-            engine = _kept(model, weights, tokenizer) or wrap(model, tokenizer)
-            _latest[:] = [(engine, weights)]
+            engine = _kept(model, tokenizer) or _made(model, tokenizer)
     return engine
 
 
-def _kept(model: PreTrainedModel, weights: _Weights, tokenizer: Any) -> Engine | None:
-    for engine, those in _latest:
-        if engine.model is model and those == weights and tokenizer in (None, engine.tokenizer):
+def _made(model: PreTrainedModel, tokenizer: Any) -> Engine:
+    # The old one's memory is needed for the new one, if nobody uses it.
+    _latest.clear()
+    engine = wrap(model, tokenizer)
+    # Who asks for it is told of a change by getting another.
+    engine._shared = False
+    _latest[:] = [engine]
+    return engine
+
+
+def _kept(model: PreTrainedModel, tokenizer: Any) -> Engine | None:
+    for engine in _latest:
+        if engine._model is model and tokenizer in (None, engine.tokenizer) and engine.target.change() is None:
             return engine
     return None
-
-
-def _weights(model: PreTrainedModel) -> _Weights:
-    """Where a model's weights are, and how often each was written to."""
-    tensors = (*model.parameters(), *model.buffers())
-    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
 
 def generate(model: PreTrainedModel, prompt: Any, *, tokenizer: Any = None, **options: Any) -> Result | Any:

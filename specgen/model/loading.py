@@ -37,12 +37,18 @@ def load_model(
     source when there is no such model, when it would run code of its own, or when its quantiser is not installed or
     cannot do what is asked for."""
     kind = dtype_of(dtype)
+    placed = options.get("device_map") is not None
+    if placed and device is not None:
+        told = f"device_map={options['device_map']!r} says where the weights go, and so does device={device!r}"
+        raise InvalidRequest(f"{told}; give one of them", param="device_map")
     # Where nothing is said, transformers asks whoever sits at the terminal.
     options = {"trust_remote_code": False, **options}
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise InvalidRequest(f"model {str(source)!r} cannot be loaded: {error}", param="model") from error
+    if placed:
+        return model
     try:
         torch.nn.Module.to(model, device or default_device())
     except (RuntimeError, AssertionError) as error:  # torch's ways to say that there is no such device
