@@ -15,6 +15,7 @@ from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -55,6 +56,7 @@ _LIBRARIES |= sys.stdlib_module_names - {"__main__"}
 # What an identity reads by itself, and where the files were.
 _ELSEWHERE = re.compile(r"(^|\.)config\.|^name_or_path$")
 _SAMPLES = 16
+_WHOLE = 1 << 16
 _DEEPEST = 12
 _MOST_ENTRIES = 200_000
 
@@ -81,7 +83,7 @@ class ModelState:
     """The state of a model when it was taken. Costs some microseconds for each of the model's modules and tensors.
 
     A change of numbers through `Tensor.data`, of which torch keeps no record, shows on the CPU, where it concerns the
-    numbers that are looked at: some of each parameter.
+    numbers that are looked at: some of each tensor.
     """
 
     def __init__(self, entries: Mapping[str, Value]) -> None:
@@ -130,42 +132,48 @@ class _Walk:
         self.entries: dict[str, Value] = {}
         self._seen: dict[int, str] = {}
         self._kept: list[object] = []
-        self._sampled: dict[torch.dtype, list[Tensor]] = {}
+        self._sampled: dict[torch.dtype, list[tuple[str, Tensor]]] = {}
         self._seen[id(model)] = ""
         self._module("", model)
         for name in ("_global_forward_pre_hooks", "_global_forward_hooks"):
             self._put(name, list(getattr(torch_module, name).values()))
-        for dtype, parts in self._sampled.items():
-            numbers = torch.cat(parts).view(torch.uint8).numpy().tobytes()
-            self.entries[f"the numbers of its {dtype} weights"] = _Numbers((numbers,))
+        for samples in self._sampled.values():
+            numbers = torch.cat([sample for _, sample in samples]).view(torch.uint8).numpy().tobytes()
+            start = 0
+            for path, sample in samples:
+                stop = start + sample.nbytes
+                self.entries[path] = _Numbers((*self.entries[path], numbers[start:stop]))
+                start = stop
 
     def _put(self, path: str, value: Any, depth: int = 0) -> None:
-        self.entries[path] = self._value(path, value, depth)
+        found = self._value(path, value, depth)
+        if not isinstance(value, Tensor):
+            self.entries[path] = found
 
     def _module(self, path: str, module: nn.Module) -> None:
         kind, attributes = type(module), module.__dict__
         self.entries[path or "the model"] = Same(kind)
         self._class(kind)
         start = f"{path}." if path else ""
-        for name, tensor in attributes["_parameters"].items():
-            self.entries[start + name] = None if tensor is None else _numbers(tensor)
-            self._sample(tensor)
+        # Copies: another thread may run the model, which then sets attributes.
+        for name, tensor in list(attributes["_parameters"].items()):
+            self._put(start + name, tensor)
         written = _written_by_forward(attributes)
-        for name, tensor in attributes["_buffers"].items():
+        for name, tensor in list(attributes["_buffers"].items()):
             if not name.endswith(written):
-                self.entries[start + name] = None if tensor is None else _numbers(tensor)
+                self._put(start + name, tensor)
         for name in _HOOKS:
             if hooks := attributes[name]:
                 flags = sorted(kind for kind in _HOW_HOOKS_ARE_CALLED if kind.startswith(name))
-                called = tuple(tuple(number in attributes[flag] for flag in flags) for number in hooks)
+                called = tuple(tuple(number in attributes[flag] for flag in flags) for number in list(hooks))
                 self.entries[f"{start}{name[1:]}"] = (called, self._value(start + name[1:], list(hooks.values())))
-        for name, value in attributes.items():
+        for name, value in list(attributes.items()):
             if type(value) in _PLAIN:
                 if name not in _RECORDS and not name.endswith(written):
                     self.entries[start + name] = value
             elif name not in _OWN and not name.endswith(written):
                 self._put(start + name, value)
-        for name, child in attributes["_modules"].items():
+        for name, child in list(attributes["_modules"].items()):
             self._put(start + name, child)
 
     def _class(self, kind: type) -> None:
@@ -189,16 +197,20 @@ class _Walk:
         if (first := self._seen.get(id(value))) is not None:
             return "seen", first
         if isinstance(value, Tensor):
-            return _numbers(value)
+            self.entries[path] = _numbers(value)
+            self._sample(path, value)
+            return "tensor"
+        if isinstance(value, np.ndarray):
+            return _Numbers((value.shape, value.dtype.str, value.tobytes() if value.size <= _WHOLE else Same(value)))
         if depth > _DEEPEST or len(self.entries) > _MOST_ENTRIES:
             return Same(value)
         if isinstance(value, Mapping) and _is_builtin(kind):
             return tuple(
                 (key if type(key) in _PLAIN else Same(key), self._value(f"{path}.{key}", item, depth + 1))
-                for key, item in value.items()
+                for key, item in list(value.items())
             )
         if isinstance(value, list | tuple):
-            return tuple(self._value(f"{path}.{place}", item, depth + 1) for place, item in enumerate(value))
+            return tuple(self._value(f"{path}.{place}", item, depth + 1) for place, item in enumerate(list(value)))
         if isinstance(value, set | frozenset):
             return frozenset(item if type(item) in _PLAIN else Same(item) for item in value)
         return self._object(path, value, depth + 1)
@@ -221,12 +233,14 @@ class _Walk:
                 self._put(f"{path}.{name}", part, depth)
         return value.__code__ if isinstance(value, FunctionType) else Same(type(value))
 
-    def _sample(self, tensor: Tensor | None) -> None:
-        if tensor is None or tensor.device.type != "cpu" or type(tensor) is not nn.Parameter or not tensor.numel():
+    def _sample(self, path: str, tensor: Tensor) -> None:
+        """Look at some of a tensor's numbers, all tensors of a data type in one copy."""
+        if tensor.device.type != "cpu" or type(tensor) not in (Tensor, nn.Parameter) or not tensor.numel():
             return
-        if tensor.is_contiguous():
+        if tensor.layout is torch.strided and tensor.is_contiguous():
             flat = tensor.detach().view(-1)
-            self._sampled.setdefault(tensor.dtype, []).append(flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES])
+            sample = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES]
+            self._sampled.setdefault(tensor.dtype, []).append((path, sample))
 
 
 _OWN = _RECORDS | _HOW_HOOKS_ARE_CALLED | {"_parameters", "_buffers", "_modules", *_HOOKS}
@@ -244,8 +258,10 @@ def _numbers(tensor: Tensor) -> Value:
     inner = tensor.__tensor_flatten__()[0] if is_traceable_wrapper_subclass(tensor) else ()
     if inner:
         return _Numbers((type(tensor).__name__, *(_numbers(getattr(tensor, name)) for name in inner)))
-    place = 0 if tensor.is_meta else tensor.data_ptr()
     version = 0 if tensor.is_inference() else tensor._version
+    if tensor.layout is not torch.strided:
+        return _Numbers((Same(tensor), version))
+    place = 0 if tensor.is_meta else tensor.data_ptr()
     return _Numbers((place, version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
 
 

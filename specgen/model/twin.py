@@ -27,10 +27,10 @@ _READ = ("peft", "torch", "transformers")
 _PER_ROW = ("adapter_names", "alora_offsets")
 
 
-def unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> PreTrainedModel:
     """The transformers model inside of what `torch.compile` or PEFT made of one.
 
-    Raises UnsupportedModel for PEFT's prompt learning, which reads more than a prompt's ids.
+    Raises UnsupportedModel for what is none, and for PEFT's prompt learning, which reads more than a prompt's ids.
     """
     while True:
         if _prepares_otherwise(model) or _learns_prompts(model):
@@ -42,8 +42,13 @@ def unwrapped(model: Any) -> Any:
             model = model._orig_mod
         elif isinstance(model, nn.Module) and not isinstance(model, PreTrainedModel) and hasattr(model, "peft_config"):
             model = model.get_base_model()  # type: ignore[operator]
-        else:
+        elif isinstance(model, PreTrainedModel):
             return model
+        else:
+            raise UnsupportedModel(
+                f"{type(model).__name__} is no transformers model, nor one in torch.compile or PEFT; give the model "
+                "itself (of DataParallel and its kind: `.module`), or a path to Engine.from_pretrained"
+            )
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -99,9 +104,10 @@ def _learns_prompts(model: Any) -> bool:
 
 
 def _prepares_otherwise(model: Any) -> bool:
-    """Whether another model's method says what this one reads; PEFT leaves the model's own one behind."""
+    """Whether another function says what this model reads; PEFT leaves the model's own one behind."""
     method = getattr(model, "__dict__", {}).get("prepare_inputs_for_generation")
-    return method is not None and getattr(method, "__self__", None) is not model
+    own = getattr(type(model), "prepare_inputs_for_generation", None)
+    return method is not None and getattr(method, "__func__", None) is not own
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -164,14 +170,21 @@ def _random_setting(settings: Mapping[str, Any]) -> str | None:
 
 
 def _check_rows(model: PreTrainedModel) -> None:
-    """Hooks that say for each row of the caller's batch which adapter it runs under."""
+    """Hooks that say for each row of the caller's batch which adapter it runs under.
+
+    PEFT takes them away when its generate returns, not when it raises: so they are taken away here.
+    """
+    refused = None
     for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
+        for number, hook in list(module._forward_pre_hooks.items()):
             given = hook.keywords if isinstance(hook, partial) else {}
-            for name in _PER_ROW:
-                if name in given:
-                    raise InvalidRequest(
-                        f"{name} is not supported by specgen; activate one adapter (set_adapter) and call once for "
-                        "each, or load them with engine.adapters.load, under which rows run side by side",
-                        param=name,
-                    )
+            if found := next((name for name in _PER_ROW if name in given), None):
+                refused = found
+                del module._forward_pre_hooks[number]
+                module._forward_pre_hooks_with_kwargs.pop(number, None)
+    if refused:
+        raise InvalidRequest(
+            f"{refused} is not supported by specgen; activate one adapter (set_adapter) and call once for each, or "
+            "load them with engine.adapters.load, under which rows run side by side",
+            param=refused,
+        )
