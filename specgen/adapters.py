@@ -49,7 +49,6 @@ class EngineAdapters:
         self._core = core
         self._cache = core.adapters
         self._options = options
-        self._target = core.target
         self._drafts = drafts
         self._runner = runner
         self._lock = threading.Lock()
@@ -148,7 +147,7 @@ class EngineAdapters:
     def _read(
         self, name: str, path: str | Path, draft_adapter: str | Path | None, *, pinned: bool, any_base: bool
     ) -> Adapter:
-        files = {TARGET: self._files(path, self._target, any_base)}
+        files = {TARGET: self._files(path, self._core.target, any_base)}
         if draft_adapter is not None:
             files[DRAFT] = self._files(draft_adapter, self._draft_model(draft_adapter), any_base)
         # Whoever calls will wait for answers of the engine's thread.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -19,6 +19,8 @@ from specgen.constraint import Constraints, ConstraintSetup
 from specgen.context.pipeline import ContextPipeline
 from specgen.draft.drafter import Drafter, DrafterSetup
 from specgen.engine import Counters, EngineCore, Load
+from specgen.errors import ModelChanged, UnsupportedModel
+from specgen.kv.pool import KVPool
 from specgen.kv.stored import CacheOptions
 from specgen.log import Log
 from specgen.memory import promise
@@ -69,14 +71,15 @@ class Engine:
         self.plugins = plugins or load_plugins()
         check_options(self.config, self.plugins)
         pipeline = ContextPipeline.build(self.config.context, self.plugins.collect("context_stages"), tokenizer)
-        if not isinstance(model, PreTrainedModel):
-            model = model()
+        # Not `PreTrainedModel`: what PEFT and torch.compile wrap around one is a module too.
+        loaded = cast(PreTrainedModel, model if isinstance(model, torch.nn.Module) else model())
         self.tokenizer = tokenizer
-        self.model = model
+        self._model = loaded
+        # Whether others hold the model, who may change it.
+        self._shared = True
         promise(self, self.config.host_cache_bytes + self.config.response_cache_bytes)
         self._draft_targets: list[Target] = []
-        sizes = {"kv_tokens": self.config.kv_tokens, "max_context": self.config.max_context}
-        self.target = self._target(model, tokenizer, invariant=self._invariant(), **sizes)
+        self.target = self._own_target()
         self._core = EngineCore(
             self.target,
             self._drafters(),
@@ -92,7 +95,7 @@ class Engine:
         self.adapters = EngineAdapters(self._core, self.config.adapters, self._draft_targets, self._runner)
         self._builder = RequestBuilder(
             tokenizer,
-            model.generation_config,
+            loaded,
             self.target.vocab_size,
             self.target.context_length,
             self.target.device,
@@ -104,13 +107,13 @@ class Engine:
                 ConstraintSetup(
                     tokenizer,
                     self.target.vocab_size,
-                    model_ends(model.generation_config, tokenizer, self.target.vocab_size),
+                    model_ends(loaded.generation_config, tokenizer, self.target.vocab_size),
                 ),
             ),
             self.adapters.named,
             self.config.speculation,
         )
-        if ignored := not_followed(model.generation_config):
+        if ignored := not_followed(loaded.generation_config):
             log.warning("the model's generation config is not followed in all it says", ignored=ignored)
         self.prefix = EnginePrefix(self._core, self._runner, self._builder)
         self._finalizer = weakref.finalize(self, self._runner.close)
@@ -146,7 +149,9 @@ class Engine:
         check_device(device)
         located(model, chosen)
         load = partial(load_model, model, dtype=dtype, device=device, **chosen)
-        return cls(load, load_tokenizer(model, **chosen), config=config, plugins=plugins)
+        engine = cls(load, load_tokenizer(model, **chosen), config=config, plugins=plugins)
+        engine._shared = False
+        return engine
 
     def generate(self, prompt: Any, params: SamplingParams | None = None, **options: Any) -> Any:
         """Continue one prompt, or many at once, and wait for the end.
@@ -156,6 +161,7 @@ class Engine:
         Returns a `Result` for one prompt and a list of them for several; with n > 1 a list of n for each prompt.
         Raises InvalidRequest before anything runs, RequestFailed if a sequence failed on the way.
         """
+        self._follow()
         params = with_options(params, options)
         many = _is_batch(prompt)
         prompts = list(prompt) if many else [prompt]
@@ -171,6 +177,7 @@ class Engine:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Stream:
         """Continue one prompt and hand out what each step adds: iterate over it with `for` or `async for`."""
+        self._follow()
         params = with_options(params, options)
         (stream,) = self._runner.submit(self._builder.build(prompt, params, copies=False))
         # An engine that only its stream holds must not be closed by the collector before the stream ends.
@@ -188,7 +195,23 @@ class Engine:
 
     def start(self, *prepared: Prepared) -> list[Stream]:
         """Run what was prepared, all in time for the same step, each once; a stream for each, as from `stream`."""
+        self._follow()
         return self._runner.submit(*prepared)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The caller's model, as it was given."""
+        self._shared = True
+        return self._model
+
+    def refresh(self) -> None:
+        """Take the model as it is now: repack its weights, check it as at load, forget what prefix and response cache
+        hold, release pins. Requests that still run end with ModelChanged. Loaded adapters stay.
+
+        An engine does so by itself before a request when it sees that the model changed and nothing runs.
+        Raises UnsupportedModel where it cannot serve the model any more; then it serves nobody until it can.
+        """
+        self._runner.call(lambda: self._renew("refresh() was called", ending=True))
 
     @property
     def failure(self) -> BaseException | None:
@@ -229,6 +252,32 @@ class Engine:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _follow(self) -> None:
+        """Look whether the model is what it was, before a request. Raises as `refresh`, and ModelChanged."""
+        if self._shared and self.target.change() is not None:
+            self._runner.call(self._catch_up)
+
+    def _catch_up(self) -> None:
+        # Another thread's request may have been first.
+        if (change := self.target.change()) is not None:
+            self._renew(f"{change} of the model changed", ending=False)
+
+    def _renew(self, why: str, *, ending: bool) -> None:
+        """A new target over the pool of the old one. On the engine's thread."""
+        if self._core.busy and not ending:
+            told = "while requests run under what it was; wait for them, or call engine.refresh(), which ends them"
+            raise ModelChanged(f"{why} {told}")
+        self._runner.end_all(ModelChanged(f"{why} while this request ran"))
+        old = self.target
+        fresh = self._own_target(old.pool)
+        if (fresh.vocab_size, fresh.context_length) != (old.vocab_size, old.context_length):
+            sizes = f"{fresh.vocab_size} tokens of vocabulary and {fresh.context_length} of context"
+            was = f"{old.vocab_size} and {old.context_length}"
+            raise UnsupportedModel(f"the model has {sizes} now, and had {was}; make a new engine")
+        self._core.retarget(fresh)
+        self.target = fresh
+        self.responses.clear()
+
     def _drafters(self) -> dict[str, Drafter]:
         offered = self.plugins.collect("drafters")
         setup = DrafterSetup(
@@ -248,21 +297,27 @@ class Engine:
             source = load_model(source, dtype=self.target.model.dtype, device=self.target.device)
         context = min(self.context_length, context_limit(source) or self.context_length)
         # What a drafter rounds changes no text.
-        drafter = self._target(
-            source, tokenizer, kv_tokens=self.target.pool.capacity, max_context=context, invariant=False
-        )
+        drafter = self._target(source, tokenizer, self.target.pool.capacity, context, invariant=False)
         drafter.compile(self.config.compile)
         self._draft_targets.append(drafter)
         return drafter, tokenizer
+
+    def _own_target(self, pool: KVPool | None = None) -> Target:
+        config = self.config
+        # Not by itself where the forward is exchanged on the way.
+        invariant = False if config.compile == "background" else config.invariant
+        sizes = (config.kv_tokens, config.max_context)
+        return self._target(self._model, self.tokenizer, *sizes, invariant=invariant, pool=pool)
 
     def _target(
         self,
         model: PreTrainedModel,
         tokenizer: Any,
-        *,
         kv_tokens: int | None,
         max_context: int | None,
+        *,
         invariant: bool | None,
+        pool: KVPool | None = None,
     ) -> Target:
         return Target(
             model,
@@ -274,11 +329,8 @@ class Engine:
             cpu_kernels=self.config.cpu_kernels,
             gpu_kernels=self.config.gpu_kernels,
             gpu_graphs=self.config.gpu_graphs,
+            pool=pool,
         )
-
-    def _invariant(self) -> bool | None:
-        """Not by itself where the forward is exchanged on the way."""
-        return False if self.config.compile == "background" else self.config.invariant
 
 
 def _cache_options(config: EngineConfig) -> CacheOptions | None:
@@ -288,40 +340,41 @@ def _cache_options(config: EngineConfig) -> CacheOptions | None:
 
 
 def wrap(model: PreTrainedModel, tokenizer: Any = None, **options: Any) -> Engine:
-    """An engine around a model that is loaded already. `options` as in `Engine`. The model stays the caller's, but its
-    weights must stay as they are: the engine has packed copies and cached what they said."""
+    """An engine around a model that is loaded already. `options` as in `Engine`. The model stays the caller's: where it
+    was changed, by a training for instance, the next request finds the engine refreshed; see `Engine.refresh`."""
     return Engine(model, tokenizer, **options)
 
 
-_Weights: TypeAlias = tuple[tuple[int, int], ...]
-_latest: list[tuple[Engine, _Weights]] = []
+_latest: list[Engine] = []
 _making = threading.Lock()
 
 
 def engine_of(model: PreTrainedModel, tokenizer: Any = None) -> Engine:
     """The engine that the one-line helpers use for `model`: made once, kept until they are called for another model or
-    its weights have changed, as by an update of a training. A change through `Tensor.data` cannot be seen."""
-    weights = _weights(model)
-    engine = _kept(model, weights, tokenizer)
+    the model has changed: an update of its weights, an adapter that is active, a hook. The caller looks no more."""
+    engine = _kept(model, tokenizer)
     if engine is None:
         with _making:
             # Another thread may have made it meanwhile.
-            engine = _kept(model, weights, tokenizer) or wrap(model, tokenizer)
-            _latest[:] = [(engine, weights)]
+            engine = _kept(model, tokenizer) or _made(model, tokenizer)
     return engine
 
 
-def _kept(model: PreTrainedModel, weights: _Weights, tokenizer: Any) -> Engine | None:
-    for engine, those in _latest:
-        if engine.model is model and those == weights and tokenizer in (None, engine.tokenizer):
+def _made(model: PreTrainedModel, tokenizer: Any) -> Engine:
+    # The old one's memory is needed for the new one, if nobody uses it.
+    _latest.clear()
+    engine = wrap(model, tokenizer)
+    # Who asks for it is told of a change by getting another.
+    engine._shared = False
+    _latest[:] = [engine]
+    return engine
+
+
+def _kept(model: PreTrainedModel, tokenizer: Any) -> Engine | None:
+    for engine in _latest:
+        if engine._model is model and tokenizer in (None, engine.tokenizer) and engine.target.change() is None:
             return engine
     return None
-
-
-def _weights(model: PreTrainedModel) -> _Weights:
-    """Where a model's weights are, and how often each was written to."""
-    tensors = (*model.parameters(), *model.buffers())
-    return tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
 
 def generate(model: PreTrainedModel, prompt: Any, *, tokenizer: Any = None, **options: Any) -> Result | Any:

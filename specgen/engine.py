@@ -100,8 +100,8 @@ class EngineCore:
         self.target = target
         self._key = CacheKey(model_name(target.model), target.pool.kind.name)
         self.drafting = Drafting(drafters, target.vocab_size)
-        target.watch(self.drafting.wanted.layers)
-        target.compile(compile)
+        self._compile: Compile = compile
+        self._ready(target)
         self.prefix = None
         if prefix_cache is not None:
             self.prefix = open_cache(
@@ -149,6 +149,19 @@ class EngineCore:
         """Leave to the next engine what the prefix cache holds, if there is a folder for it. After the last step."""
         if self.prefix and self.prefix.tiers and self.prefix.tiers.disk is not None and (stored := self.stored()):
             stored.spill()
+
+    def retarget(self, target: Target) -> None:
+        """Go on with a new target over the same pool, whose model says something else: no KV of the old one is read
+        again. While nothing runs."""
+        if "adapted" in vars(self.target):
+            _ = target.adapted  # asks by a forward, and those that bring rows under an adapter come later
+        self._ready(target)
+        if self.prefix:
+            self.prefix.forget()
+        self.target, self._key = target, CacheKey(model_name(target.model), target.pool.kind.name)
+        self.__dict__.pop("_identity", None)
+        if self.prefix and self.prefix.tiers and (stored := self.stored()):
+            self.prefix.tiers.describe = stored.header
 
     def add(self, request: Request, samples: Many[Sample]) -> None:
         """Queue one sequence per sample; none where one cannot be made."""
@@ -202,6 +215,11 @@ class EngineCore:
         self.adapters.check(busy=self.busy)
         if not self.busy and self.target.pool.open_tables:
             raise RuntimeError("KV pool: tables are open though no sequence is left")
+
+    def _ready(self, target: Target) -> None:
+        """Let a target answer what the drafters want of it, and compile it, before its first step."""
+        target.watch(self.drafting.wanted.layers)
+        target.compile(self._compile)
 
     def _sequence(self, request: Request, index: int, sample: Sample, undo: ExitStack) -> Sequence:
         """A sequence to be queued; `undo` gives back what was opened for it."""
@@ -363,7 +381,8 @@ class EngineCore:
 
     @cached_property
     def _identity(self) -> str:
-        return kv_identity(self.target.model, self.target.pool, arithmetic=self.target.arithmetic)
+        target = self.target
+        return kv_identity(target.model, target.pool, arithmetic=target.arithmetic, settings=target.settings)
 
     def _token_seconds(self) -> float:
         """What a token of a long prompt costs."""

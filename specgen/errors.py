@@ -57,6 +57,11 @@ class UnsupportedModel(SpecgenError):
     """The model cannot be verified exactly; the message names the layer and what can be done instead."""
 
 
+class ModelChanged(SpecgenError):
+    """The model of an engine is not what it was, and requests still run under what it was; the message names what
+    changed. `Engine.refresh` ends them and takes the model as it is."""
+
+
 class DrafterMismatch(SpecgenError):
     """A drafter that does not fit the target, for instance one with another vocabulary."""
 

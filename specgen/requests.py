@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from specgen.adapter import Adapter
 from specgen.constraint import Constrained, Constraints, Matcher
@@ -35,11 +35,12 @@ Prepared: TypeAlias = tuple[Request, list[Sample]]
 class RequestBuilder:
     """What an engine knows about its model, as far as building requests needs it.
 
+    model: whose generation config is read at each request, as `generate` does.
     speculation: how requests draft that do not say it themselves.
     """
 
     tokenizer: Any
-    defaults: GenerationConfig
+    model: PreTrainedModel
     vocab_size: int
     context_length: int
     device: torch.device
@@ -49,6 +50,12 @@ class RequestBuilder:
     constraints: Constraints
     adapter_named: Callable[[str], Adapter]
     speculation: Speculation
+
+    @property
+    def defaults(self) -> GenerationConfig:
+        """What the model's `generation_config` says now."""
+        config: GenerationConfig = self.model.generation_config
+        return config
 
     def build(self, prompt: Prompt, params: SamplingParams, *, copies: bool) -> Prepared:
         """The request and how each of its `params.n` samples draws.

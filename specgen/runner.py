@@ -92,6 +92,10 @@ class Runner:
             self._order(partial(_answer, answer, function))
         return answer.result()
 
+    def end_all(self, error: Exception) -> None:
+        """End all that runs and waits with an error. On the engine's thread, between two steps: inside of `call`."""
+        self._fail(Finish("error", error=error))
+
     def close(self) -> None:
         """Cancel what runs, end the thread and wait for it; let the engine keep what it wants to. Doing so twice is
         harmless."""

@@ -63,7 +63,7 @@ def no_engine_stays() -> Iterator[None]:
     """The engine that the one-line helpers keep ends with the test."""
     yield
     while api._latest:
-        api._latest.pop()[0].close()
+        api._latest.pop().close()
 
 
 @pytest.fixture(scope="module")
@@ -778,13 +778,13 @@ def test_one_line_generates_and_keeps_the_engine(model: PreTrainedModel) -> None
     """For the same model the same engine; another model's takes its place."""
     expected = greedy(model, PROMPT, 6)
     assert list(specgen.generate(model, PROMPT, max_tokens=6).ids) == expected
-    [(first, weights)] = api._latest
+    [first] = api._latest
     assert list(specgen.generate(model, [PROMPT], max_tokens=6)[0].ids) == expected
-    assert api._latest == [(first, weights)]
+    assert api._latest == [first]
     assert specgen.generate(model, PROMPT, tokenizer=Letters(), max_tokens=6).text == Letters().decode(expected)
     other = build("llama", seed=1)
     assert list(specgen.generate(other, PROMPT, max_tokens=6).ids) == greedy(other, PROMPT, 6)
-    assert [engine.model for engine, _ in api._latest] == [other]
+    assert [engine.model for engine in api._latest] == [other]
     # Whoever still holds the former engine, another thread in the midst of a call for instance, may finish with it.
     assert list(first.generate(PROMPT, max_tokens=6).ids) == expected
     gone = weakref.ref(first)
@@ -821,7 +821,7 @@ def test_threads_that_come_at_once_share_the_engine_of_one_line(
         found = list(pool.map(lambda _: api.engine_of(model), range(threads)))
     assert len(made) == 1
     assert found == made * threads
-    assert [engine for engine, _ in api._latest] == made
+    assert api._latest == made
 
 
 def test_a_caller_may_use_the_model_while_the_engine_runs(model: PreTrainedModel) -> None:
@@ -1038,7 +1038,7 @@ def test_the_drop_in_takes_the_speculation(speaking: PreTrainedModel, speculatio
     settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20}
     found = speaking.generate(**batch, custom_generate=specgen.custom_generate, speculation=speculation, **settings)
     assert found.tolist() == speaking.generate(**batch, **settings).tolist()
-    [(engine, _)] = api._latest
+    [engine] = api._latest
     assert (engine.counters.drafted == 0) == (speculation == "off")
 
 
@@ -1058,7 +1058,7 @@ def test_a_text_that_is_cut_short_is_an_error_and_no_shorter_text(speaking: PreT
     with ThreadPoolExecutor(1) as pool:
         text = pool.submit(generate)
         until(lambda: slow.calls > 3)
-        api._latest.pop()[0].close()
+        api._latest.pop().close()
         with pytest.raises(EngineClosed):
             text.result(SECONDS)
 
@@ -1068,7 +1068,7 @@ def test_a_text_that_the_context_ends_is_an_error_and_no_shorter_text(
     model: PreTrainedModel, options: dict[str, int], context: int
 ) -> None:
     """One that ends by itself is returned, whatever was asked for."""
-    api._latest.append((Engine(model, **options), api._weights(model)))
+    api._latest.append(Engine(model, **options))
 
     def generate(**settings: Any) -> list[int]:
         ids, room = torch.tensor([PROMPT]), 200

@@ -61,7 +61,7 @@ class KVPool:
         self.page_size = page_size
         self.device = device
         self.kind = kind
-        self._dtype = dtype
+        self.dtype = dtype
         self.shapes = tuple(layers)
         self.bytes_per_token = kind.bytes_per_token(layers, dtype)
         self.page_bytes = page_size * self.bytes_per_token
@@ -126,7 +126,7 @@ class KVPool:
 
         In order: none may be copied onto one that is still to be copied.
         """
-        if gpu_kernels.available(self.device, self._dtype):
+        if gpu_kernels.available(self.device, self.dtype):
             from specgen.kernels.gpu.kv_commit import kv_commit
 
             moves = torch.stack([source, destination], dim=1).to(torch.int32)

@@ -171,6 +171,12 @@ class PrefixCache:
         self.evict(self.pool.pages)
         self.tiers = tiers
 
+    def forget(self) -> None:
+        """`clear`, of what is pinned too: the model that computed it is another now. While nothing is in use."""
+        for pin in list(self.pins):
+            pin.release()
+        self.clear()
+
     def check(self) -> None:
         """Raise RuntimeError if the tree is not what it says."""
         seen = 0

@@ -30,8 +30,10 @@ def model_digest(model: PreTrainedModel) -> str:
 
 
 @torch.no_grad()
-def kv_identity(model: PreTrainedModel, pool: KVPool, *, arithmetic: str) -> str:
+def kv_identity(model: PreTrainedModel, pool: KVPool, *, arithmetic: str, settings: object = ()) -> str:
     """A digest that differs where a token's KV may differ in any bit. Reads every weight once.
+
+    settings: what else the model's answers depend on, such as the adapter that is active; see `Target.settings`.
 
     Versions and the kind of device are in it: they may round differently. Of the format counts what it makes of fixed
     vectors, so that a change of its code or of its calibration shows. Takes a page of the pool for a moment.
@@ -40,7 +42,8 @@ def kv_identity(model: PreTrainedModel, pool: KVPool, *, arithmetic: str) -> str
     layout = [[list(rows.shape), str(rows.dtype)] for rows in pool.rows_of(0)]
     weights = [[name, *_weight(tensor)] for name, tensor in sorted(_tensors(model))]
     config = model.config.to_diff_dict()
-    return _digest([versions, arithmetic, pool.kind.name, pool.page_size, layout, _probe(pool), config, weights])
+    kinds = [arithmetic, pool.kind.name, pool.page_size, layout, settings]
+    return _digest([versions, kinds, _probe(pool), config, weights])
 
 
 def fingerprint(tensor: Tensor) -> list[int]:

@@ -33,7 +33,7 @@ def kv_size(
     A context that became shorter than the model's, or than was asked for because the model's is, is a warning.
     Raises InvalidRequest where `max_context` or `kv_tokens` cannot be had.
     """
-    longest = min(limit or _LONGEST_CONTEXT, _LONGEST_CONTEXT)
+    longest = context_of(_LONGEST_CONTEXT, limit=limit, max_context=None)
     if max_context is not None and max_context > longest:
         log.warning("max_context is beyond the model's positions", max_context=max_context, context=longest)
         max_context = longest
@@ -49,6 +49,11 @@ def kv_size(
     if size.context < context:
         _warn(size, context, kv_tokens, token_bytes, available)
     return size
+
+
+def context_of(tokens: int, *, limit: int | None, max_context: int | None) -> int:
+    """Most tokens of one sequence in a pool of `tokens`; `limit` and `max_context` as in `kv_size`."""
+    return min(n for n in (tokens, limit, max_context, _LONGEST_CONTEXT) if n is not None)
 
 
 def _in_pages(tokens: int, context: int) -> KVSize:

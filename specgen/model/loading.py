@@ -85,6 +85,10 @@ def load_model(
     kind = dtype_of(dtype)
     check_device(device)
     place, options = located(source, options)
+    placed = options.get("device_map") is not None
+    if placed and device is not None:
+        told = f"device_map={options['device_map']!r} says where the weights go, and so does device={device!r}"
+        raise InvalidRequest(f"{told}; give one of them", param="device_map")
     # Where nothing is said, transformers asks whoever sits at the terminal.
     options = {"trust_remote_code": False, **options}
     try:
@@ -94,6 +98,8 @@ def load_model(
     if file := options.get("gguf_file"):
         # A folder holds many: the tokenizer is found by this name, and servers call the model by it.
         model.name_or_path = str(Path(place, file))
+    if placed:
+        return model
     try:
         torch.nn.Module.to(model, device or default_device())
     except (RuntimeError, AssertionError) as error:  # too small, or gone meanwhile

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -31,7 +30,7 @@ from specgen.model.calibration import centre_keys
 from specgen.model.compiled import CompiledForward, compile_forward, in_background
 from specgen.model.invariance_check import CHECK_PAGES, check_invariance
 from specgen.model.invariant import InvariantLayers, mixes_experts
-from specgen.model.kv_size import kv_size
+from specgen.model.kv_size import context_of, kv_size
 from specgen.model.lora import AdaptedLayers, Kernel
 from specgen.model.packed_linear import pack_linears
 from specgen.model.plan import wanted_rows
@@ -39,6 +38,8 @@ from specgen.model.probes import rows_seen
 from specgen.model.quantised import check_quantised, quantised_layers
 from specgen.model.scores import Scores
 from specgen.model.seam_check import choose_seam
+from specgen.model.state import ModelState
+from specgen.model.twin import runs_alone, twin, unwrapped
 from specgen.model.watched import WatchedLayers
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Target:
     cpu_kernels: use them where they can be built; `False` is plain torch.
     gpu_kernels: `None` uses them on a GPU where triton is installed; `True` demands them, also of Triton's interpreter.
     gpu_graphs: capture forwards through them as graphs, where that can be; see `why_no_graphs`.
+    pool: that of an earlier target of the same model and settings, to go on with; nothing may be in use of it.
     Raises UnsupportedModel, naming the layer and what to do instead, and InvalidRequest for sizes below 1 and
     those that memory has no room for.
     """
@@ -85,14 +87,20 @@ class Target:
         cpu_kernels: bool = True,
         gpu_kernels: bool | None = None,
         gpu_graphs: bool = True,
+        pool: KVPool | None = None,
     ) -> None:
         for name, size in (("kv_tokens", kv_tokens), ("max_context", max_context)):
             if size is not None and size < 1:
                 raise InvalidRequest(f"{name} is {size}; it must be at least 1", param=name)
-        self._given = model
-        self.model = model = twin(model).eval()
+        self._given = given = unwrapped(model)
+        self._state = ModelState.of(given)
+        self.model = model = twin(given).eval()
         self.device = model.device
-        self.architecture = inspect_layers(model)
+        before = ModelState.of(model)
+        with runs_alone(given):
+            self.architecture = inspect_layers(model)
+        # Caches of the model's own, what a hook collects: its forward writes there, so that no caller has changed it.
+        self._written = before.changes(ModelState.of(model))
         check_quantised(model, self.architecture.dtype)
         self.vocab_size = self.architecture.vocab_size
         self.forwards = 0
@@ -115,20 +123,34 @@ class Target:
         if gpu_kernels and (reason := self.why_no_gpu(kv_format)):
             raise UnsupportedModel(f"gpu_kernels=True cannot be kept: {reason}; take gpu_kernels=None")
         self._make_invariant(kv_format, invariant)
-        sizes = kv_size(
-            limit=context_limit(model),
-            max_context=max_context,
-            kv_tokens=kv_tokens,
-            token_bytes=kv_format.bytes_per_token(self.architecture.shapes, self.architecture.dtype),
-            available=_free_memory(self.device),
-        )
-        self.pool = self._make_pool(sizes.tokens // PAGE_SIZE, kv_format)
-        self.context_length = sizes.context
+        if pool is None:
+            sizes = kv_size(
+                limit=context_limit(model),
+                max_context=max_context,
+                kv_tokens=kv_tokens,
+                token_bytes=kv_format.bytes_per_token(self.architecture.shapes, self.architecture.dtype),
+                available=_free_memory(self.device),
+            )
+            pool = self._make_pool(sizes.tokens // PAGE_SIZE, kv_format)
+        elif reason := self._misfit(pool):
+            raise UnsupportedModel(f"the model changed in more than it says: {reason}; make a new engine")
+        self.pool = pool
+        self.context_length = context_of(pool.capacity, limit=context_limit(model), max_context=max_context)
         if kv_format.centred:
             centre_keys(self.pool, model, calibration, self.architecture)
         if self._gpu and self.why_no_graphs() is None:
             self._gpu.capture_over(self.pool)
         self.forwards = self.rows = 0
+
+    def change(self) -> str | None:
+        """What of the caller's model is not as it was when this was made, a weight or anything else its answers depend
+        on; None if all is."""
+        return self._state.change(ModelState.of(self._given), but=self._written)
+
+    @property
+    def settings(self) -> list[list[str]]:
+        """All that the model's answers depend on besides its config and tensors; alike in every process."""
+        return self._state.portable(but=self._written)
 
     def watch(self, layers: Sequence[int]) -> None:
         """From now on `score` answers the hidden states of these layers too; see `WatchedLayers`. Once, and before
@@ -362,14 +384,11 @@ class Target:
     def _make_pool(self, pages: int, kind: KVFormat) -> KVPool:
         return KVPool(self.architecture.shapes, pages, dtype=self.architecture.dtype, device=self.device, kind=kind)
 
-
-def twin(model: PreTrainedModel) -> PreTrainedModel:
-    """The same modules around the same weights, with a config of their own.
-
-    A packed forward goes through other attention than the caller's own calls do, which may run at the same time.
-    """
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, memo=shared)
+    def _misfit(self, pool: KVPool) -> str | None:
+        """Why the model's KV cannot be kept in `pool`."""
+        ours = (self.architecture.shapes, self.architecture.dtype, self.device)
+        theirs = (pool.shapes, pool.dtype, pool.device)
+        return None if ours == theirs else f"its KV is {ours}, and was {theirs}"
 
 
 def _free_memory(device: torch.device) -> int:

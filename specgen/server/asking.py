@@ -59,7 +59,7 @@ class Asker:
     def __init__(self, config: ServerConfig, name: str, engine: Engine) -> None:
         self._config = config
         self._name = name
-        self._samples = bool(engine.model.generation_config.do_sample)
+        self._samples = bool(engine.target.model.generation_config.do_sample)
 
     def chat(self, asked: ChatRequest, caller: Caller) -> tuple[list[Prompt], SamplingParams]:
         """The prompt of a chat and its settings. Raises ApiError or InvalidRequest naming the field."""

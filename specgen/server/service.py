@@ -79,4 +79,5 @@ SERVICE = web.AppKey("service", Service)
 
 def _name(engine: Engine) -> str:
     """What a model is called if nobody says: the last part of where it came from."""
-    return Path(engine.model.name_or_path or "").name or engine.model.config.model_type
+    model = engine.target.model
+    return Path(model.name_or_path or "").name or model.config.model_type

@@ -16,7 +16,8 @@ from specgen.kernels.cpu_kernels import why_not
 from specgen.model.identity import kv_identity
 from specgen.model.packed_linear import PackedLinear, pack_linears
 from specgen.model.quantised import check_quantised, quantised_layers
-from specgen.model.target import Target, twin
+from specgen.model.target import Target
+from specgen.model.twin import twin
 from tests.models.decoding import generate
 from tests.models.tiny import build
 
