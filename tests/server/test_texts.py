@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from specgen.params import Request, SamplingParams
 from specgen.server.texts import Texts
+from specgen.types import Result, Speculation, SpeculativeStats, StepOutput, Usage
 from tests.models.tokenizers import byte_level, sentence_piece
 
 SPEECH = "Hello world! The quick brown fox jumps over the lazy dog, again and again: it's a dog's life. 日 "
@@ -35,3 +37,20 @@ def test_a_space_in_bytes_and_special_tokens_are_themselves() -> None:
     assert texts.text(tokenizer.convert_tokens_to_ids("<0x20>")) == " "
     assert texts.bytes(tokenizer.convert_tokens_to_ids("<0x20>")) == [0x20]
     assert texts.text(tokenizer.eos_token_id) == "</s>"
+
+
+def test_traced_pieces_join_to_the_text() -> None:
+    """Half a character at the end comes with the last token; an end token adds nothing."""
+    tokenizer = sentence_piece(60, SPEECH)
+    prompt = tuple(tokenizer.encode("a quick"))
+    half = tokenizer.encode("日", add_special_tokens=False)[-3:][:2]
+    for ids, stop in ((half, None), ([*half, tokenizer.eos_token_id], tokenizer.eos_token_id)):
+        request = Request("r", prompt, SamplingParams(), 0, Speculation())
+        finish = "length" if stop is None else "stop"
+        usage = Usage(len(prompt), len(ids))
+        result = Result("r", 0, "\ufffd\ufffd", tuple(ids), finish, stop, usage, SpeculativeStats(), 0)  # type: ignore[arg-type]
+        tracer = Texts(tokenizer).tracer(request)
+        first = tracer.trace(StepOutput("r", 0, tuple(ids[:1]), ""))
+        last = tracer.trace(StepOutput("r", 0, tuple(ids[1:]), "\ufffd\ufffd", result=result))
+        assert "".join(token.text for token in (*first.tokens, *last.tokens)) == result.text
+        assert len(first.tokens) + len(last.tokens) == len(ids)
