@@ -157,17 +157,18 @@ def test_a_stage_is_built_once(folder: Path, loads: list[Any]) -> None:
 
 def test_what_a_factory_refuses_in_pythons_own_words_is_a_wrong_option() -> None:
     """A keyword that it does not have is the user's mistake; what else it raises is the plugin's."""
-    broken: Any = lambda width=2: 1 / 0
-    harmless: Any = lambda width=2: lambda context: context
+
+    def dividing(width: int = 2) -> Any:
+        return width // 0
 
     class Plain:
         @specgen.hookimpl
         def drafters(self) -> dict[str, Any]:
-            return {"plain": lambda setup: broken(**setup.options)}
+            return {"plain": lambda setup: dividing(**setup.options)}
 
         @specgen.hookimpl
         def context_stages(self) -> dict[str, Any]:
-            return {"plain": lambda tokenizer, options: harmless(**options)}
+            return {"plain": lambda tokenizer, options: dividing(**options)}
 
     plugins = load_plugins()
     plugins.register(Plain(), "plain")
