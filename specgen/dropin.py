@@ -1,13 +1,16 @@
 """For code that calls `model.generate`: `model.generate(**inputs, custom_generate=specgen.custom_generate)`.
 
 transformers prepares everything (its config, its processors, its stopping criteria) and hands over; what comes back
-has the shape that transformers would return.
+has the shape that transformers would return. One row is decoded by the engine whatever its processors and criteria do,
+since the walk calls them in the order of plain decoding. So are several rows whose processors and criteria treat each
+row by itself. All other calls run in transformers' own loop, without drafts, and a warning says why.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -22,32 +25,28 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.streamers import BaseStreamer
 
-from specgen.api import engine_of
+from specgen.api import Engine, engine_of
+from specgen.dropin_arguments import keep_arguments_for
+from specgen.dropin_inputs import left_paddings, not_read
+from specgen.dropin_row import RowCalls, is_end, is_stateless, stateless_calls
 from specgen.errors import ContextLengthExceeded, InvalidRequest
+from specgen.log import Log
 from specgen.params import SamplingParams
+from specgen.requests import Prepared
 from specgen.types import Result, Speculation
+
+log = Log("specgen.dropin")
 
 _REFUSED = {
     "num_beams": (1, None),
     "penalty_alpha": (None, 0.0),
     "dola_layers": (None,),
-    "output_scores": (False, None),
-    "output_logits": (False, None),
-    "output_attentions": (False, None),
-    "output_hidden_states": (False, None),
     "use_mtp": (False, None),
 }
-# What generate hands over besides, of which the engine has its own or whose value is checked.
-_UNDERSTOOD = (
-    "attention_mask",
-    "cache_position",
-    "inputs_embeds",
-    "logits_to_keep",
-    "past_key_values",
-    "position_ids",
-    "use_cache",
-)
+_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
 _OFF: dict[str, Any] = {
     "top_k": 0,
     "top_p": 1.0,
@@ -61,6 +60,28 @@ _OFF: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What `generate` hands over: prompts int64[batch, length] and all that holds for them."""
+
+    model: PreTrainedModel
+    prompts: Tensor
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+    streamer: BaseStreamer | None
+    model_kwargs: Mapping[str, Any]
+
+    @property
+    def has_end_token(self) -> bool:
+        """Whether rows that have ended are filled with padding, told as transformers tells it. Else they go on."""
+        return any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
+
+    def returns(self, *options: str) -> bool:
+        """Whether a dictionary with one of these `output_` options is asked for."""
+        return bool(self.config.return_dict_in_generate) and any(getattr(self.config, name) for name in options)
+
+
 def custom_generate(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -68,110 +89,162 @@ def custom_generate(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     speculation: Any = "auto",
+    streamer: BaseStreamer | None = None,
+    tokenizer: Any = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Greedy or sampled decoding of int64[batch, length] through the engine of `model`.
 
-    Give `speculation` to `model.generate` to choose how to draft. Sampling takes its seed from torch's global
-    generator, so `torch.manual_seed` makes it repeatable; the coins differ from transformers' own.
-    Returns int64[batch, longest], prompt included and padded on the right, or `GenerateDecoderOnlyOutput` if asked for.
-    Raises InvalidRequest naming the option for what is not supported, ContextLengthExceeded where the engine's context
-    ends before a text does.
+    Give `speculation` to `model.generate` to choose how to draft; its `assistant_model` and `prompt_lookup_num_tokens`,
+    which choose how transformers drafts, change nothing. Sampling takes its seed from torch's global generator, so
+    `torch.manual_seed` makes it repeatable; the coins differ from transformers' own. `streamer` gets every token, and
+    its end even when something raises. `tokenizer` is what `generate` made criteria of `stop_strings` with.
+    Returns int64[batch, longest], prompt included and padded on the right, or `GenerateDecoderOnlyOutput` if asked for,
+    which holds no cache where the engine decoded.
+    Raises what a processor, a criterion or the streamer raises, InvalidRequest naming the option for what is not
+    supported, ContextLengthExceeded where the engine's context ends before a text does.
     """
-    _refuse_unsupported(generation_config, model_kwargs)
-    paddings = _paddings(input_ids, model_kwargs)
-    engine = engine_of(model)
-    common = _common(generation_config, stopping_criteria, input_ids.shape[1], speculation)
-    custom_criteria = [c for c in stopping_criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]
-    streams = []
-    for row, (ids, padding) in enumerate(zip(input_ids, paddings, strict=True)):
-        params = SamplingParams(
-            processors=_for_row(logits_processor, row, input_ids, padding),
-            stopping_criteria=_for_row(custom_criteria, row, input_ids, padding),
-            seed=int(torch.randint(2**63 - 1, ()).item()) if generation_config.do_sample else 0,
-            **common,
-        )
-        streams.append(engine.stream(ids[padding:].tolist(), params))
-    results = [_whole(stream.results()[0], common["max_tokens"], engine.context_length) for stream in streams]
-    sequences = _padded(input_ids, [result.ids for result in results], generation_config)
-    if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
-    return sequences
+    call = _Call(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
+    try:
+        _refuse_other_modes(generation_config)
+        chosen = Speculation.of(speculation)
+        paddings, why = left_paddings(input_ids, model_kwargs), _why_not_drafted(call)
+        if why or paddings is None:
+            return _step_by_step(call, why or "attention_mask or position_ids are not those of left padding")
+        found = _engine_output(call, paddings, chosen)
+    except BaseException:
+        if streamer is not None:
+            streamer.end()
+        raise
+    if streamer is not None:
+        streamer.end()
+    return found
 
 
-def _refuse_unsupported(config: GenerationConfig, model_kwargs: Mapping[str, Any]) -> None:
+keep_arguments_for(custom_generate)
+
+
+def _refuse_other_modes(config: GenerationConfig) -> None:
     for name, allowed in _REFUSED.items():
-        if getattr(config, name, allowed[0]) not in allowed:
-            value = getattr(config, name)
+        if (value := getattr(config, name, allowed[0])) not in allowed:
             raise InvalidRequest(f"{name}={value!r} is not supported by specgen; leave it out", param=name)
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise InvalidRequest("past_key_values is not supported; give the whole prompt", param="past_key_values")
-    if model_kwargs.get("inputs_embeds") is not None:
-        raise InvalidRequest("inputs_embeds is not supported; give input_ids", param="inputs_embeds")
-    for name, value in model_kwargs.items():
-        if name not in _UNDERSTOOD and value is not None:
-            raise InvalidRequest(f"{name} is not supported by specgen; leave it out", param=name)
+    if (mode := config.get_generation_mode()) not in _MODES:
+        raise InvalidRequest(
+            f"the generation mode {mode.value!r} is not supported by specgen; choices: greedy, sampled"
+        )
 
 
-def _paddings(prompts: Tensor, model_kwargs: Mapping[str, Any]) -> list[int]:
-    """Length of the left padding of each row. Raises InvalidRequest where mask or positions say anything else."""
-    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-    paddings = []
-    for row, prompt in enumerate(prompts):
-        padding = 0 if mask is None else int(mask[row].ne(0).to(torch.int64).argmax())
-        if mask is not None and not mask[row, padding:].all():
-            raise InvalidRequest(
-                f"attention_mask hides tokens behind the first of row {row}; pad on the left", param="attention_mask"
-            )
-        if positions is not None:
-            given = positions.expand(len(prompts), -1)[row, padding:].tolist()
-            if given != list(range(len(prompt) - padding)):
-                raise InvalidRequest("position_ids other than 0, 1, ... are not supported", param="position_ids")
-        paddings.append(padding)
-    return paddings
+def _why_not_drafted(call: _Call) -> str | None:
+    """Why only transformers' own loop does exactly what it does in this call; None where the engine does too."""
+    if torch.is_autocast_enabled(call.model.device.type):
+        return "autocast is on"
+    if name := not_read(call.model_kwargs, call.config):
+        return f"{name} is given to the model"
+    if call.returns("output_attentions", "output_hidden_states"):
+        return "attentions or hidden states are asked for"
+    if call.has_end_token and getattr(call.config, "_pad_token_tensor", None) is None:
+        return "there is an end token and no padding token"
+    return _why_rows_need_one_another(call) if len(call.prompts) > 1 else None
 
 
-def _common(
-    config: GenerationConfig, criteria: StoppingCriteriaList, prompt_length: int, speculation: Any
-) -> dict[str, Any]:
-    """What all rows share. The processors are transformers' own, so every setting that would add one is off.
+def _why_rows_need_one_another(call: _Call) -> str | None:
+    """Why the rows of a batch have to be decoded in step with one another."""
+    for function in (*call.processors, *call.criteria):
+        if not is_stateless(function, len(call.prompts)):
+            return f"{type(function).__name__} sees all rows of the batch at once"
+    if not call.has_end_token and not all(is_end(criterion) for criterion in call.criteria):
+        return "without an end token rows go on until all have ended"
+    if call.returns("output_scores", "output_logits"):
+        return "scores of all rows are asked for, of those that have ended too"
+    return "a streamer gets the tokens of all rows at once" if call.streamer is not None else None
 
-    The ends are read from the criteria: the caller's own take the place of those that the config would make.
-    """
-    ends = [c.eos_token_id.flatten().tolist() for c in criteria if isinstance(c, EosTokenCriteria)]
-    lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
+
+def _step_by_step(call: _Call, why: str) -> Tensor | GenerateDecoderOnlyOutput:
+    """What transformers' own loop answers."""
+    _warn(why)
+    loop: Any = call.model._sample
+    found: Tensor | GenerateDecoderOnlyOutput = loop(
+        call.prompts,
+        logits_processor=call.processors,
+        stopping_criteria=call.criteria,
+        generation_config=call.config,
+        streamer=call.streamer,
+        **call.model_kwargs,
+    )
+    return found
+
+
+@cache
+def _warn(why: str) -> None:
+    """Once for each reason."""
+    log.warning("model.generate decodes without drafts", why=why)
+
+
+def _engine_output(call: _Call, paddings: list[int], speculation: Speculation) -> Tensor | GenerateDecoderOnlyOutput:
+    engine = engine_of(call.model)
+    calls = _row_calls(call, paddings[0])
+    prepared = []
+    for row, (prompt, padding) in enumerate(zip(call.prompts, paddings, strict=True)):
+        chosen = _of_row(calls) if calls else _of_stateless(call, row, padding)
+        params = SamplingParams(
+            **_OFF,
+            **chosen,
+            temperature=1.0 if call.config.do_sample else 0.0,
+            max_tokens=_max_tokens(call),
+            seed=int(torch.randint(2**63 - 1, ()).item()) if call.config.do_sample else 0,
+            speculation=speculation,
+        )
+        prepared.append(engine.prepare(prompt[padding:].tolist(), params))
+    results = _results(engine, prepared, calls, _max_tokens(call))
+    sequences = _padded(call.prompts, [result.ids for result in results], call.config)
+    if not call.config.return_dict_in_generate:
+        return sequences
+    scores, logits = (calls.scores, calls.logits) if calls else (None, None)
+    return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores, logits=logits)  # type: ignore[arg-type]
+
+
+def _row_calls(call: _Call, padding: int) -> RowCalls | None:
+    """How the functions of a single row are called; None where they are stateless and nobody looks on."""
+    if len(call.prompts) > 1:
+        return None
+    watched = call.streamer is not None or call.returns("output_scores", "output_logits")
+    if not watched and all(is_stateless(function, 1) for function in (*call.processors, *call.criteria)):
+        return None
+    return RowCalls(call.processors, call.criteria, call.prompts[:, :padding], call.config, call.streamer)
+
+
+def _of_row(calls: RowCalls) -> dict[str, Any]:
+    return {"processors": (calls.process,), "stopping_criteria": (calls.stop,)}
+
+
+def _of_stateless(call: _Call, row: int, length: int) -> dict[str, Any]:
+    padding = call.prompts[row : row + 1, :length]
+    ends = [c.eos_token_id.flatten().tolist() for c in call.criteria if isinstance(c, EosTokenCriteria)]
     return {
-        "temperature": 1.0 if config.do_sample else 0.0,
+        "processors": stateless_calls(call.processors, row, padding),
+        "stopping_criteria": stateless_calls([c for c in call.criteria if not is_end(c)], row, padding),
         "stop_token_ids": tuple(chain.from_iterable(ends)),
-        "max_tokens": max(1, min(lengths, default=config.max_length) - prompt_length),
-        "speculation": Speculation.of(speculation),
-        **_OFF,
     }
 
 
-def _for_row(functions: Sequence[Any], row: int, prompts: Tensor, padding: int) -> tuple[_Padded, ...]:
-    """transformers' batched processors or criteria as they act on one row; own copies, since they may keep state."""
-    if len(prompts) > 1:
-        functions = copy.deepcopy(list(functions))
-    for function in functions:
-        ignored = getattr(function, "prompt_ignore_length", None)
-        if isinstance(ignored, Tensor) and ignored.numel() == len(prompts):
-            function.prompt_ignore_length = ignored[row : row + 1]
-    return tuple(_Padded(function, prompts[row, :padding]) for function in functions)
+def _max_tokens(call: _Call) -> int:
+    """The ends are read from the criteria: the caller's own take the place of those that the config would make."""
+    lengths = [c.max_length for c in call.criteria if isinstance(c, MaxLengthCriteria)]
+    return max(1, min(lengths, default=call.config.max_length) - call.prompts.shape[1])
 
 
-class _Padded:
-    """Calls a processor or criterion with the left padding put back, so that it sees what transformers would show."""
-
-    def __init__(self, function: Any, padding: Tensor) -> None:
-        self._function = function
-        self._padding = padding[None]
-
-    def __call__(self, ids: Tensor, scores: Tensor) -> Any:
-        if self._padding.numel():
-            ids = torch.cat([self._padding.to(ids.device), ids], dim=1)
-        return self._function(ids, scores)
+def _results(engine: Engine, prepared: list[Prepared], calls: RowCalls | None, asked: int) -> list[Result]:
+    """Run all rows; where one fails, or the caller is interrupted, the others are cancelled."""
+    streams = engine.start(*prepared)
+    try:
+        return [_whole(stream.results()[0], asked, engine.context_length) for stream in streams]
+    except Exception:
+        if calls is None or calls.error is None:
+            raise
+    finally:
+        for stream in streams:
+            stream.cancel()
+    raise calls.error
 
 
 def _whole(result: Result, asked: int, context: int) -> Result:

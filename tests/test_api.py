@@ -1089,41 +1089,6 @@ def test_a_text_that_the_context_ends_is_an_error_and_no_shorter_text(
 
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "beams": ({"num_beams": 2}, "num_beams", "num_beams=2 is not supported by specgen; leave it out"),
-    "scores": (
-        {"output_scores": True, "return_dict_in_generate": True},
-        "output_scores",
-        "output_scores=True is not supported",
-    ),
-    "logits": (
-        {"output_logits": True, "return_dict_in_generate": True},
-        "output_logits",
-        "output_logits=True is not supported",
-    ),
-    "hidden states": (
-        {"output_hidden_states": True, "return_dict_in_generate": True},
-        "output_hidden_states",
-        "output_hidden_states=True is not supported",
-    ),
-    "padding on the right": (
-        {"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])},
-        "attention_mask",
-        "pad on the left",
-    ),
-    "a hole in the mask": (
-        {"attention_mask": torch.tensor([[0, 1, 1, 0, 1, 1]])},
-        "attention_mask",
-        "hides tokens behind the first of row 0",
-    ),
-    "a prompt that is all padding": (
-        {"attention_mask": torch.tensor([[0, 0, 0, 0, 0, 0]])},
-        "attention_mask",
-        "hides tokens behind the first of row 0",
-    ),
-    "other positions": (
-        {"position_ids": torch.tensor([[3, 4, 5, 6, 7, 8]])},
-        "position_ids",
-        "position_ids other than 0, 1, ... are not supported",
-    ),
     "speculation": ({"speculation": "fast"}, "speculation", "speculation is 'fast'; choices: 'auto', 'off'"),
 }
 
@@ -1135,21 +1100,3 @@ def test_what_the_drop_in_cannot_do_is_refused_by_name(speaking: PreTrainedModel
     with pytest.raises(InvalidRequest, match=message) as caught:
         speaking.generate(**given, custom_generate=specgen.custom_generate)
     assert caught.value.param == param
-
-
-def test_inputs_that_the_engine_would_not_see_are_refused_by_name(speaking: PreTrainedModel) -> None:
-    """Pictures, embeddings, a cache with content, whatever a model takes besides."""
-    ids = torch.tensor([PROMPT])
-    cache = speaking(input_ids=ids, use_cache=True).past_key_values
-    embeds = speaking.get_input_embeddings()(ids)
-    for name, value in (("past_key_values", cache), ("inputs_embeds", embeds), ("token_type_ids", ids)):
-        with pytest.raises(InvalidRequest, match=f"{name} is not supported") as caught:
-            specgen.custom_generate(
-                speaking,
-                ids,
-                LogitsProcessorList(),
-                StoppingCriteriaList(),
-                speaking.generation_config,
-                **{name: value},
-            )
-        assert caught.value.param == name

@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("requests", "runner"),
     ("adapters", "prefixes"),
     ("api",),
+    ("dropin_arguments", "dropin_inputs", "dropin_row"),
     ("dropin",),
     ("testing", "__init__"),
     ("server", "load"),
