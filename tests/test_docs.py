@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,9 +25,8 @@ from typer.testing import CliRunner
 
 from specgen.cli.app import app
 from specgen.plugins import Plugins
+from tests.documents import DOCS, README, ROOT, blocks, documents, named, prose, scripts, table
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
 CLI_README = ROOT / "specgen" / "cli" / "README.md"
 FUNCTIONS: list[Any] = [info.callback for info in app.registered_commands]
 GROUPS: dict[str, Any] = {info.name: info.typer_instance for info in app.registered_groups}
@@ -42,30 +46,58 @@ SAYS = {
     "stream.py": "Count from 1 | '1'",
 }
 PATH = "path/to/model"
+MOST_LINES = 300
+CONTEXT = 512
 
 
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-
-
-def documents() -> list[Path]:
-    found = [ROOT / "CHANGELOG.md", *ROOT.glob("README.md")]
-    for folder in ("specgen", "plugins", "adapters", "benchmarks"):
-        found += (path for path in (ROOT / folder).rglob("*.md") if "node_modules" not in path.parts)
-    return sorted(found)
+def help_page(arguments: list[str]) -> str:
+    return CliRunner().invoke(app, [*arguments, "--help"], prog_name="specgen").stdout
 
 
 def help_pages() -> str:
     """What `specgen --help` and each command's `--help` print, 80 columns wide, as markdown."""
-    pages = []
-    for arguments in PAGES:
-        printed = CliRunner().invoke(app, [*arguments, "--help"], prog_name="specgen").stdout
-        pages.append(f"### {' '.join(['specgen', *arguments])}\n\n```text\n{printed.strip()}\n```\n")
+    pages = (f"### {' '.join(['specgen', *page])}\n\n```text\n{help_page(page).strip()}\n```\n" for page in PAGES)
     return "\n".join(pages)
 
 
 def with_help(text: str) -> str:
     return re.sub(r"(<!-- help -->\n).*(<!-- /help -->)", lambda m: f"{m[1]}\n{help_pages()}\n{m[2]}", text, flags=re.S)
+
+
+def execute(sources: list[str], name: str, namespace: dict[str, Any], model: Path) -> None:
+    for number, source in enumerate(sources):
+        exec(compile(source.replace(PATH, str(model)), f"{name} block {number}", "exec"), namespace)
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What the README's first block has made and printed: what other blocks go on with."""
+
+    names: Mapping[str, Any]
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def model_path(demo_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model with a short context, since KV pools are as large as contexts, and pages make several engines."""
+    folder = tmp_path_factory.mktemp("short") / demo_path.name
+    folder.mkdir()
+    for file in demo_path.iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((demo_path / "config.json").read_text())
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": CONTEXT}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def begun(model_path: Path) -> Iterator[Begun]:
+    names: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        patch.setenv("SPECGEN_PLUGINS", "specgen-grammar")
+        execute(scripts(README)[:1], "README.md", names, model_path)
+    yield Begun(names, printed.getvalue())
+    names["engine"].close()
 
 
 def test_the_pasted_help_is_what_is_printed() -> None:
@@ -74,20 +106,32 @@ def test_the_pasted_help_is_what_is_printed() -> None:
     assert text == with_help(text), "write it anew: python -m tests.test_docs"
 
 
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= MOST_LINES
+
+
 def test_the_python_of_the_readme_runs(
-    demo_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    begun: Begun, model_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SPECGEN_PLUGINS", "specgen-grammar")
-    # The blocks go on from one another, as the text says; plugins are modules of their own.
-    namespace: dict[str, Any] = {}
-    sources = [source for source in blocks(README, "python") if "@hookimpl" not in source]
-    assert len(sources) >= 5
-    for number, source in enumerate(sources):
-        exec(compile(source.replace(PATH, str(demo_path)), f"README.md block {number}", "exec"), namespace)
-    namespace["engine"].check()
-    namespace["engine"].close()
-    assert " tokens per forward" in capsys.readouterr().out
-    assert namespace["ids"].shape[1] == namespace["inputs"]["input_ids"].shape[1] + 16
+    names = dict(begun.names)
+    sources = scripts(README)[1:]
+    assert len(sources) >= 4
+    execute(sources, "README.md", names, model_path)
+    names["engine"].check()
+    assert " tokens per forward" in begun.printed
+    assert capsys.readouterr().out
+    assert names["ids"].shape[1] == names["inputs"]["input_ids"].shape[1] + 16
+
+
+@pytest.mark.parametrize("page", [page for page, text in DOCS.items() if scripts(text)])
+def test_the_python_of_the_docs_runs(
+    begun: Begun, model_path: Path, monkeypatch: pytest.MonkeyPatch, page: str
+) -> None:
+    monkeypatch.setenv("SPECGEN_PLUGINS", "specgen-grammar")
+    monkeypatch.chdir(ROOT)
+    execute(scripts(DOCS[page]), page, dict(begun.names), model_path)
+    begun.names["engine"].check()
 
 
 def test_the_curl_of_the_readme_is_answered(demo_path: Path) -> None:
@@ -109,13 +153,14 @@ def test_the_settings_shown_are_settings() -> None:
     assert EngineConfig.of(found.engine).max_running == 32
 
 
-def test_the_plugin_of_the_readme_drafts_what_it_promises(smollm: Any, smollm_tokenizer: Any) -> None:
+def test_the_plugin_shown_drafts_what_it_promises(smollm: Any, smollm_tokenizer: Any) -> None:
     import specgen
 
-    (source,) = (source for source in blocks(README, "python") if "@hookimpl" in source)
-    points = tomllib.loads(blocks(README, "toml")[0])["project"]["entry-points"]["specgen"]
+    page = DOCS["plugins.md"]
+    (source,) = (source for source in blocks(page, "python") if "@hookimpl" in source)
+    points = tomllib.loads(blocks(page, "toml")[0])["project"]["entry-points"]["specgen"]
     (name,) = points.values()
-    assert f"`{name}.py`" in README
+    assert f"`{name}.py`" in page
     module = ModuleType(name)
     exec(source, module.__dict__)
     plugins = Plugins()
@@ -129,36 +174,54 @@ def test_the_plugin_of_the_readme_drafts_what_it_promises(smollm: Any, smollm_to
     assert on.stats.by_drafter["phrases"].offered > 0
 
 
-def test_the_readme_lists_the_built_in_drafters_and_no_others() -> None:
-    from specgen import builtin
-
-    rows = re.findall(r"^\| `([a-z-]+)` \| [^|]+ \| [^|]+ \| [^|]+ \|$", README, flags=re.MULTILINE)
-    assert set(rows) == set(builtin.drafters())
-
-
 def test_the_commands_shown_exist() -> None:
-    for text in (README, CLI_README.read_text()):
-        shown = "\n".join(blocks(text, "bash"))
-        assert set(re.findall(r"^specgen ([a-z-]+)", shown, flags=re.MULTILINE)) <= set(COMMANDS)
-        targets = set(re.findall(r"^make ([a-z-]+)", shown, flags=re.MULTILINE))
-        assert targets <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for text in (README, CLI_README.read_text(), *DOCS.values()):
+        lines = [line.split("#")[0] for block in blocks(text, "bash") for line in block.splitlines()]
+        for command, rest in (found for line in lines for found in re.findall(r"^specgen ([a-z-]+)(.*)", line)):
+            assert command in COMMANDS
+            assert set(re.findall(r"\s(--[a-z-]+|-[a-z])\b", rest)) <= set(re.findall(r"-[\w-]+", help_page([command])))
+        assert set(re.findall(r"(?:`|^)make ([a-z-]+)", text, flags=re.MULTILINE)) <= targets
 
 
-@pytest.mark.parametrize("name", ["architectures", "numbers"])
-def test_the_readme_has_the_places_that_are_filled_by_programs(name: str) -> None:
-    assert len(re.findall(rf"^<!-- {name} -->\n(?:.*\n)+<!-- /{name} -->$", README, flags=re.MULTILINE)) == 1
+def test_what_is_installed_is_there() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(named(table(README, "extra", "for"), "extra")) == set(extras)
+    for text in map(Path.read_text, documents()):
+        assert {name for names in re.findall(r"'\.\[([\w,]+)\]'", text) for name in names.split(",")} <= set(extras)
+        folders = re.findall(r"pip install (\./\S*[\w-])", text)
+        assert all((ROOT / folder / "pyproject.toml").exists() for folder in folders)
+
+
+def test_the_modules_shown_are_there() -> None:
+    for document in documents():
+        for module in re.findall(r"python -m ((?:benchmarks|tests|adapters)[\w.]*\w)", document.read_text()):
+            place = ROOT / module.replace(".", "/")
+            assert place.with_suffix(".py").exists() or (place / "__main__.py").exists(), f"{document}: {module}"
+
+
+def anchors(text: str) -> set[str]:
+    """What a link may name behind `#`: the headings as GitHub spells them."""
+    headings = re.findall(r"^#+ (.+)$", prose(text), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("document", documents(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_relative_links_lead_somewhere(document: Path) -> None:
-    text = re.sub(r"^```.*?^```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
-    links = re.findall(r"\]\(([^)\s]+)\)", text)
-    missing = [
-        link
-        for link in links
-        if not re.match(r"[a-z]+:|#", link) and not (document.parent / link.split("#", maxsplit=1)[0]).exists()
-    ]
+    missing = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(document.read_text())):
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        if re.match(r"[a-z]+:", link):
+            continue
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
+            missing.append(link)
     assert not missing
+
+
+def test_every_page_is_in_the_index() -> None:
+    assert set(re.findall(r"\]\((\w+\.md)\)", DOCS["README.md"])) == set(DOCS) - {"README.md"}
+    assert "(docs/README.md)" in README
 
 
 def test_every_example_is_in_the_readme() -> None:

@@ -1,4 +1,4 @@
-"""The table of architectures in README.md: `python -m tests.models.table` prints it."""
+"""The table of architectures in docs/models.md: `python -m tests.models.table` prints it."""
 
 from __future__ import annotations
 

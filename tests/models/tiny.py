@@ -1,4 +1,4 @@
-"""Tiny random models of every causal LM that transformers offers and that is worth a row in the README's table.
+"""Tiny random models of every causal LM that transformers offers and that is worth a row in docs/models.md.
 
 A name is transformers' `model_type`, with a variant in brackets where one type hides several ways to attend. Windows
 and chunks are 8 tokens, so that they bite within the few dozen tokens of a test.
