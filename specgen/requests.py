@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from specgen.adapter import Adapter
 from specgen.constraint import Constrained, Constraints, Matcher
+from specgen.context.length_bound import check_fits
 from specgen.context.pipeline import ContextPipeline
 from specgen.context.stage import Context
 from specgen.draft.drafting import Drafting
@@ -122,6 +123,8 @@ class RequestBuilder:
             return params.prediction
         if self.tokenizer is None:
             raise InvalidRequest("prediction as text needs a tokenizer; give token ids", param="prediction")
+        # No answer is longer than the context.
+        check_fits(self.tokenizer, params.prediction, self.context_length, param="prediction")
         return tuple(self.tokenizer.encode(params.prediction, add_special_tokens=False))
 
     def _spellings(self, word: str) -> list[list[int]]:
