@@ -90,6 +90,7 @@ class Engine:
             Constraints(
                 self.plugins.collect("constraints"),
                 ConstraintSetup(tokenizer, self.target.vocab_size, model_ends(model.generation_config, tokenizer)),
+                self.config.constraint_seconds,
             ),
             self.adapters.named,
             self.config.speculation,
@@ -157,6 +158,10 @@ class Engine:
         """Check and tokenise one prompt without running it; `start` runs it. For servers, whose event loop must not
         wait for a chat template, and who look at a prompt's length first."""
         return self._builder.build(prompt, with_options(params, options), copies=False)
+
+    def warm(self) -> None:
+        """Build now what the first constrained request would have built, while every thread waits."""
+        self._builder.constraints.warm()
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The ids that a prompt has behind the context stages."""

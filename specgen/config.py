@@ -65,6 +65,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cpu_kernels: False computes in plain torch what specgen's kernels for CPUs do.
     gpu_kernels: likewise for GPUs; None takes them where there is one and triton, True refuses to run without.
     gpu_graphs: False launches every kernel of a step through them by itself; by default a GPU replays steps as graphs.
+    constraint_seconds: how long the constraint of a request may be compiled; then the request is refused.
     max_running: sequences in one forward. max_prompt_rows: prompt tokens in one forward.
     adapters: where LoRA adapters may lie and how many bytes they may take; see `AdapterOptions`.
 
@@ -91,6 +92,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cpu_kernels: bool = True
     gpu_kernels: bool | None = None
     gpu_graphs: bool = True
+    constraint_seconds: float = 5.0
     max_running: int = 16
     max_prompt_rows: int = 512
     adapters: AdapterOptions = AdapterOptions()
@@ -169,10 +171,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise InvalidRequest(message, param=name)
 
     def _check_seconds(self) -> None:
-        name, seconds = "response_cache_seconds", self.response_cache_seconds
-        number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-        if not number or not 0 < seconds < math.inf:
-            raise InvalidRequest(f"{name} is {seconds!r}; it must be a finite number above 0", param=name)
+        for name in ("response_cache_seconds", "constraint_seconds"):
+            seconds = getattr(self, name)
+            number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+            if not number or not 0 < seconds < math.inf:
+                raise InvalidRequest(f"{name} is {seconds!r}; it must be a finite number above 0", param=name)
 
 
 def _listed(name: str, value: Any, wanted: str) -> tuple[Any, ...]:

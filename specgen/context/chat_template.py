@@ -73,8 +73,8 @@ class ChatTemplate:
             raise InvalidRequest(f"the chat template refuses the messages: {error}", param="messages") from error
 
     def _check_fits(self, messages: list[Any], options: Mapping[str, Any], most: int) -> None:
-        """Raise ContextLengthExceeded for a conversation that is too long whatever its tokens are. That is known of what
-        the template wrote alone: it may leave messages out. Short ones are not written twice."""
+        """Raise ContextLengthExceeded for a conversation that is too long by its bytes, as the template writes it: it
+        may leave messages out. Short ones are not written twice."""
         size = len(messages) * _MESSAGE_BYTES + _text_bytes([messages, options.get("tools")])
         if size <= most or (bound := length_bound(self.tokenizer)) is None or size <= most * bound.longest:
             return

@@ -9,7 +9,15 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from specgen.errors import ContextLengthExceeded, EngineClosed, InvalidRequest, OutOfPages, RequestFailed, SpecgenError
+from specgen.errors import (
+    ContextLengthExceeded,
+    EngineClosed,
+    InvalidRequest,
+    OutOfPages,
+    Overloaded,
+    RequestFailed,
+    SpecgenError,
+)
 
 _LONGEST = 1000
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{4,}")
@@ -90,6 +98,8 @@ def api_error(error: BaseException) -> ApiError:
             return invalid("the request is nested too deeply")
         case EngineClosed():
             return ApiError(503, "the engine is closed", code="engine_closed", retry=None)
+        case Overloaded():
+            return ApiError(503, f"the server is busy: {error}", code="overloaded", retry=1)
         case RequestFailed():
             return _failed(error)
         case SpecgenError():
