@@ -171,6 +171,10 @@ class Engine:
         """Run what was prepared, all in time for the same step, each once; a stream for each, as from `stream`."""
         return self._runner.submit(*prepared)
 
+    def is_waiting(self, request_id: str) -> bool:
+        """Whether a request is queued and none of it has run, as the engine's thread sees it between two steps."""
+        return self._runner.call(lambda: self._core.is_waiting(request_id))
+
     @property
     def failure(self) -> BaseException | None:
         """What ended the engine's thread, None while all is well; an engine that has one serves nobody any more."""

@@ -63,8 +63,9 @@ async def openapi(request: web.Request) -> web.StreamResponse:
 
 
 async def _beside(app: web.Application) -> AsyncIterator[None]:
-    """Watch the engine as long as the server runs."""
+    """Watch the engine as long as the server runs. Constraints hold up nobody who is served already."""
     service = app[SERVICE]
+    await asyncio.to_thread(service.engine.warm)
     watching = asyncio.create_task(service.health.watch())
     yield
     watching.cancel()

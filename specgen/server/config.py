@@ -31,6 +31,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Limits. max_queued: sequences that may wait beside the `max_running` of the engine; more are answered 429, and each
     of a request's n counts. key_sequences: most sequences of one key at once. key_rate: requests of one key, such as
     "100/minute". body_bytes: largest body. max_n, max_prompts: sequences and prompts of one request.
+    max_waiting_seconds: how long a request may wait before the engine begins with it; then, or where the queue is known
+    to take longer, it is answered 429. None is no limit.
     request_seconds: how long a request may take from its arrival. write_seconds: how long a client may leave what it
     is sent unread. ping_seconds: a comment goes to a stream that was silent so long.
     shutdown_seconds: how long requests may go on after SIGTERM. stall_seconds: no step for so long means unhealthy.
@@ -53,6 +55,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     body_bytes: _Positive = 4 << 20
     max_n: Annotated[int, msgspec.Meta(ge=1, le=128)] = 16
     max_prompts: _Positive = 64
+    max_waiting_seconds: _Seconds | None = None
     request_seconds: _Seconds = 600.0
     write_seconds: _Seconds = 30.0
     ping_seconds: _Seconds = 15.0

@@ -18,11 +18,10 @@ from specgen.log import Log
 from specgen.server.auth import CALLER
 from specgen.server.config import ServerConfig
 from specgen.server.errors import api_error
-from specgen.server.metrics import Timing
+from specgen.server.metrics import TIMING, Timing
 from specgen.server.service import SERVICE
 
 REQUEST_ID = web.RequestKey("request_id", str)
-TIMING = web.RequestKey("timing", Timing)
 _HEADER = "x-request-id"
 _MAY_BE_AN_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _CLIENT_LEFT = 499

@@ -11,7 +11,7 @@ from aiohttp import web
 from specgen.server.bodies import whole
 from specgen.server.deadlines import in_time
 from specgen.server.errors import ApiError, invalid
-from specgen.server.logs import TIMING
+from specgen.server.metrics import TIMING
 from specgen.server.service import SERVICE
 
 StructT = TypeVar("StructT", bound=msgspec.Struct)

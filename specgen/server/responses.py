@@ -20,9 +20,10 @@ from specgen.server.answers import (
     ResponseUsage,
 )
 from specgen.server.auth import CALLER
+from specgen.server.bodies import whole
 from specgen.server.errors import ErrorBody, invalid
 from specgen.server.jobs import Job
-from specgen.server.logs import TIMING
+from specgen.server.metrics import TIMING
 from specgen.server.protocol import (
     CalledFunction,
     ChatRequest,
@@ -48,7 +49,7 @@ async def respond(request: web.Request) -> web.StreamResponse:
     service.check_model(asked.model)
     prompts, params = await service.aside(request, lambda: service.asker.chat(as_chat(asked), request[CALLER]))
     writer = ResponseWriter(asked, service)
-    running = service.jobs.run(request[CALLER], request[TIMING], prompts, params, "input")
+    running = service.jobs.run(request[CALLER], request[TIMING], prompts, params, "input", len(await whole(request)))
     if not asked.stream:
         async with running as job:
             return json_response(await writer.whole(job))
