@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
-from aiohttp import web
+from aiohttp import HttpVersion10, web
 from aiohttp.typedefs import Handler
 
 from specgen.api import Engine
 from specgen.server.auth import CALLER
 from specgen.server.bodies import leave_packed
 from specgen.server.config import ServerConfig
+from specgen.server.errors import ApiError
 from specgen.server.logs import account, name_answer
 from specgen.server.openapi import document
 from specgen.server.page import add_page
@@ -46,6 +47,9 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
 async def admit(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Let in who may: everybody on open routes, elsewhere by key. What is in no table needs a key too."""
     service = request.app[SERVICE]
+    if request.version < HttpVersion10:
+        raise ApiError(400, "this is no HTTP request of version 1", code="invalid_http")
+    service.hosts.check(request)
     access = request.app[_ACCESS].get(request.match_info.handler, "key")
     if access == "open":
         return await handler(request)

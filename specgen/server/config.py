@@ -26,6 +26,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Place. host and port to listen on; port 0 takes a free one. served_model_name: what requests call the model; None
     takes the last part of its path.
 
+    allowed_hosts: names that the server may be called by, "*" for any; none means that without keys at a loopback
+    address only local names are served, and all of them elsewhere. max_connections: at once; more are answered 503.
+
     Keys. api_keys: who may ask; none means everybody. admin_key: who may load adapters; None means nobody.
 
     Limits. max_queued: sequences that may wait beside the `max_running` of the engine; more are answered 429, and each
@@ -47,6 +50,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8000
     served_model_name: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    max_connections: _Positive = 4096
     api_keys: tuple[str, ...] = ()
     admin_key: str | None = None
     max_queued: _Count = 256

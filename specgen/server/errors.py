@@ -132,6 +132,7 @@ _HTTP: Mapping[int, str] = {
     404: "there is no such path; /openapi.json lists those that there are",
     405: "this path has another method; /openapi.json tells which",
     413: "the body is too large",
+    417: "the header Expect asks for what there is not; choices: 100-continue",
 }
 _TYPES: Mapping[int, str] = {
     401: "authentication_error",

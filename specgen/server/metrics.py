@@ -69,6 +69,8 @@ class Metrics:
         self._answers = counter(
             "http_requests", "Answers by route and status; 499: the client left.", "route", "status"
         )
+        self._unreadable = counter("http_unreadable_requests", "Requests whose head is no HTTP, by error.", "error")
+        self._refused = counter("http_refused_connections", "Connections beyond the most.").labels(model_name)
         self._drafts = counter("spec_decode_num_drafts", "Steps that verified a draft.").labels(model_name)
         self._drafted = counter("spec_decode_num_draft_tokens", "Draft tokens that were verified.").labels(model_name)
         self._accepted = counter("spec_decode_num_accepted_tokens", "Draft tokens accepted.").labels(model_name)
@@ -91,6 +93,14 @@ class Metrics:
     def answered(self, route: str, status: int) -> None:
         """Count an answer."""
         self._answers.labels(self._name, route, str(status)).inc()
+
+    def unreadable(self, error: str) -> None:
+        """Count a request that could not be read."""
+        self._unreadable.labels(self._name, error).inc()
+
+    def connection_refused(self) -> None:
+        """Count a connection for which there was no room."""
+        self._refused.inc()
 
     def first_token(self, seconds: float) -> None:
         """The first output of a sequence came."""

@@ -17,6 +17,7 @@ from specgen.server.bodies import whole
 from specgen.server.config import ServerConfig
 from specgen.server.errors import ApiError
 from specgen.server.health import Health
+from specgen.server.hosts import Hosts
 from specgen.server.jobs import Jobs
 from specgen.server.metrics import TIMING, Metrics
 from specgen.server.preparing import SMALL_BYTES
@@ -33,6 +34,7 @@ class Service:
     config: ServerConfig
     name: str
     keys: Keys
+    hosts: Hosts
     metrics: Metrics
     jobs: Jobs
     asker: Asker
@@ -51,6 +53,7 @@ class Service:
             config,
             name,
             Keys(config.api_keys, config.admin_key),
+            Hosts(config),
             metrics,
             jobs,
             Asker(config, name, engine),
