@@ -80,6 +80,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for key in (*self.api_keys, *([] if self.admin_key is None else [self.admin_key])):
             if len(key) < 1 or not key.isascii() or not key.isprintable() or " " in key:
                 raise InvalidRequest("a key is empty or holds more than visible ASCII characters", param="api_keys")
+        for host in self.allowed_hosts:
+            if not host or any(letter in host for letter in "/@ ") or ("*" in host and host != "*"):
+                message = f"allowed_hosts holds {host!r}; it must hold names such as 'llm.example', or '*' alone"
+                raise InvalidRequest(message, param="allowed_hosts")
 
     @classmethod
     def load(
