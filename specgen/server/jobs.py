@@ -149,7 +149,7 @@ class Jobs:
         try:
             found = await self._preparing.run(lambda: [self.engine.prepare(each, params) for each in prompts], lane)
         except ContextLengthExceeded as error:
-            param = error.param if error.param == "prediction" else field
+            param = field if error.param == "messages" else error.param
             raise invalid(str(error), param, "context_length_exceeded") from None
         for each in found:
             self._check_length(each, field)
