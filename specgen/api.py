@@ -109,6 +109,7 @@ class Engine:
                     self.target.vocab_size,
                     model_ends(loaded.generation_config, tokenizer, self.target.vocab_size),
                 ),
+                self.config.constraint_seconds,
             ),
             self.adapters.named,
             self.config.speculation,
@@ -189,6 +190,10 @@ class Engine:
         wait for a chat template, and who look at a prompt's length first."""
         return self._builder.build(prompt, with_options(params, options), copies=False)
 
+    def warm(self) -> None:
+        """Build now what the first constrained request would have built, while every thread waits."""
+        self._builder.constraints.warm()
+
     def encode(self, prompt: Prompt) -> list[int]:
         """The ids that a prompt has behind the context stages."""
         return list(self._builder.encode(prompt))
@@ -197,6 +202,10 @@ class Engine:
         """Run what was prepared, all in time for the same step, each once; a stream for each, as from `stream`."""
         self._follow()
         return self._runner.submit(*prepared)
+
+    def is_waiting(self, request_id: str) -> bool:
+        """Whether a request is queued and none of it has run, as the engine's thread sees it between two steps."""
+        return self._runner.call(lambda: self._core.is_waiting(request_id))
 
     @property
     def model(self) -> PreTrainedModel:

@@ -68,6 +68,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cpu_kernels: False computes in plain torch what specgen's kernels for CPUs do.
     gpu_kernels: likewise for GPUs; None takes them where there is one and triton, True refuses to run without.
     gpu_graphs: False launches every kernel of a step through them by itself; by default a GPU replays steps as graphs.
+    constraint_seconds: how long the constraint of a request may be compiled; then the request is refused.
     max_running: sequences in one forward. max_prompt_rows: prompt tokens in one forward.
     inter_token_seconds: while others decode, a step reads no more of a prompt than it is expected to be through with in
     so long, so that streams go on; a few tokens at least. None: max_prompt_rows alone.
@@ -96,6 +97,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     cpu_kernels: bool = True
     gpu_kernels: bool | None = None
     gpu_graphs: bool = True
+    constraint_seconds: float = 5.0
     max_running: int = 16
     max_prompt_rows: int = 512
     inter_token_seconds: float | None = _INTER_TOKEN_SECONDS
@@ -176,7 +178,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise InvalidRequest(message, param=name)
 
     def _check_seconds(self) -> None:
-        for name in ("response_cache_seconds", "inter_token_seconds"):
+        for name in ("response_cache_seconds", "inter_token_seconds", "constraint_seconds"):
             seconds = getattr(self, name)
             if seconds is None and name == "inter_token_seconds":
                 continue

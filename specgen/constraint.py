@@ -8,16 +8,20 @@ they become rows, which saves rows and changes no token.
 from __future__ import annotations
 
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from specgen.errors import InvalidRequest, UnknownName
+from specgen.errors import InvalidRequest, Overloaded, UnknownName
 from specgen.log import Log
+from specgen.timed import TimedThreads
 from specgen.tree import path, select
 from specgen.types import EMPTY_TREE, Constraint, TokenTree
 
@@ -27,10 +31,11 @@ _WELL_KNOWN = frozenset({"json_object", "json_schema", "regex", "choice", "gramm
 """Kinds that OpenAI's and vLLM's fields ask for."""
 
 _HINT = "the plugin specgen-grammar has it: pip install ./plugins/specgen-grammar in specgen's repository"
+_SIMPLEST = "json_object"
 
 
 class Matcher(ABC):
-    """Where one sequence stands in a grammar. Built on the thread that submits the request, then the engine's alone.
+    """Where one sequence stands in a grammar. Built on a thread of its own, then the engine's alone.
 
     It speaks of tokens that carry text. When the sequence may end, it says by `may_end`; which tokens end it is the
     engine's business. What a method raises fails the request, and the others go on.
@@ -81,32 +86,53 @@ class ConstraintSetup:
 ConstraintFactory: TypeAlias = Callable[[ConstraintSetup, Any], Matcher]
 """`factory(setup, value) -> Matcher`: `value` is what the request says, in JSON's types.
 
-Called for each constrained request on the thread that submits it, possibly on several at once. Raise InvalidRequest
-for a value that cannot be compiled, and bound the time and memory that one may take.
+Called for each constrained request, possibly on several threads at once, while the thread that submits it waits for at
+most `constraint_seconds`. Raise InvalidRequest for a value that cannot be compiled, and bound the memory that one may
+take: what runs on after its time keeps a thread until it ends.
 """
 
 
 class Constraints:
-    """The kinds of constraints that an engine has, by name."""
+    """The kinds of constraints that an engine has, by name. seconds: how long one may be compiled."""
 
-    def __init__(self, offered: Mapping[str, ConstraintFactory], setup: ConstraintSetup) -> None:
+    def __init__(self, offered: Mapping[str, ConstraintFactory], setup: ConstraintSetup, seconds: float = 5.0) -> None:
         self._offered = offered
         self._setup = setup
+        self._threads = TimedThreads("specgen-constraint", seconds)
+        self._warming = threading.Lock()
+        self._is_warm = _SIMPLEST not in offered
+
+    def warm(self) -> None:
+        """Have built what all constraints need of the tokenizer, once: it may hold up every thread for a second, and is
+        not in the time of a request."""
+        with self._warming:
+            if not self._is_warm:
+                # Whatever is wrong with the tokenizer, the request says.
+                with suppress(Exception):
+                    self._offered[_SIMPLEST](self._setup, None)
+                self._is_warm = True
 
     def compile(self, constraint: Constraint) -> Matcher:
         """A matcher at the start.
 
-        Raises UnknownName for a kind that nothing offers, else InvalidRequest, naming the field that asked for it.
+        Raises UnknownName for a kind that nothing offers, Overloaded while others that take too long hold all threads,
+        else InvalidRequest, naming the field that asked for it.
         """
         factory = self._offered.get(constraint.kind)
         if factory is None:
             hint = _HINT if constraint.kind in _WELL_KNOWN else None
             raise UnknownName("constraint", constraint.kind, self._offered, param=constraint.param, hint=hint)
+        self.warm()
         try:
-            return factory(self._setup, constraint.value)
+            return self._threads.run(partial(factory, self._setup, constraint.value))
         except InvalidRequest as error:
             error.param = constraint.param
             raise
+        except Overloaded:
+            raise
+        except TimeoutError:
+            message = f"constraint {constraint.kind!r} is not compiled after {self._threads.seconds:g} seconds"
+            raise InvalidRequest(f"{message}, the limit; ask for a simpler one", param=constraint.param) from None
         except Exception as error:  # a plugin's code, given what a user wrote
             message = f"constraint {constraint.kind!r} refuses its value: {error}"
             raise InvalidRequest(message, param=constraint.param) from error

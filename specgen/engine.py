@@ -173,6 +173,11 @@ class EngineCore:
             if sequence.adapter:
                 self.adapters.use(sequence.adapter)
 
+    def is_waiting(self, request_id: str) -> bool:
+        """Whether all sequences of a request wait for their first step; not if it is finished or unknown."""
+        sequences = self._of(request_id)
+        return bool(sequences) and not any(s in self.scheduler.running or s.table.length for s in sequences)
+
     def cancel(self, request_id: str, finish: Finish | None = None) -> list[StepOutput]:
         """End all sequences of a request where they stand; none if it is finished or unknown."""
         reason = finish or cancelled(request_id)

@@ -89,6 +89,10 @@ class RequestCancelled(RequestFailed):
     """The request was cancelled before it finished."""
 
 
+class Overloaded(SpecgenError):
+    """There is no room for this request now; the same one may be served later."""
+
+
 class EngineClosed(SpecgenError):
     """The engine was closed; open a new one."""
 

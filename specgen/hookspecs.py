@@ -81,8 +81,8 @@ def logits_processors() -> Mapping[str, LogitsProcessorFactory]:
 def constraints() -> Mapping[str, ConstraintFactory]:
     """Offer kinds of constraints by the name a request uses for them: grammars that its text must keep to.
 
-    Called when an engine is built; a factory is called for each request that asks for its kind, on the thread that
-    submits it.
+    Called when an engine is built; a factory is called for each request that asks for its kind, on a thread of its
+    own, while the one that submits it waits.
     """
     return {}
 

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from specgen.adapter import Adapter
 from specgen.constraint import Constrained, Constraints, Matcher
+from specgen.context.length_bound import check_fits
 from specgen.context.pipeline import ContextPipeline
 from specgen.context.stage import Context
 from specgen.draft.drafting import Drafting
@@ -131,6 +132,8 @@ class RequestBuilder:
             return params.prediction
         if self.tokenizer is None:
             raise InvalidRequest("prediction as text needs a tokenizer; give token ids", param="prediction")
+        # No answer is longer than the context.
+        check_fits(self.tokenizer, params.prediction, self.context_length, param="prediction")
         return tuple(self._spelt(params.prediction, "prediction"))
 
     def _spellings(self, word: str) -> list[list[int]]:

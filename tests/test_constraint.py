@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,13 +18,16 @@ from specgen import (
     DrafterSetup,
     DraftHints,
     Engine,
+    EngineConfig,
     InvalidRequest,
     Matcher,
+    Overloaded,
     RequestFailed,
     SamplingParams,
     UnknownName,
     hookimpl,
 )
+from specgen.constraint import Constraints
 from specgen.draft.grammar import Grammar
 from specgen.plugins import load_plugins
 from specgen.testing import DrafterContract, MatcherContract
@@ -282,3 +286,45 @@ def test_the_grammar_drafter_has_no_options() -> None:
 
 def test_without_a_constraint_nothing_is_forced() -> None:
     assert not Grammar(DrafterSetup(10)).open([1], DraftHints()).propose(8)
+
+
+class Compiling:
+    """Kinds whose compilation waits, is counted, and whose first one builds something."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.names: list[str] = []
+
+    def slow(self, setup: ConstraintSetup, value: Any) -> Matcher:
+        self.names.append(threading.current_thread().name)
+        self.go.wait()
+        return Stairs(8)
+
+    def simple(self, setup: ConstraintSetup, value: Any) -> Matcher:
+        self.names.append(threading.current_thread().name)
+        return Stairs(8)
+
+
+def test_a_constraint_is_compiled_within_its_time_on_a_thread_of_its_own() -> None:
+    """Its tokenizer is built before, in nobody's time; who waits is told the limit; who finds no thread, that."""
+    kinds = Compiling()
+    offered = {"slow": kinds.slow, "json_object": kinds.simple}
+    constraints = Constraints(offered, ConstraintSetup(None, VOCABULARY), seconds=0.05)
+    try:
+        with pytest.raises(InvalidRequest, match=r"'slow' is not compiled after 0\.05 seconds, the limit") as caught:
+            constraints.compile(Constraint.of("slow", param="guided_regex"))
+        assert caught.value.param == "guided_regex"
+        assert kinds.names == ["MainThread", "specgen-constraint"]
+        for _ in range(constraints._threads.places - 1):
+            with pytest.raises(InvalidRequest):
+                constraints.compile(Constraint.of("slow"))
+        with pytest.raises(Overloaded):
+            constraints.compile(Constraint.of("json_object"))
+    finally:
+        kinds.go.set()
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), "x", True])
+def test_a_time_limit_that_is_none_is_refused(seconds: Any) -> None:
+    with pytest.raises(InvalidRequest, match="constraint_seconds is"):
+        EngineConfig(constraint_seconds=seconds)

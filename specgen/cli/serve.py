@@ -29,6 +29,10 @@ def serve(
     served_model_name: Annotated[
         str | None, typer.Option(metavar="NAME", help="What requests call it. Default: the last part of its path.")
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A name it may be called by; '*' is any. Default: local ones."),
+    ] = None,
     api_key: Annotated[
         list[str] | None, typer.Option(metavar="KEY", help="Who may ask. May be given several times.")
     ] = None,
@@ -36,6 +40,9 @@ def serve(
     lora_root: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where adapters may be loaded from.")] = None,
     max_queued: Annotated[
         int | None, typer.Option(metavar="N", help="Sequences that may wait; more are answered 429. Default: 256.")
+    ] = None,
+    max_waiting: Annotated[
+        float | None, typer.Option(metavar="S", help="How long a request may wait for its turn. Default: no limit.")
     ] = None,
     shutdown_timeout: Annotated[
         float | None, typer.Option(metavar="S", help="How long requests may go on after SIGTERM. Default: 30.")
@@ -80,9 +87,11 @@ def serve(
         "host": host,
         "port": port,
         "served_model_name": served_model_name,
+        "allowed_hosts": allowed_host,
         "api_keys": api_key,
         "admin_key": admin_key,
         "max_queued": max_queued,
+        "max_waiting_seconds": max_waiting,
         "shutdown_seconds": shutdown_timeout,
         "metrics_compat": metrics_compat,
         "plugin_routes": plugin_routes,

@@ -8,12 +8,16 @@ from typing import Any
 
 import msgspec
 
+from specgen.context.length_bound import check_fits, length_bound, utf8_bytes
 from specgen.context.literal import Literals
 from specgen.context.stage import Context, ContextStage
-from specgen.errors import InvalidRequest
+from specgen.errors import ContextLengthExceeded, InvalidRequest
 from specgen.options import read_options
 
 NAME = "chat-template"
+
+_MESSAGE_BYTES = 64
+"""What a template writes around a message, about."""
 
 
 class _NoOptions(msgspec.Struct):
@@ -42,6 +46,8 @@ class ChatTemplate:
         if context.messages is not None:
             return replace(context, ids=self._render(context, list(context.messages)))
         if context.text is not None:
+            if context.is_last:
+                check_fits(self.tokenizer, context.text, context.max_prompt_tokens, param="prompt")
             return replace(context, ids=tuple(self.tokenizer(context.text)["input_ids"]))
         raise InvalidRequest("the prompt has neither messages nor text nor ids", param="prompt")
 
@@ -54,8 +60,13 @@ class ChatTemplate:
         if context.tools and "tools" not in str(template):
             raise InvalidRequest("the chat template of this model has no place for tools", param="tools")
         options = {"add_generation_prompt": True, **({"tools": list(context.tools)} if context.tools else {})}
+        options |= dict(context.options)
         try:
-            return self._ids(messages, options | dict(context.options), literal=context.literal)
+            if context.is_last:
+                self._check_fits(messages, options, context.max_prompt_tokens)
+            return self._ids(messages, options, literal=context.literal)
+        except ContextLengthExceeded:
+            raise
         except Exception as error:
             # A template is a program of the model's author, run on what the user sent: whatever it raises concerns
             # this request alone.
@@ -63,6 +74,15 @@ class ChatTemplate:
             hint = "; a content of parts is for models whose template takes them: give one string" if parts else ""
             message = f"the chat template refuses the messages: {error}{hint}"
             raise InvalidRequest(message, param="messages") from error
+
+    def _check_fits(self, messages: list[Any], options: Mapping[str, Any], most: int) -> None:
+        """Raise ContextLengthExceeded for a conversation that is too long by its bytes, as the template writes it: it
+        may leave messages out. Short ones are not written twice."""
+        size = len(messages) * _MESSAGE_BYTES + _text_bytes([messages, options.get("tools")])
+        if size <= most or (bound := length_bound(self.tokenizer)) is None or size <= most * bound.longest:
+            return
+        written = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        check_fits(self.tokenizer, written, most, param="messages")
 
     def _ids(self, messages: list[Any], options: Mapping[str, Any], *, literal: bool) -> tuple[int, ...]:
         tools = options.get("tools")
@@ -73,3 +93,12 @@ class ChatTemplate:
         # Template and tokenizer in one call: some tokenizers have no text form of a conversation.
         encoded = self.tokenizer.apply_chat_template(messages, return_dict=True, **options)
         return tuple(encoded["input_ids"])
+
+
+def _text_bytes(value: Any) -> int:
+    """The size of all texts inside."""
+    if isinstance(value, str):
+        return utf8_bytes(value)
+    if isinstance(value, Mapping):
+        return sum(_text_bytes(inner) for inner in value.values())
+    return sum(_text_bytes(inner) for inner in value) if isinstance(value, list | tuple) else 0

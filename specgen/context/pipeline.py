@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -44,8 +44,8 @@ class ContextPipeline:
         Raises InvalidRequest where the prompt cannot be served, ContextLengthExceeded where it is too long, and
         RequestFailed naming the stage where a stage breaks.
         """
-        for name, stage in self.stages:
-            context = _run(name, stage, context)
+        for place, (name, stage) in enumerate(self.stages, start=1):
+            context = _run(name, stage, replace(context, is_last=place == len(self.stages)))
         if context.ids is None:
             names = ", ".join(name for name, _ in self.stages) or "none"
             raise InvalidRequest(f"no context stage made token ids of the prompt; stages: {names}", param="context")

@@ -17,7 +17,7 @@ class Context:
 
     Exactly one of `messages`, `text`, `ids` is set at first; the last stage must leave `ids`. What was set before may
     stay: where ids are set they are the prompt. `tools`, `options` and `literal` belong to the messages, as in `Chat`.
-    `max_prompt_tokens` is the most that the engine can take.
+    `max_prompt_tokens` is the most that the engine can take. `is_last`: no stage behind this one may shorten the ids.
     """
 
     max_prompt_tokens: int
@@ -27,6 +27,7 @@ class Context:
     literal: bool = False
     text: str | None = None
     ids: tuple[int, ...] | None = None
+    is_last: bool = False
 
     @classmethod
     def of(cls, prompt: Prompt, *, max_prompt_tokens: int) -> Context:

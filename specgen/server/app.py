@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
-from aiohttp import web
+from aiohttp import HttpVersion10, web
 from aiohttp.typedefs import Handler
 
 from specgen.api import Engine
 from specgen.server.auth import CALLER
 from specgen.server.bodies import leave_packed
 from specgen.server.config import ServerConfig
+from specgen.server.errors import ApiError
 from specgen.server.logs import account, name_answer
 from specgen.server.openapi import document
 from specgen.server.page import add_page
@@ -46,6 +47,9 @@ def build_app(engine: Engine, config: ServerConfig) -> web.Application:
 async def admit(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Let in who may: everybody on open routes, elsewhere by key. What is in no table needs a key too."""
     service = request.app[SERVICE]
+    if request.version < HttpVersion10:
+        raise ApiError(400, "this is no HTTP request of version 1", code="invalid_http")
+    service.hosts.check(request)
     access = request.app[_ACCESS].get(request.match_info.handler, "key")
     if access == "open":
         return await handler(request)
@@ -63,8 +67,9 @@ async def openapi(request: web.Request) -> web.StreamResponse:
 
 
 async def _beside(app: web.Application) -> AsyncIterator[None]:
-    """Watch the engine as long as the server runs."""
+    """Watch the engine as long as the server runs. Constraints hold up nobody who is served already."""
     service = app[SERVICE]
+    await asyncio.to_thread(service.engine.warm)
     watching = asyncio.create_task(service.health.watch())
     yield
     watching.cancel()

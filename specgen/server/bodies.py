@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 
 from aiohttp import web
+from aiohttp.http_exceptions import ContentEncodingError
 from aiohttp.typedefs import Handler
+
+from specgen.server.errors import ApiError
 
 _TOO_LATE = 408
 _BODY = web.RequestKey("body", bytes)
@@ -14,19 +17,28 @@ _BODY = web.RequestKey("body", bytes)
 async def whole(request: web.Request) -> bytes:
     """The body, unpacked, in small steps between which others have their turn; asked for again, the same.
 
-    Raises HTTPRequestEntityTooLarge once there is more of it than the server takes.
+    Raises HTTPRequestEntityTooLarge once there is more of it than the server takes, ApiError 400 where it cannot be
+    unpacked.
     """
     known: bytes | None = request.get(_BODY)
     if known is not None:
         return known
     body = bytearray()
-    while chunk := await request.content.readany():
+    while chunk := await _next(request):
         body += chunk
         if len(body) > request.client_max_size:
             raise web.HTTPRequestEntityTooLarge(request.client_max_size)
         await asyncio.sleep(0)
     request[_BODY] = known = bytes(body)
     return known
+
+
+async def _next(request: web.Request) -> bytes:
+    try:
+        return await request.content.readany()
+    except (web.RequestPayloadError, ContentEncodingError):
+        # The encoding of its content or of the transfer is broken.
+        raise ApiError(400, "the body cannot be unpacked", code="invalid_encoding") from None
 
 
 @web.middleware

@@ -25,7 +25,7 @@ from specgen.server.jobs import Job
 from specgen.server.protocol import ChatRequest, ToolCall
 from specgen.server.reading import read
 from specgen.server.service import SERVICE, Service
-from specgen.server.tools import CallParser
+from specgen.server.tools import CallParser, is_cut, parser_of
 from specgen.server.writing import Writer, respond, usage
 from specgen.types import Logprob, Result, StepOutput
 
@@ -48,7 +48,9 @@ class ChatWriter(Writer):
     def __init__(self, asked: ChatRequest, service: Service) -> None:
         super().__init__(asked, service)
         self._calls = bool(asked.tools) and asked.tool_choice != "none"
-        self._most = 1 if asked.parallel_tool_calls is False else None
+        self._tools = [tool.function.name for tool in asked.tools or ()]
+        self._choice_of_tool = asked.tool_choice
+        self._parallel = asked.parallel_tool_calls is not False
         self._parsers: dict[int, CallParser] = {}
         self._begun: set[int] = set()
         self._sent: Counter[int] = Counter()
@@ -70,7 +72,7 @@ class ChatWriter(Writer):
         if choice not in self._begun:
             self._begun.add(choice)
             found.append(ChatChunkChoice(index=choice, delta=Delta(role="assistant", content="")))
-        said, calls = self._parts(choice, output.text, last=output.result is not None)
+        said, calls = self._parts(choice, output.text, output.result)
         added = ChatChunkChoice(
             index=choice,
             delta=Delta(content=said or None, tool_calls=self._deltas(choice, calls) or None),
@@ -96,7 +98,7 @@ class ChatWriter(Writer):
         return ChatChunk(id=self.id, created=self.created, model=self.model, choices=choices)
 
     def _choice(self, job: Job, choice: int, result: Result) -> ChatChoice:
-        said, calls = self._parts(choice, result.text, last=True)
+        said, calls = self._parts(choice, result.text, result)
         return ChatChoice(
             index=choice,
             message=AssistantMessage(said if said or not calls else None, tool_calls=calls or UNSET),
@@ -109,11 +111,13 @@ class ChatWriter(Writer):
     def _logprobs(self, spelt: Sequence[tuple[int, Logprob]]) -> ChatLogprobs | None:
         return self.service.texts.chat_logprobs([each for _, each in spelt]) if spelt else None
 
-    def _parts(self, choice: int, text: str, *, last: bool) -> tuple[str, list[ToolCall]]:
-        """What is said in a piece of text, and what is called."""
+    def _parts(self, choice: int, text: str, result: Result | None) -> tuple[str, list[ToolCall]]:
+        """What is said in a piece of text, and what is called; the last one comes with the result."""
         if not self._calls:
             return text, []
-        return self._parsers.setdefault(choice, CallParser(self._most)).parts(text, last=last)
+        if choice not in self._parsers:
+            self._parsers[choice] = parser_of(self._tools, self._choice_of_tool, parallel=self._parallel)
+        return self._parsers[choice].parts(text, last=result is not None, cut=is_cut(result))
 
     def _deltas(self, choice: int, calls: list[ToolCall]) -> list[CallDelta]:
         first = self._sent[choice]
@@ -121,5 +125,6 @@ class ChatWriter(Writer):
         return [CallDelta(first + place, call.id, call.type, call.function) for place, call in enumerate(calls)]
 
     def _finish_reason(self, choice: int, result: Result) -> str:
-        called = choice in self._parsers and self._parsers[choice].found and result.finish_reason == "stop"
+        parser = self._parsers.get(choice)
+        called = parser and parser.found and not parser.has_partial and result.finish_reason == "stop"
         return "tool_calls" if called else result.finish_reason

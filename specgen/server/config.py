@@ -26,11 +26,16 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Place. host and port to listen on; port 0 takes a free one. served_model_name: what requests call the model; None
     takes the last part of its path.
 
+    allowed_hosts: names that the server may be called by, "*" for any; none means that without keys at a loopback
+    address only local names are served, and all of them elsewhere. max_connections: at once; more are answered 503.
+
     Keys. api_keys: who may ask; none means everybody. admin_key: who may load adapters; None means nobody.
 
     Limits. max_queued: sequences that may wait beside the `max_running` of the engine; more are answered 429, and each
     of a request's n counts. key_sequences: most sequences of one key at once. key_rate: requests of one key, such as
     "100/minute". body_bytes: largest body. max_n, max_prompts: sequences and prompts of one request.
+    max_waiting_seconds: how long a request may wait before the engine begins with it; then, or where the queue is known
+    to take longer, it is answered 429. None is no limit.
     request_seconds: how long a request may take from its arrival. write_seconds: how long a client may leave what it
     is sent unread. ping_seconds: a comment goes to a stream that was silent so long.
     shutdown_seconds: how long requests may go on after SIGTERM. stall_seconds: no step for so long means unhealthy.
@@ -45,6 +50,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8000
     served_model_name: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    max_connections: _Positive = 4096
     api_keys: tuple[str, ...] = ()
     admin_key: str | None = None
     max_queued: _Count = 256
@@ -53,6 +60,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     body_bytes: _Positive = 4 << 20
     max_n: Annotated[int, msgspec.Meta(ge=1, le=128)] = 16
     max_prompts: _Positive = 64
+    max_waiting_seconds: _Seconds | None = None
     request_seconds: _Seconds = 600.0
     write_seconds: _Seconds = 30.0
     ping_seconds: _Seconds = 15.0
@@ -72,6 +80,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for key in (*self.api_keys, *([] if self.admin_key is None else [self.admin_key])):
             if len(key) < 1 or not key.isascii() or not key.isprintable() or " " in key:
                 raise InvalidRequest("a key is empty or holds more than visible ASCII characters", param="api_keys")
+        for host in self.allowed_hosts:
+            if not host or any(letter in host for letter in "/@ ") or ("*" in host and host != "*"):
+                message = f"allowed_hosts holds {host!r}; it must hold names such as 'llm.example', or '*' alone"
+                raise InvalidRequest(message, param="allowed_hosts")
 
     @classmethod
     def load(

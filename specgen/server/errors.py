@@ -9,7 +9,15 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from specgen.errors import ContextLengthExceeded, EngineClosed, InvalidRequest, OutOfPages, RequestFailed, SpecgenError
+from specgen.errors import (
+    ContextLengthExceeded,
+    EngineClosed,
+    InvalidRequest,
+    OutOfPages,
+    Overloaded,
+    RequestFailed,
+    SpecgenError,
+)
 
 _LONGEST = 1000
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{4,}")
@@ -90,6 +98,8 @@ def api_error(error: BaseException) -> ApiError:
             return invalid("the request is nested too deeply")
         case EngineClosed():
             return ApiError(503, "the engine is closed", code="engine_closed", retry=None)
+        case Overloaded():
+            return ApiError(503, f"the server is busy: {error}", code="overloaded", retry=1)
         case RequestFailed():
             return _failed(error)
         case SpecgenError():
@@ -122,6 +132,7 @@ _HTTP: Mapping[int, str] = {
     404: "there is no such path; /openapi.json lists those that there are",
     405: "this path has another method; /openapi.json tells which",
     413: "the body is too large",
+    417: "the header Expect asks for what there is not; choices: 100-continue",
 }
 _TYPES: Mapping[int, str] = {
     401: "authentication_error",

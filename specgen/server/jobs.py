@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
 from specgen.api import Engine
-from specgen.errors import RequestFailed
+from specgen.errors import ContextLengthExceeded, RequestFailed
 from specgen.params import SamplingParams
 from specgen.requests import Prepared
 from specgen.server.auth import Caller
@@ -19,12 +19,11 @@ from specgen.server.errors import ApiError, invalid
 from specgen.server.limits import Gate
 from specgen.server.merge import merged
 from specgen.server.metrics import Timing
+from specgen.server.preparing import Preparing, lane_of
 from specgen.stream import Stream
 from specgen.types import Prompt, Result, StepOutput
 
 T = TypeVar("T")
-
-_PREPARING_THREADS = 4
 
 
 class Job:
@@ -33,8 +32,14 @@ class Job:
     def __init__(self, prepared: Sequence[Prepared], streams: Sequence[Stream], timing: Timing) -> None:
         self.prepared = prepared
         self.failure: ApiError | None = None
+        self.has_begun = False
         self._streams = streams
         self._timing = timing
+
+    @property
+    def request_ids(self) -> list[str]:
+        """The engine's names of what it has of this job."""
+        return [stream.request_id for stream in self._streams]
 
     async def outputs(self) -> AsyncIterator[tuple[int, StepOutput]]:
         """(choice, output) as they come; a choice's last output has its result.
@@ -42,6 +47,7 @@ class Job:
         Raises RequestFailed, or why the server ended the request.
         """
         async for place, output in merged(self._streams):
+            self.has_begun |= bool(output.tokens)
             choice = self._choice(place, output.index)
             self._timing.output(choice, output)
             if output.result is not None:
@@ -87,29 +93,42 @@ class Jobs:
         self._jobs: set[Job] = set()
         self._accounting: set[asyncio.Task[None]] = set()
         self._ended: ApiError | None = None
-        self._threads = ThreadPoolExecutor(_PREPARING_THREADS, thread_name_prefix="specgen-prepare")
+        self._preparing = Preparing()
 
     @asynccontextmanager
     async def run(
-        self, caller: Caller, timing: Timing, prompts: Sequence[Prompt], params: SamplingParams, field: str
+        self, caller: Caller, timing: Timing, prompts: Sequence[Prompt], params: SamplingParams, field: str, size: int
     ) -> AsyncIterator[Job]:
         """A job for prompts, ended on the way out.
 
-        field: where the prompts stand in the request, for errors.
+        field: where the prompts stand in the request, for errors. size: bytes of its body.
 
         Raises ApiError when there is no room, when a prompt does not fit and when the time is over; InvalidRequest.
         """
-        with self.gate.place(caller, len(prompts) * params.n):
+        with self.gate.place(caller, len(prompts) * params.n, size) as place:
             async with in_time(timing.arrival, self._config.request_seconds):
-                prepared = await self.in_thread(lambda: [self.engine.prepare(each, params) for each in prompts])
-                for each in prepared:
-                    self._check_length(each, field)
+                async with self._patience(timing.arrival):
+                    prepared = await self._prepared(prompts, params, field, size)
                 async with self._started(prepared, timing) as job:
-                    yield job
+                    place.started()
+                    with self._ending_if_waiting(job, timing.arrival):
+                        try:
+                            yield job
+                        finally:
+                            place.was_served = job.has_begun
+
+    async def text(self, caller: Caller, timing: Timing, function: Callable[[], T], size: int) -> T:
+        """What `function` makes of the text of a request with a body of `size` bytes, which is let in as a sequence is.
+
+        Raises ApiError when there is no room and when the time is over.
+        """
+        with self.gate.place(caller, 1, size, "texts"):
+            async with in_time(timing.arrival, self._config.request_seconds):
+                return await self._preparing.run(function, lane_of(size, compiles=False))
 
     async def in_thread(self, function: Callable[[], T]) -> T:
         """What `function` returns or raises, without holding up the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+        return await self._preparing.run(function)
 
     def end_all(self, failure: ApiError) -> None:
         """Tell all who wait that the server ends their requests, those too whose prompts are still prepared."""
@@ -121,7 +140,55 @@ class Jobs:
         """Let the threads go, and what nobody will count any more."""
         for task in self._accounting:
             task.cancel()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._preparing.close()
+
+    async def _prepared(
+        self, prompts: Sequence[Prompt], params: SamplingParams, field: str, size: int
+    ) -> list[Prepared]:
+        lane = lane_of(size, compiles=params.constraint is not None)
+        try:
+            found = await self._preparing.run(lambda: [self.engine.prepare(each, params) for each in prompts], lane)
+        except ContextLengthExceeded as error:
+            param = field if error.param == "messages" else error.param
+            raise invalid(str(error), param, "context_length_exceeded") from None
+        for each in found:
+            self._check_length(each, field)
+        return found
+
+    @asynccontextmanager
+    async def _patience(self, arrival: float) -> AsyncIterator[None]:
+        """Time to be prepared, where there is a limit to waiting."""
+        most = self._config.max_waiting_seconds
+        if most is None:
+            yield
+            return
+        try:
+            async with asyncio.timeout(arrival + most - time.monotonic()):
+                yield
+        except TimeoutError:
+            raise self._waited() from None
+
+    @contextmanager
+    def _ending_if_waiting(self, job: Job, arrival: float) -> Iterator[None]:
+        """End a job that the engine has not begun when there is an end to waiting."""
+        most = self._config.max_waiting_seconds
+        if most is None:
+            yield
+            return
+        watch = asyncio.create_task(self._end_if_waiting(job, arrival + most - time.monotonic()))
+        try:
+            yield
+        finally:
+            watch.cancel()
+
+    async def _end_if_waiting(self, job: Job, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        if not job.has_begun and await self.in_thread(lambda: all(map(self.engine.is_waiting, job.request_ids))):
+            job.end(self._waited())
+
+    def _waited(self) -> ApiError:
+        message = f"the server is busy: it did not begin within {self._config.max_waiting_seconds:g} seconds"
+        return ApiError(429, message, code="waited_too_long", retry=self.gate.retry)
 
     @asynccontextmanager
     async def _started(self, prepared: Sequence[Prepared], timing: Timing) -> AsyncIterator[Job]:

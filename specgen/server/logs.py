@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 import sys
@@ -13,19 +14,20 @@ import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler
 from aiohttp.web_urldispatcher import SystemRoute
+from transformers.utils.logging import disable_default_handler, enable_propagation
 
 from specgen.log import Log
 from specgen.server.auth import CALLER
 from specgen.server.config import ServerConfig
 from specgen.server.errors import api_error
-from specgen.server.metrics import Timing
+from specgen.server.metrics import TIMING, Timing
 from specgen.server.service import SERVICE
 
 REQUEST_ID = web.RequestKey("request_id", str)
-TIMING = web.RequestKey("timing", Timing)
 _HEADER = "x-request-id"
 _MAY_BE_AN_ID = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _CLIENT_LEFT = 499
+_LONGEST_LINE = 300
 
 log = Log("specgen.server")
 
@@ -47,6 +49,23 @@ def configure(config: ServerConfig) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(config.log_level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
+    if not any(isinstance(handler, FromLogging) for handler in logging.root.handlers):
+        logging.root.addHandler(FromLogging(logging.WARNING))
+    logging.captureWarnings(capture=True)
+    # It has a handler of its own that writes as it likes.
+    disable_default_handler()
+    enable_propagation()
+
+
+class FromLogging(logging.Handler):
+    """Writes what libraries log as our own lines are written: its first line, and of an exception the type alone."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        error = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else None
+        first = record.getMessage().partition("\n")[0][:_LONGEST_LINE]
+        write = log.error if record.levelno >= logging.ERROR else log.warning
+        write(first, library=record.name, error=error)
 
 
 @web.middleware

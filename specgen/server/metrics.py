@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -43,11 +44,14 @@ _REASONS = {"cancelled": "abort"}
 
 
 class Metrics:
-    """The metrics of one server, in a registry of their own. `text` is what a scrape gets."""
+    """The metrics of one server, in a registry of their own. `text` is what a scrape gets.
 
-    def __init__(self, engine: Engine, model_name: str, *, compat: bool) -> None:
+    preparing: how many sequences the server has let in and the engine does not have yet.
+    """
+
+    def __init__(self, engine: Engine, model_name: str, preparing: Callable[[], int], *, compat: bool) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineState(engine, model_name))
+        self._registry.register(_EngineState(engine, model_name, preparing))
         self._compat = compat
         self._name = model_name
 
@@ -65,6 +69,8 @@ class Metrics:
         self._answers = counter(
             "http_requests", "Answers by route and status; 499: the client left.", "route", "status"
         )
+        self._unreadable = counter("http_unreadable_requests", "Requests whose head is no HTTP, by error.", "error")
+        self._refused = counter("http_refused_connections", "Connections beyond the most.").labels(model_name)
         self._drafts = counter("spec_decode_num_drafts", "Steps that verified a draft.").labels(model_name)
         self._drafted = counter("spec_decode_num_draft_tokens", "Draft tokens that were verified.").labels(model_name)
         self._accepted = counter("spec_decode_num_accepted_tokens", "Draft tokens accepted.").labels(model_name)
@@ -87,6 +93,14 @@ class Metrics:
     def answered(self, route: str, status: int) -> None:
         """Count an answer."""
         self._answers.labels(self._name, route, str(status)).inc()
+
+    def unreadable(self, error: str) -> None:
+        """Count a request that could not be read."""
+        self._unreadable.labels(self._name, error).inc()
+
+    def connection_refused(self) -> None:
+        """Count a connection for which there was no room."""
+        self._refused.inc()
 
     def first_token(self, seconds: float) -> None:
         """The first output of a sequence came."""
@@ -150,18 +164,23 @@ class Timing:
         self.metrics.finished(result, now - self.arrival, now - self._first.get(choice, now))
 
 
+TIMING = web.RequestKey("timing", Timing)
+"""Set for every request, first of all."""
+
+
 class _EngineState(Collector):
     """What the engine counts itself, read when it is asked for."""
 
-    def __init__(self, engine: Engine, model_name: str) -> None:
+    def __init__(self, engine: Engine, model_name: str, preparing: Callable[[], int]) -> None:
         self._engine = engine
+        self._preparing = preparing
         self._name = model_name
 
     def collect(self) -> Iterator[Metric]:
-        load = self._engine.load
+        load, waiting = self._engine.load, self._engine.load.waiting + self._preparing()
         gauges = (
             ("num_requests_running", "Sequences in the forward.", load.running),
-            ("num_requests_waiting", "Sequences that wait for their turn.", load.waiting),
+            ("num_requests_waiting", "Sequences that wait or are prepared.", waiting),
             ("kv_cache_usage_perc", "Share of the KV pool in use, 1 is all.", load.used_pages / load.total_pages),
         )
         counters = (

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TypeVar
 
 import msgspec
-from aiohttp import web
+from aiohttp import hdrs, web
+from aiohttp.compression_utils import HAS_BROTLI, HAS_ZSTD
 
 from specgen.server.bodies import whole
 from specgen.server.deadlines import in_time
 from specgen.server.errors import ApiError, invalid
-from specgen.server.logs import TIMING
+from specgen.server.metrics import TIMING
 from specgen.server.service import SERVICE
 
 StructT = TypeVar("StructT", bound=msgspec.Struct)
@@ -25,7 +27,6 @@ WITHOUT_EFFECT = frozenset(
         "safety_identifier",
         "prompt_cache_key",  # prefixes are found by themselves, `cache_salt` parts them
         "prompt_cache_retention",
-        "priority",  # first come, first served
         "request_id",  # the header x-request-id is looked at
         "session_id",
     }
@@ -42,9 +43,11 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "function_call": (None, "none", "auto"),
     "functions": (None, []),
     "include": (None, []),
+    "include_reasoning": (None, True),
     "length_penalty": (None, 1.0),
     "modalities": (None, ["text"]),
     "previous_response_id": (None,),
+    "priority": (None, 0),
     "prompt_embeds": (None,),
     "prompt_logprobs": (None,),
     "reasoning": (None, {}),
@@ -65,6 +68,11 @@ _LONG = frozenset(
 """Fields of a known form, which may fill a body; in others a value may hold anything, and a million empty lists take
 seconds to build."""
 
+_CODINGS = ("identity", "gzip", "deflate", *(["br"] if HAS_BROTLI else []), *(["zstd"] if HAS_ZSTD else []))
+"""Content encodings that are unpacked."""
+
+_FIELD = re.compile(r"(?:unknown|missing required) field `([^`]*)`")
+
 _LONGEST_BYTES = 128 << 10
 
 
@@ -74,6 +82,10 @@ async def read(request: web.Request, kind: type[StructT]) -> StructT:
     if request.content_type != "application/json":
         # A page elsewhere can make a browser send anything else unasked.
         raise ApiError(415, f"the content type is {request.content_type!r}; it must be 'application/json'")
+    coding = request.headers.get(hdrs.CONTENT_ENCODING, "").strip().lower()
+    if coding and coding not in _CODINGS:
+        message = f"the content encoding is {coding[:64]!r}; choices: {', '.join(_CODINGS)}"
+        raise ApiError(415, message, code="unsupported_encoding")
     async with in_time(request[TIMING].arrival, request.app[SERVICE].config.request_seconds):
         body = await whole(request)
     try:
@@ -83,7 +95,7 @@ async def read(request: web.Request, kind: type[StructT]) -> StructT:
         return msgspec.json.decode(msgspec.json.encode(kept), type=kind)
     except msgspec.ValidationError as error:
         expected, _, place = str(error).partition(" - at `$")
-        param = place.removesuffix("`").lstrip(".") or None
+        param = _named(expected, place.removesuffix("`").lstrip("."))
         raise invalid(f"{param}: {expected}" if param else expected, param) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise invalid(f"the body is not JSON: {_reason(error)}", code="invalid_json") from None
@@ -102,6 +114,12 @@ def _is_kept(name: str, value: msgspec.Raw, kind: type[msgspec.Struct]) -> bool:
     if not any(_alike(asked, choice) for choice in NEUTRAL[name]):
         raise invalid(f"{name} is not supported; leave it out", name, "unsupported_parameter")
     return False
+
+
+def _named(expected: str, place: str) -> str | None:
+    """The wrong field: msgspec says where an object is, and in words which of its fields is unknown or missing."""
+    found = _FIELD.search(expected)
+    return ".".join(filter(None, (place, found[1][:256] if found else ""))) or None
 
 
 def _alike(value: object, choice: object) -> bool:

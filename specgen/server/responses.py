@@ -20,9 +20,10 @@ from specgen.server.answers import (
     ResponseUsage,
 )
 from specgen.server.auth import CALLER
+from specgen.server.bodies import whole
 from specgen.server.errors import ErrorBody, invalid
 from specgen.server.jobs import Job
-from specgen.server.logs import TIMING
+from specgen.server.metrics import TIMING
 from specgen.server.protocol import (
     CalledFunction,
     ChatRequest,
@@ -36,7 +37,7 @@ from specgen.server.protocol import (
 )
 from specgen.server.reading import read
 from specgen.server.service import SERVICE, Service
-from specgen.server.tools import CallParser
+from specgen.server.tools import is_cut, parser_of
 from specgen.server.writing import json_response, stream
 from specgen.types import Result
 
@@ -48,7 +49,7 @@ async def respond(request: web.Request) -> web.StreamResponse:
     service.check_model(asked.model)
     prompts, params = await service.aside(request, lambda: service.asker.chat(as_chat(asked), request[CALLER]))
     writer = ResponseWriter(asked, service)
-    running = service.jobs.run(request[CALLER], request[TIMING], prompts, params, "input")
+    running = service.jobs.run(request[CALLER], request[TIMING], prompts, params, "input", len(await whole(request)))
     if not asked.stream:
         async with running as job:
             return json_response(await writer.whole(job))
@@ -103,7 +104,8 @@ class ResponseWriter:
         self._message_id = f"msg_{secrets.token_hex(16)}"
         self._created = int(time.time())
         self._calls = bool(asked.tools) and asked.tool_choice != "none"
-        self._parser = CallParser(1 if asked.parallel_tool_calls is False else None)
+        names = [tool.name for tool in asked.tools or ()]
+        self._parser = parser_of(names, asked.tool_choice, parallel=asked.parallel_tool_calls is not False)
         self._said = ""
         self._has_message = False
         self._items: list[OutputItem] = []
@@ -124,7 +126,7 @@ class ResponseWriter:
                 begun = True
                 for each in self._begin():
                     yield each
-            said, calls = self._parts(output.text, last=output.result is not None)
+            said, calls = self._parts(output.text, output.result)
             if said:
                 for each in self._open_message():
                     yield each
@@ -132,6 +134,8 @@ class ResponseWriter:
                 yield self._text_event("response.output_text.delta", delta=said, logprobs=[])
             self._items += [_call_item(call) for call in calls]
             result = output.result or result
+        if self._parser.has_partial:
+            self._items[-1].status = "incomplete"
         for each in self._end(result):
             yield each
 
@@ -195,8 +199,10 @@ class ResponseWriter:
         content = [OutputText(text=self._said)]
         return OutputItem(id=self._message_id, type="message", status=status, role="assistant", content=content)
 
-    def _parts(self, text: str, *, last: bool) -> tuple[str, list[ToolCall]]:
-        return self._parser.parts(text, last=last) if self._calls else (text, [])
+    def _parts(self, text: str, result: Result | None) -> tuple[str, list[ToolCall]]:
+        if not self._calls:
+            return text, []
+        return self._parser.parts(text, last=result is not None, cut=is_cut(result))
 
     def _response(
         self, status: str, output: list[OutputItem] | None = None, result: Result | None = None

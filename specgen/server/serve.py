@@ -17,13 +17,13 @@ from specgen.errors import InvalidRequest
 from specgen.log import Log
 from specgen.server.app import build_app
 from specgen.server.config import ServerConfig
+from specgen.server.connections import Runner, Throttle, told_by_loop
 from specgen.server.errors import ApiError
 from specgen.server.service import SERVICE
 
 log = Log("specgen.server")
 
 _LAST_WORDS_SECONDS = 5.0
-_HEAD_SECONDS = 75.0
 _CUT_SECONDS = 0.1
 
 
@@ -54,11 +54,9 @@ async def serve(
     engine was well to the end. Raises InvalidRequest where another process listens at one of the sockets by now.
     """
     app = build_app(engine, config)
-    # Without handler_cancellation a request whose client has gone would run on to its end.
     # What is to be waited for was waited for by `drain`; to aiohttp 0 would mean for ever.
-    runner = web.AppRunner(
-        app, handler_cancellation=True, access_log=None, keepalive_timeout=_HEAD_SECONDS, shutdown_timeout=_CUT_SECONDS
-    )
+    runner = Runner(app, shutdown_timeout=_CUT_SECONDS)
+    asyncio.get_running_loop().set_exception_handler(told_by_loop(Throttle()))
     await runner.setup()
     stop, now = asyncio.Event(), asyncio.Event()
     _on_signals(lambda: now.set() if stop.is_set() else stop.set())

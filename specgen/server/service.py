@@ -12,18 +12,18 @@ from aiohttp import web
 
 from specgen.api import Engine
 from specgen.server.asking import Asker
-from specgen.server.auth import Keys
+from specgen.server.auth import CALLER, Keys
 from specgen.server.bodies import whole
 from specgen.server.config import ServerConfig
 from specgen.server.errors import ApiError
 from specgen.server.health import Health
+from specgen.server.hosts import Hosts
 from specgen.server.jobs import Jobs
-from specgen.server.metrics import Metrics
+from specgen.server.metrics import TIMING, Metrics
+from specgen.server.preparing import SMALL_BYTES
 from specgen.server.texts import Texts
 
 T = TypeVar("T")
-
-_SMALL_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,7 @@ class Service:
     config: ServerConfig
     name: str
     keys: Keys
+    hosts: Hosts
     metrics: Metrics
     jobs: Jobs
     asker: Asker
@@ -45,14 +46,16 @@ class Service:
     def of(cls, engine: Engine, config: ServerConfig) -> Service:
         """Build it around an engine that stays the caller's."""
         name = config.served_model_name or _name(engine)
-        metrics = Metrics(engine, name, compat=config.metrics_compat == "vllm")
+        jobs = Jobs(engine, config)
+        metrics = Metrics(engine, name, lambda: jobs.gate.preparing, compat=config.metrics_compat == "vllm")
         return cls(
             engine,
             config,
             name,
             Keys(config.api_keys, config.admin_key),
+            Hosts(config),
             metrics,
-            Jobs(engine, config),
+            jobs,
             Asker(config, name, engine),
             Texts(engine.tokenizer),
             Health(engine, config),
@@ -66,8 +69,12 @@ class Service:
 
     async def aside(self, request: web.Request, function: Callable[[], T]) -> T:
         """What `function` makes of a request that was read: on a thread where it is large, so that nobody waits."""
-        small = len(await whole(request)) <= _SMALL_BYTES
-        return function() if small else await self.jobs.in_thread(function)
+        return function() if len(await whole(request)) <= SMALL_BYTES else await self.text(request, function)
+
+    async def text(self, request: web.Request, function: Callable[[], T]) -> T:
+        """What `function` makes of the text of a request that was read, on a thread and counted as waiting."""
+        size = len(await whole(request))
+        return await self.jobs.text(request[CALLER], request[TIMING], function, size)
 
     def models(self) -> list[str]:
         """The names that requests may use: the model's and its adapters'."""

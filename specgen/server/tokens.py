@@ -20,7 +20,7 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
     asked = await read(request, TokenizeRequest)
     service.check_model(asked.model)
     _check_tokenizer(service)
-    return json_response(await service.jobs.in_thread(lambda: _answer(service, asked)))
+    return json_response(await service.text(request, lambda: _answer(service, asked)))
 
 
 async def detokenize(request: web.Request) -> web.StreamResponse:
@@ -29,7 +29,7 @@ async def detokenize(request: web.Request) -> web.StreamResponse:
     asked = await read(request, DetokenizeRequest)
     service.check_model(asked.model)
     _check_tokenizer(service)
-    return json_response(await service.jobs.in_thread(lambda: DetokenizeAnswer(_text(service, asked))))
+    return json_response(await service.text(request, lambda: DetokenizeAnswer(_text(service, asked))))
 
 
 def _answer(service: Service, asked: TokenizeRequest) -> TokenizeAnswer:

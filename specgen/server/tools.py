@@ -8,10 +8,21 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+import msgspec
 
 from specgen.server.protocol import CalledFunction, ToolCall
+from specgen.types import Result
 
 _BEGIN, _END = "<tool_call>", "</tool_call>"
+_HEAD = re.compile(
+    r'\s*\{\s*"name"\s*:\s*"(?P<name>(?:[^"\\]|\\.)*)'
+    r'(?P<closed>"(?:\s*,\s*"(?:arguments|parameters)"\s*:\s*(?P<arguments>.*))?)?',
+    re.DOTALL,
+)
+"""How a call begins, as far as it goes."""
 _QUOTES = re.compile(r'\\.|"', re.DOTALL)
 
 
@@ -27,22 +38,27 @@ _SPACE = re.compile(r'("(?:\\.|[^"\\])*")|\s+')
 class CallParser:
     """Parts the text of one choice, as it comes, into what is said and what is called.
 
-    Text that turns out to be no call is said. most: how many calls are handed out; later ones are dropped.
+    Text that turns out to be no call is said. most: how many calls are handed out; later ones are dropped. names: of
+    the tools that may be called. forced: the text is calls and nothing else, so that its end, where it is cut, is a
+    part of one. has_partial: the last call is one that was cut.
     """
 
-    def __init__(self, most: int | None = None) -> None:
+    def __init__(self, most: int | None = None, names: Sequence[str] = (), *, forced: bool = False) -> None:
         self.found = 0
+        self.has_partial = False
         self._most = most
+        self._names = names
+        self._forced = forced
         self._held = ""
         self._inside = False
         self._looked = 0
         self._in_string = False
         self._called = False
 
-    def parts(self, text: str, *, last: bool) -> tuple[str, list[ToolCall]]:
+    def parts(self, text: str, *, last: bool, cut: bool = False) -> tuple[str, list[ToolCall]]:
         """`feed`, and `flush` where the text is the last."""
         said, calls = self.feed(text)
-        rest, more = self.flush() if last else ("", [])
+        rest, more = self.flush(cut=cut) if last else ("", [])
         return said + rest, calls + more
 
     def feed(self, text: str) -> tuple[str, list[ToolCall]]:
@@ -63,8 +79,13 @@ class CallParser:
             said, self._held = said + self._shown(self._held[:safe]), self._held[safe:]
         return said, calls
 
-    def flush(self) -> tuple[str, list[ToolCall]]:
-        """The rest, when the text is over. Models leave out the last mark where it would be their end token."""
+    def flush(self, *, cut: bool = False) -> tuple[str, list[ToolCall]]:
+        """The rest, when the text is over. Models leave out the last mark where it would be their end token.
+
+        cut: the model did not end it, so that what has begun as a call is handed out as far as it came.
+        """
+        if cut and (self._inside or self._forced) and (rest := self._cut()) is not None:
+            return "", rest
         said = ""
         calls: list[ToolCall] = []
         while self._inside and (call := _call(self._held)) is None and _END in self._held:
@@ -77,6 +98,23 @@ class CallParser:
             return said + self._shown(held), calls
         self._inside = False
         return (said + _BEGIN + held, calls) if call is None else (said, calls + self._counted(call))
+
+    def _cut(self) -> list[ToolCall] | None:
+        """The call whose text ends here, where it is known to be one; None where it may be text."""
+        held = self._held if self._inside else ""
+        if self._inside and _call(whole := held[: len(held) - _may_begin(held, _END)]):
+            self._held = whole
+            return None
+        if not self._inside and not _BEGIN.startswith(self._held):
+            return None
+        # Behind a whole call the beginning of a mark alone is no second one.
+        guesses = self._names if self._inside or not self.found else ()
+        call = _partial(held, guesses if self._forced else ())
+        if call is None and not self._forced:
+            return None
+        self._held, self._inside = "", False
+        self.has_partial = call is not None
+        return self._counted(call) if call else []
 
     def _mark(self) -> int:
         """Where the next mark stands in what is held; -1 while there is none. An end inside a string is part of it."""
@@ -112,6 +150,21 @@ class CallParser:
         return shown
 
 
+def _partial(text: str, guesses: Sequence[str]) -> ToolCall | None:
+    """The call that a text begins with: the name where it is whole, or where only one of `guesses` begins so."""
+    found = _HEAD.match(text)
+    said = found["name"] if found else ""
+    if found and found["closed"]:
+        with suppress(msgspec.DecodeError):
+            return _numbered(msgspec.json.decode(f'"{said}"', type=str), found["arguments"] or "")
+    names = [name for name in guesses if msgspec.json.encode(name).decode()[1:].startswith(said)]
+    return _numbered(names[0], "") if len(names) == 1 else None
+
+
+def _numbered(name: str, arguments: str) -> ToolCall:
+    return ToolCall(f"call_{secrets.token_hex(12)}", CalledFunction(name, arguments))
+
+
 def _call(text: str) -> ToolCall | None:
     try:
         said = _members(text)
@@ -121,7 +174,7 @@ def _call(text: str) -> ToolCall | None:
     given = [said[key] for key in ("arguments", "parameters") if said.get(key, "null") != "null"]
     if not isinstance(name, str) or not all(value.startswith("{") for value in given):
         return None
-    return ToolCall(f"call_{secrets.token_hex(12)}", CalledFunction(name, given[0] if given else "{}"))
+    return _numbered(name, given[0] if given else "{}")
 
 
 def _members(text: str) -> dict[str, str]:
@@ -148,6 +201,19 @@ def _after(pattern: re.Pattern[str], text: str, place: int) -> int:
     return found.end() if found else place
 
 
-def _may_begin(text: str) -> int:
+def parser_of(tools: Sequence[str], choice: object, *, parallel: bool) -> CallParser:
+    """For the answer to a request with tools of these names, and its `tool_choice`."""
+    named = choice.get("function", choice) if isinstance(choice, Mapping) else None
+    names = [named["name"]] if isinstance(named, Mapping) and "name" in named else tools
+    forced = choice == "required" or named is not None
+    return CallParser(None if parallel else 1, names, forced=forced)
+
+
+def is_cut(result: Result | None) -> bool:
+    """Whether a text ended otherwise than by its model."""
+    return result is not None and (result.finish_reason == "length" or isinstance(result.stop, str))
+
+
+def _may_begin(text: str, mark: str = _BEGIN) -> int:
     """Length of the longest end of `text` that is a beginning of the mark."""
-    return max((n for n in range(1, len(_BEGIN)) if text.endswith(_BEGIN[:n])), default=0)
+    return max((n for n in range(1, len(mark)) if text.endswith(mark[:n])), default=0)

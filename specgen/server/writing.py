@@ -24,9 +24,11 @@ from specgen.server.answers import (
     Usage,
 )
 from specgen.server.auth import CALLER
+from specgen.server.bodies import whole
 from specgen.server.errors import ErrorAnswer, ErrorBody, api_error
 from specgen.server.jobs import Job
-from specgen.server.logs import TIMING, report
+from specgen.server.logs import report
+from specgen.server.metrics import TIMING
 from specgen.server.protocol import Sampling, StreamOptions
 from specgen.server.service import SERVICE, Service
 from specgen.server.sse import EventStream, ReaderTooSlow
@@ -154,7 +156,9 @@ async def respond(
 ) -> web.StreamResponse:
     """Run a request and answer it, whole or as a stream."""
     service = request.app[SERVICE]
-    running = service.jobs.run(request[CALLER], request[TIMING], prompts, params, writer.field)
+    running = service.jobs.run(
+        request[CALLER], request[TIMING], prompts, params, writer.field, len(await whole(request))
+    )
     if not writer.asked.stream:
         async with running as job:
             await writer.begin(job)

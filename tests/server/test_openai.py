@@ -358,7 +358,7 @@ async def test_the_answers_of_tools_go_into_the_next_turn(world: World) -> None:
         ({"extra_body": {"use_beam_search": True}}, 400, "use_beam_search", "unsupported_parameter"),
         ({"extra_body": {"chat_template": "x"}}, 400, "chat_template", "unsupported_parameter"),
         ({"extra_body": {"chat_template_kwargs": {"x": 1}}}, 400, "chat_template_kwargs", "400"),
-        ({"extra_body": {"temprature": 1}}, 400, None, "400"),
+        ({"extra_body": {"temprature": 1}}, 400, "temprature", "400"),
         ({"extra_body": {"speculation": "maybe"}}, 400, "speculation", "400"),
         ({"extra_body": {"plugin_processors": {"nobody": {}}}}, 400, "plugin_processors", "400"),
     ],

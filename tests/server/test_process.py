@@ -179,6 +179,10 @@ def test_settings_come_from_file_environment_and_flags(tmp_path: Path) -> None:
         ({"metrics_compat": "x"}, InvalidRequest, "metrics_compat"),
         ({"api_keys": [""]}, InvalidRequest, "a key is empty"),
         ({"api_keys": ["a b"]}, InvalidRequest, "visible"),
+        ({"allowed_hosts": ["http://llm.example"]}, InvalidRequest, "allowed_hosts holds 'http://llm.example'"),
+        ({"allowed_hosts": ["*.example"]}, InvalidRequest, r"allowed_hosts holds '\*.example'"),
+        ({"max_waiting_seconds": 0}, InvalidRequest, "max_waiting_seconds"),
+        ({"max_connections": 0}, InvalidRequest, "max_connections"),
         ({"engine": "foo"}, InvalidRequest, "engine in the command line is 'foo'; it must hold settings by name"),
     ],
 )

@@ -113,3 +113,54 @@ def test_what_is_no_call_is_text_and_never_run(inside: str, tmp_path: Path, monk
     text = f"<tool_call>{inside}</tool_call>"
     assert parsed([text]) == (text, [])
     assert not list(tmp_path.iterdir())
+
+
+def cut(pieces: Sequence[str], names: Sequence[str] = ("f", "find"), *, forced: bool = True) -> Parsed:
+    """What is said and what is called in a text that `max_tokens` ends."""
+    parser, said, calls = CallParser(names=names, forced=forced), "", []
+    for place, piece in enumerate(pieces):
+        last = place == len(pieces) - 1
+        text, found = parser.parts(piece, last=last, cut=last)
+        said += text
+        calls += [(call.function.name, call.function.arguments or "") for call in found]
+    assert parser.found == len(calls)
+    return said, calls
+
+
+WHOLE = '<tool_call>\n{"name": "find", "arguments": {"a": "b </tool_call> {}", "n": [1]}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("size", range(len(WHOLE) + 1))
+def test_a_forced_call_that_is_cut_is_a_partial_call(size: int) -> None:
+    """Wherever it is cut, and however it comes; none of it is said."""
+    text = WHOLE[:size]
+    arguments = WHOLE[WHOLE.index('{"a"') : WHOLE.index("}\n</")]
+    if size >= WHOLE.index("}\n</") + 1:
+        called = [("find", '{"a":"b </tool_call> {}","n":[1]}')]
+    elif '"find"' in text:
+        called = [("find", arguments[: max(0, size - WHOLE.index('{"a"'))])]
+    else:
+        called = [("find", "")] if '"fi' in text else []
+    for pieces in ([text], list(text) or [""]):
+        assert cut(pieces) == ("", called)
+        assert cut(pieces, ["find"]) == ("", called or [("find", "")])
+
+
+def test_a_call_behind_another_is_cut_too() -> None:
+    for text, more in (("\n<tool_call>", []), ("\n<too", []), ('\n<tool_call>\n{"name": "f", "arg', [("f", "")])):
+        said, calls = cut([WHOLE + text], ["find"])
+        assert (said.strip(), calls[1:]) == ("", more or calls[1:])
+        assert cut([WHOLE + text])[1][1:] == more
+
+
+def test_text_that_is_cut_is_text_where_it_need_not_be_a_call() -> None:
+    for text in ("I say <tool_", "a < b", '<tool_call>\n{"nam', "<tool_call>5 < 6"):
+        assert cut([text], forced=False) == (text, [])
+    assert cut(['well <tool_call>{"name": "f", "arguments": {"a'], forced=False) == ("well ", [("f", '{"a')])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=14), st.booleans())
+def test_how_a_text_that_is_cut_comes_changes_nothing(pieces: list[str], forced: bool) -> None:
+    whole = "".join(pieces)
+    assert cut(pieces, forced=forced) == cut([whole], forced=forced) == cut(list(whole), forced=forced)

@@ -22,6 +22,7 @@ from specgen import Engine, hookimpl
 from specgen.plugins import Plugins, load_plugins
 from specgen.server.app import build_app
 from specgen.server.config import ServerConfig
+from specgen.server.connections import Runner
 from specgen.server.service import SERVICE, Service
 
 CONTEXT = 512
@@ -144,6 +145,7 @@ class World:
     url: str
     http: ClientSession
     app: web.Application
+    runner: Runner
     clients: list[AsyncOpenAI] = field(default_factory=list)
 
     @property
@@ -189,12 +191,12 @@ async def serving(own: Engine | None = None, *, name: str = "tiny", **settings: 
     """A server on a free port, with everything given back at the end."""
     found = own or engine()
     app = build_app(found, ServerConfig(served_model_name=name, **settings))
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1.0)
+    runner = Runner(app, shutdown_timeout=1.0)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     async with ClientSession() as http:
-        world = World(found, app[SERVICE], f"http://127.0.0.1:{runner.addresses[0][1]}", http, app)
+        world = World(found, app[SERVICE], f"http://127.0.0.1:{runner.addresses[0][1]}", http, app, runner)
         try:
             yield world
             if found.failure is None:

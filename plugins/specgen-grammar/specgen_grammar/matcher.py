@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import takewhile
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import llguidance.hf
@@ -28,6 +31,15 @@ _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 _LONGEST_REASON = 500
 """llguidance quotes the whole grammar."""
 
+# llguidance's limits bound what a step may build, not the time that this takes: grammars that may be dear are followed
+# on other threads, which costs each step a tenth of a millisecond.
+STEP_SECONDS = 0.5
+_SHORT_CHARACTERS = 2048
+_QUICK_SECONDS = 0.05
+_threads = ThreadPoolExecutor(4, thread_name_prefix="specgen-grammar")
+
+T = TypeVar("T")
+
 _tokenizers: WeakKeyDictionary[ConstraintSetup, LLTokenizer] = WeakKeyDictionary()
 _building = threading.Lock()
 
@@ -41,7 +53,8 @@ def compile_grammar(kind: str, grammar: str, setup: ConstraintSetup) -> Matcher:
     if len(grammar) > MAX_CHARACTERS:
         message = f"{kind} makes a grammar of {len(grammar)} characters; at most {MAX_CHARACTERS} are compiled"
         raise InvalidRequest(message)
-    compiled = LLMatcher(_tokenizer(setup), grammar, log_level=0, limits=_LIMITS)
+    tokenizer, began = _tokenizer(setup), time.thread_time()
+    compiled = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
     if compiled.is_error():
         raise InvalidRequest(f"{kind} cannot be compiled: {_reason(compiled)}")
     matcher = _Following(compiled, setup)
@@ -51,18 +64,39 @@ def compile_grammar(kind: str, grammar: str, setup: ConstraintSetup) -> Matcher:
         raise InvalidRequest(f"{kind} cannot be compiled: {error}") from None
     if not possible:
         raise InvalidRequest(f"{kind} allows no text but the empty one")
-    return matcher
+    is_dear = len(grammar) > _SHORT_CHARACTERS or time.thread_time() - began > _QUICK_SECONDS
+    return _Following(compiled, setup, _in_time) if is_dear else matcher
+
+
+def _at_once(function: Callable[[], T]) -> T:
+    return function()
+
+
+def _in_time(function: Callable[[], T]) -> T:
+    """What `function` answers on another thread. Raises RequestFailed where that takes too long: it may run on, but
+    nobody waits for it any more."""
+    asked = _threads.submit(function)
+    try:
+        return asked.result(STEP_SECONDS)
+    except TimeoutError:
+        asked.cancel()
+        raise RequestFailed(
+            f"the grammar cannot be followed: a step takes more than {STEP_SECONDS:g} seconds"
+        ) from None
 
 
 class _Following(Matcher):
-    """Where one sequence stands in a compiled grammar."""
+    """Where one sequence stands in a compiled grammar. run: how what may take long is called."""
 
-    def __init__(self, matcher: LLMatcher, setup: ConstraintSetup) -> None:
+    def __init__(
+        self, matcher: LLMatcher, setup: ConstraintSetup, run: Callable[[Callable[[], Any]], Any] = _at_once
+    ) -> None:
         self._matcher = matcher
         self._setup = setup
+        self._run = run
 
     def allowed(self) -> Tensor:
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        bits = np.frombuffer(self._run(self._matcher.compute_bitmask), np.uint8)
         self._check()
         words = np.unpackbits(bits, count=self._setup.vocab_size, bitorder="little")
         words[_end_ids(self._setup)] = 0
@@ -79,21 +113,22 @@ class _Following(Matcher):
         return True
 
     def consume(self, token: int) -> None:
-        self._matcher.consume_token(token)
+        self._run(partial(self._matcher.consume_token, token))
         self._check()
 
     def permitted(self, tokens: Sequence[int]) -> int:
         ends = _end_ids(self._setup)
         text = list(takewhile(lambda token: token not in ends, tokens))
-        count = self._matcher.validate_tokens(text)
+        count: int = self._run(partial(self._matcher.validate_tokens, text))
         self._check()
         return count
 
     def copy(self) -> Matcher:
-        return _Following(self._matcher.deep_copy(), self._setup)
+        return _Following(self._matcher.deep_copy(), self._setup, self._run)
 
     def forced(self) -> Sequence[int]:
-        return self._matcher.compute_ff_tokens()
+        found: Sequence[int] = self._run(self._matcher.compute_ff_tokens)
+        return found
 
     def _check(self) -> None:
         if self._matcher.is_error():

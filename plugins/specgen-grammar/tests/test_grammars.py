@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import specgen_grammar
 import torch
-from specgen_grammar.matcher import MAX_CHARACTERS
+from specgen_grammar.matcher import MAX_CHARACTERS, _at_once, _in_time
 
 from specgen import ConstraintSetup, InvalidRequest, Matcher, RequestFailed
 from specgen.testing import MatcherContract
@@ -301,3 +301,33 @@ class TestChoice(MatcherContract):
 class TestGrammar(MatcherContract):
     def matcher(self) -> Matcher:
         return compiled("grammar", LARK)
+
+
+NEST = " ".join(["(b|c)*"] * 300)
+DEAR = f'start: "x" a\na: {NEST}\nb: /[a-z]+/\nc: /[a-z ]/'
+
+
+def test_a_dear_grammar_is_followed_elsewhere_and_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that takes too long fails its request by name; the thread that asked is free again."""
+    matcher = compiled("grammar", DEAR)
+    assert matcher._run is _in_time  # type: ignore[attr-defined]
+    assert matcher.copy()._run is _in_time  # type: ignore[attr-defined]
+    assert compiled("regex", "[a-c]{2,3}")._run is _at_once  # type: ignore[attr-defined]
+    monkeypatch.setattr("specgen_grammar.matcher.STEP_SECONDS", 0.0)
+    with pytest.raises(RequestFailed, match="cannot be followed: a step takes more than 0 seconds"):
+        matcher.allowed()
+
+
+def test_a_dear_grammar_says_the_same_as_at_once() -> None:
+    """A long schema, by both ways."""
+    schema = {"type": "object", "properties": {f"p{n}": {"enum": ["a", n]} for n in range(90)}}
+    elsewhere = compiled("json_schema", schema)
+    assert elsewhere._run is _in_time  # type: ignore[attr-defined]
+    at_once = elsewhere.copy()
+    at_once._run = _at_once  # type: ignore[attr-defined]
+    for token in spelt('{"p0": "a", "p7": 7, "p89":', "byte-level"):
+        assert torch.equal(elsewhere.allowed(), at_once.allowed())
+        assert elsewhere.forced() == at_once.forced()
+        assert elsewhere.permitted([token, 1, 2]) == at_once.permitted([token, 1, 2])
+        elsewhere.consume(token)
+        at_once.consume(token)
