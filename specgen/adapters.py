@@ -15,6 +15,7 @@ from specgen.errors import AdapterRefused, UnknownName, UnsupportedModel
 from specgen.model.adapter_files import AdapterFiles, locate
 from specgen.model.target import Target
 from specgen.runner import Runner
+from specgen.torch_state import plain_torch
 from specgen.workers import release_workers
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -150,6 +151,13 @@ class EngineAdapters:
     ) -> Adapter:
         files = {TARGET: self._files(path, self._target, any_base)}
         if draft_adapter is not None:
+    def _check_thread(self) -> None:
+        """Raise WouldDeadlock on the engine's thread, which reads no files and waits for no sequence's end, and
+        EngineClosed in a forked child."""
+        with self._runner.awaited():
+            pass
+
+    @plain_torch()
             files[DRAFT] = self._files(draft_adapter, self._draft_model(draft_adapter), any_base)
         # Whoever calls will wait for answers of the engine's thread.
         release_workers()

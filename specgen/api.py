@@ -31,7 +31,8 @@ from specgen.prefixes import EnginePrefix
 from specgen.requests import Prepared, RequestBuilder, model_ends, with_options
 from specgen.response_cache import ResponseCache
 from specgen.runner import Runner
-from specgen.stream import Stream
+from specgen.stream import Stream, gather
+from specgen.torch_state import plain_torch
 from specgen.types import Prompt, Result
 
 log = Log("specgen.engine")
@@ -52,6 +53,7 @@ class Engine:
     """
 
     def __init__(
+    @plain_torch()
         self,
         model: PreTrainedModel,
         tokenizer: Any = None,
@@ -104,6 +106,7 @@ class Engine:
     def from_pretrained(
         cls,
         model: str | Path,
+    @plain_torch()
         *,
         dtype: str | torch.dtype | None = "auto",
         device: str | torch.device | None = None,

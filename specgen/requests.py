@@ -23,6 +23,7 @@ from specgen.params import Request, SamplingParams, check_ids
 from specgen.sampling import PositionKeys, Sampler, processors
 from specgen.sequence import StopRules
 from specgen.text import TextCursor
+from specgen.torch_state import plain_torch
 from specgen.types import LogitsProcessor, Prompt, Speculation
 
 FunctionT = TypeVar("FunctionT")
@@ -51,6 +52,7 @@ class RequestBuilder:
     speculation: Speculation
 
     def build(self, prompt: Prompt, params: SamplingParams, *, copies: bool) -> Prepared:
+    @plain_torch()
         """The request and how each of its `params.n` samples draws.
 
         copies: whether sequences of other requests share the processors in `params`, so that each needs its own.
@@ -71,6 +73,7 @@ class RequestBuilder:
         return request, [self._sample(request, index, matcher, copies=copies) for index in range(params.n)]
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
+    @plain_torch()
         """The ids of a prompt, checked."""
         ids = self.pipeline.run(Context.of(prompt, max_prompt_tokens=self.context_length - 1))
         check_ids(ids, self.vocab_size, "prompt")
