@@ -35,6 +35,7 @@ from specgen.text import TextCursor
 from specgen.tree import depths
 from specgen.types import EMPTY_TREE, Acceptance, DraftTrace, Finish, StepOutput, TokenTree
 from specgen.view import View, views
+from specgen.user_code import UserCodeRaised
 
 _MEASURED_ROWS = (1, 2, 4, 8, 16, 32)
 _MEASURED_CONTEXT = 1024
@@ -300,7 +301,10 @@ class EngineCore:
             # One that has ended is published as a whole when its pages are given back.
             if sequence.finish is None and (turn.chain > 1 or not turn.complete):
                 self.scheduler.publish(sequence, tail=turn.complete)
-        except Exception as error:  # processors and stopping criteria are the caller's code; memory may run out
+        except UserCodeRaised as raised:
+            raised.error.add_note(f"raised in request {sequence.request.id}, sample {sequence.index}")
+            outputs.append(sequence.end(Finish("error", error=raised.error, is_callers_error=True)))
+        except BaseException as error:  # plugins may raise anything; memory may run out
             outputs.append(sequence.end(Finish("error", error=error)))
         return [self._close(sequence, output) if output.result else output for output in outputs]
 

@@ -60,7 +60,9 @@ class DuplicateName(PluginError):
 
 
 class RequestFailed(SpecgenError):
-    """A request that was accepted and could not be finished, for instance because its logits processor raised.
+    """A request that was accepted and could not be finished, for instance because memory ran out or a plugin raised.
+
+    What the caller's own processors and criteria raise is raised as it is, and not as this.
 
     `part` names what failed, where that is known: "context stage 'shout'".
     """

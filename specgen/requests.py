@@ -25,6 +25,7 @@ from specgen.sequence import StopRules
 from specgen.text import TextCursor
 from specgen.torch_state import plain_torch
 from specgen.types import LogitsProcessor, Prompt, Speculation
+from specgen.user_code import UserCode
 
 FunctionT = TypeVar("FunctionT")
 
@@ -51,8 +52,8 @@ class RequestBuilder:
     adapter_named: Callable[[str], Adapter]
     speculation: Speculation
 
-    def build(self, prompt: Prompt, params: SamplingParams, *, copies: bool) -> Prepared:
     @plain_torch()
+    def build(self, prompt: Prompt, params: SamplingParams, *, copies: bool) -> Prepared:
         """The request and how each of its `params.n` samples draws.
 
         copies: whether sequences of other requests share the processors in `params`, so that each needs its own.
@@ -72,8 +73,8 @@ class RequestBuilder:
         matcher = self.constraints.compile(params.constraint) if params.constraint else None
         return request, [self._sample(request, index, matcher, copies=copies) for index in range(params.n)]
 
-    def encode(self, prompt: Prompt) -> tuple[int, ...]:
     @plain_torch()
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The ids of a prompt, checked."""
         ids = self.pipeline.run(Context.of(prompt, max_prompt_tokens=self.context_length - 1))
         check_ids(ids, self.vocab_size, "prompt")
@@ -93,7 +94,7 @@ class RequestBuilder:
                 end_ids=sorted(ends),
                 encode=self._spellings,
                 custom=[
-                    *(_own(p, "processors", copies=copies) for p in params.processors),
+                    *(UserCode(_own(p, "processors", copies=copies)) for p in params.processors),
                     *self._offered(params),
                     # The last of them: what others make of a forbidden token does not matter then.
                     *([constraint.mask] if constraint else ()),
@@ -111,7 +112,7 @@ class RequestBuilder:
             skip_special=params.skip_special_tokens,
         )
         length = len(request.ids) + min(room, params.max_tokens or room)
-        criteria = tuple(_own(c, "stopping_criteria", copies=copies) for c in params.stopping_criteria)
+        criteria = tuple(UserCode(_own(c, "stopping_criteria", copies=copies)) for c in params.stopping_criteria)
         return Sample(sampler, StopRules(ends, length, criteria), cursor, constraint)
 
     def _check_text_needs(self, params: SamplingParams) -> None:
