@@ -16,7 +16,7 @@ PACKAGE = ROOT / "specgen"
 # another. Everything is looked at, imports inside functions and under TYPE_CHECKING too.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("types", "adapter", "folders", "log", "torch_state", "user_code", "workers"),
+    ("types", "adapter", "folders", "log", "process", "torch_state", "user_code", "workers"),
     ("config", "tree", "kernels", "params", "text", "stream", "options", "openai_constraints"),
     ("sampling", "kv", "adapter_cache", "constraint"),
     ("context", "draft", "verify", "model"),
