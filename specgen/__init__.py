@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         SpecgenError,
         UnknownName,
         UnsupportedModel,
+        WouldDeadlock,
     )
     from specgen.hookspecs import LogitsProcessorFactory, hookimpl
     from specgen.kv.formats import Coder, KVFormat, KVFormatFactory, Plane
@@ -105,6 +106,7 @@ __all__ = [
     "UnsupportedModel",
     "Usage",
     "Wanted",
+    "WouldDeadlock",
     "__version__",
     "best_first",
     "chain",
@@ -168,6 +170,7 @@ _HOMES = {
     "UnsupportedModel": "specgen.errors",
     "Usage": "specgen.types",
     "Wanted": "specgen.draft.features",
+    "WouldDeadlock": "specgen.errors",
     "best_first": "specgen.draft.growth",
     "chain": "specgen.tree",
     "custom_generate": "specgen.dropin",

@@ -72,6 +72,7 @@ class EngineAdapters:
         draft_adapter: the folder of an adapter for the draft model, which then drafts under it.
         any_base: take files that were made for a base of another name than this model's.
         """
+        self._check_thread()
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             told = (
                 "it must be 1 to 64 letters, digits, dots, dashes or underscores, and begin with one of the first two"
@@ -103,6 +104,7 @@ class EngineAdapters:
 
         Requests that were made before go on under the old one.
         """
+        self._check_thread()
         old = self.named(name)
         paths = old.path if path is None else path, old.draft_path if draft_adapter is None else draft_adapter
         adapter = self._read(name, *paths, pinned=old.pinned, any_base=any_base or old.any_base)
@@ -121,6 +123,7 @@ class EngineAdapters:
 
         The name is free at once. Returns False if some still run after `timeout` seconds; they go on.
         """
+        self._check_thread()
         with self._lock:
             adapter = self._named.pop(name, None)
         if adapter is None:
@@ -131,11 +134,13 @@ class EngineAdapters:
 
     def list(self) -> list[AdapterInfo]:
         """What is loaded, in the order of loading."""
+        self._runner.check_process()
         with self._lock:
             return [_info(adapter) for adapter in self._named.values()]
 
     def named(self, name: str) -> Adapter:
         """What `name` means now."""
+        self._runner.check_process()
         with self._lock:
             if name not in self._named:
                 raise UnknownName("adapter", name, self._named, param="adapter")
@@ -146,11 +151,6 @@ class EngineAdapters:
         """Where the bytes are, unloaded revisions that are still in use included."""
         return self._cache.stats
 
-    def _read(
-        self, name: str, path: str | Path, draft_adapter: str | Path | None, *, pinned: bool, any_base: bool
-    ) -> Adapter:
-        files = {TARGET: self._files(path, self._target, any_base)}
-        if draft_adapter is not None:
     def _check_thread(self) -> None:
         """Raise WouldDeadlock on the engine's thread, which reads no files and waits for no sequence's end, and
         EngineClosed in a forked child."""
@@ -158,6 +158,12 @@ class EngineAdapters:
             pass
 
     @plain_torch()
+    def _read(
+        self, name: str, path: str | Path, draft_adapter: str | Path | None, *, pinned: bool, any_base: bool
+    ) -> Adapter:
+        self._runner.check_open()
+        files = {TARGET: self._files(path, self._target, any_base)}
+        if draft_adapter is not None:
             files[DRAFT] = self._files(draft_adapter, self._draft_model(draft_adapter), any_base)
         # Whoever calls will wait for answers of the engine's thread.
         release_workers()

@@ -77,7 +77,12 @@ class RequestCancelled(RequestFailed):
 
 
 class EngineClosed(SpecgenError):
-    """The engine was closed; open a new one."""
+    """The engine was closed, or belongs to the process that this one was forked from; open a new one."""
+
+
+class WouldDeadlock(SpecgenError, RuntimeError):
+    """Code that runs on an engine's thread, such as a processor, a criterion or an observer, wants to wait for that
+    engine, which waits for the code. What it asks for is better asked by another thread, later or of another engine."""
 
 
 class OutOfPages(SpecgenError):
