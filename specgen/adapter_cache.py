@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from specgen.adapter import Adapter, AdapterOptions, LoraLayer, LoraWeights
 from specgen.errors import AdapterRefused
 from specgen.log import Log
-from specgen.process import ScratchFolder, finalize_here
+from specgen.process import finalize_here, leave_to_parent
 
 log = Log("specgen.adapters")
 
@@ -61,7 +62,7 @@ class AdapterCache:
         self._adapters: dict[Adapter, None] = {}
         self._changed = threading.Condition()
         self._moving = threading.Lock()
-        self._folder: ScratchFolder | None = None
+        self._folder: TemporaryDirectory[str] | None = None
         self._numbers = count()
         self._fetched = self._evicted = 0
 
@@ -264,7 +265,7 @@ class AdapterCache:
 
     def _new_file(self) -> Path:
         if self._folder is None:
-            self._folder = ScratchFolder("specgen-adapters-")
+            self._folder = leave_to_parent(TemporaryDirectory(prefix="specgen-adapters-"))
         return Path(self._folder.name) / f"{next(self._numbers)}.safetensors"
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import weakref
 from collections.abc import Callable
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
+
+_folders: weakref.WeakSet[TemporaryDirectory[str]] = weakref.WeakSet()
 
 
 def finalize_here(owner: object, function: Callable[..., object], *args: object, **kwargs: object) -> None:
@@ -14,12 +15,18 @@ def finalize_here(owner: object, function: Callable[..., object], *args: object,
     weakref.finalize(owner, _only_in, os.getpid(), function, *args, **kwargs)
 
 
-class ScratchFolder:
-    """A temporary folder that goes with this object; like `tempfile.TemporaryDirectory`, but no child removes it."""
+def leave_to_parent(folder: TemporaryDirectory[str]) -> TemporaryDirectory[str]:
+    """The folder, which no forked child removes when it ends."""
+    _folders.add(folder)
+    return folder
 
-    def __init__(self, prefix: str) -> None:
-        self.name = mkdtemp(prefix=prefix)
-        finalize_here(self, shutil.rmtree, self.name, ignore_errors=True)
+
+def _let_go() -> None:
+    for folder in _folders:
+        folder._finalizer.detach()  # type: ignore[attr-defined]
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _only_in(process: int, function: Callable[..., object], *args: object, **kwargs: object) -> None:

@@ -713,9 +713,10 @@ def test_a_forked_child_leaves_files_to_the_parent() -> None:
     """At its end too, when it runs what was to be done at the end of the program."""
     script = """
 import os, sys
-from specgen.process import ScratchFolder, finalize_here
+from tempfile import TemporaryDirectory
+from specgen.process import finalize_here, leave_to_parent
 class Owner: pass
-owner, folder = Owner(), ScratchFolder("specgen-test-")
+owner, folder = Owner(), leave_to_parent(TemporaryDirectory())
 finalize_here(owner, print, "ended", flush=True)
 child = os.fork()
 if child:
