@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         SpecgenError,
         UnknownName,
         UnsupportedModel,
+        WouldDeadlock,
     )
     from specgen.hookspecs import LogitsProcessorFactory, hookimpl
     from specgen.kv.formats import Coder, KVFormat, KVFormatFactory, Plane
@@ -109,6 +110,7 @@ __all__ = [
     "UnsupportedModel",
     "Usage",
     "Wanted",
+    "WouldDeadlock",
     "__version__",
     "best_first",
     "chain",
@@ -176,6 +178,7 @@ _HOMES = {
     "UnsupportedModel": "specgen.errors",
     "Usage": "specgen.types",
     "Wanted": "specgen.draft.features",
+    "WouldDeadlock": "specgen.errors",
     "best_first": "specgen.draft.growth",
     "chain": "specgen.tree",
     "custom_generate": "specgen.dropin",

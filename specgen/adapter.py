@@ -79,7 +79,7 @@ class Adapter:
     users: int = 0
     running: int = 0
     retired: bool = False
-    failure: Exception | None = None
+    failure: BaseException | None = None
 
     @property
     def resident(self) -> LoraWeights:

@@ -7,7 +7,6 @@ in one of the next steps.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from specgen.adapter import Adapter, AdapterOptions, LoraLayer, LoraWeights
 from specgen.errors import AdapterRefused
 from specgen.log import Log
+from specgen.process import finalize_here, leave_to_parent
 
 log = Log("specgen.adapters")
 
@@ -142,10 +142,16 @@ class AdapterCache:
         """That sequence runs no more, for now or for good."""
         adapter.running -= 1
 
-    def wait(self, seconds: float) -> None:
-        """Wait until none is on its way to the device, or so long."""
+    def wait(self, seconds: float) -> bool:
+        """Wait until none is on its way to the device, or so long; False where none was."""
         with self._changed:
-            self._changed.wait_for(lambda: not any(adapter.coming for adapter in self._adapters), seconds)
+            if not self._any_coming():
+                return False
+            self._changed.wait_for(lambda: not self._any_coming(), seconds)
+            return True
+
+    def _any_coming(self) -> bool:
+        return any(adapter.coming for adapter in self._adapters)
 
     @property
     def stats(self) -> AdapterReport:
@@ -220,7 +226,7 @@ class AdapterCache:
                     file.unlink()
                     self._fetched += 1
                 self._put(adapter)
-        except Exception as error:  # a disk, a device: those who wait for it are told
+        except BaseException as error:  # a disk, a device: those who wait for it are told, whatever it was
             log.exception("an adapter cannot be fetched", adapter=adapter.name)
             adapter.failure = error
         with self._changed:
@@ -246,7 +252,7 @@ class AdapterCache:
                 except BaseException:
                     file.unlink(missing_ok=True)
                     raise
-                weakref.finalize(adapter, file.unlink, missing_ok=True)
+                finalize_here(adapter, file.unlink, missing_ok=True)
                 with self._changed:
                     adapter.file, adapter.parts = file, None
 
@@ -259,7 +265,7 @@ class AdapterCache:
 
     def _new_file(self) -> Path:
         if self._folder is None:
-            self._folder = TemporaryDirectory(prefix="specgen-adapters-")
+            self._folder = leave_to_parent(TemporaryDirectory(prefix="specgen-adapters-"))
         return Path(self._folder.name) / f"{next(self._numbers)}.safetensors"
 
 

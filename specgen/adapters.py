@@ -15,6 +15,7 @@ from specgen.errors import AdapterRefused, UnknownName, UnsupportedModel
 from specgen.model.adapter_files import AdapterFiles, locate
 from specgen.model.target import Target
 from specgen.runner import Runner
+from specgen.torch_state import plain_torch
 from specgen.workers import release_workers
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -70,6 +71,7 @@ class EngineAdapters:
         draft_adapter: the folder of an adapter for the draft model, which then drafts under it.
         any_base: take files that were made for a base of another name than this model's.
         """
+        self._check_thread()
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             told = (
                 "it must be 1 to 64 letters, digits, dots, dashes or underscores, and begin with one of the first two"
@@ -101,6 +103,7 @@ class EngineAdapters:
 
         Requests that were made before go on under the old one.
         """
+        self._check_thread()
         old = self.named(name)
         paths = old.path if path is None else path, old.draft_path if draft_adapter is None else draft_adapter
         adapter = self._read(name, *paths, pinned=old.pinned, any_base=any_base or old.any_base)
@@ -119,6 +122,7 @@ class EngineAdapters:
 
         The name is free at once. Returns False if some still run after `timeout` seconds; they go on.
         """
+        self._check_thread()
         with self._lock:
             adapter = self._named.pop(name, None)
         if adapter is None:
@@ -129,11 +133,13 @@ class EngineAdapters:
 
     def list(self) -> list[AdapterInfo]:
         """What is loaded, in the order of loading."""
+        self._runner.check_process()
         with self._lock:
             return [_info(adapter) for adapter in self._named.values()]
 
     def named(self, name: str) -> Adapter:
         """What `name` means now."""
+        self._runner.check_process()
         with self._lock:
             if name not in self._named:
                 raise UnknownName("adapter", name, self._named, param="adapter")
@@ -144,9 +150,17 @@ class EngineAdapters:
         """Where the bytes are, unloaded revisions that are still in use included."""
         return self._cache.stats
 
+    def _check_thread(self) -> None:
+        """Raise WouldDeadlock on the engine's thread, which reads no files and waits for no sequence's end, and
+        EngineClosed in a forked child."""
+        with self._runner.awaited():
+            pass
+
+    @plain_torch()
     def _read(
         self, name: str, path: str | Path, draft_adapter: str | Path | None, *, pinned: bool, any_base: bool
     ) -> Adapter:
+        self._runner.check_open()
         files = {TARGET: self._files(path, self._core.target, any_base)}
         if draft_adapter is not None:
             files[DRAFT] = self._files(draft_adapter, self._draft_model(draft_adapter), any_base)

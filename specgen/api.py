@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -37,7 +38,8 @@ from specgen.preflight import check_options
 from specgen.requests import Prepared, RequestBuilder, model_ends, with_options
 from specgen.response_cache import ResponseCache
 from specgen.runner import Runner
-from specgen.stream import Stream
+from specgen.stream import Stream, gather
+from specgen.torch_state import plain_torch
 from specgen.types import Prompt, Result
 
 log = Log("specgen.engine")
@@ -58,6 +60,7 @@ class Engine:
     Raises UnsupportedModel, DrafterMismatch, PluginError or InvalidRequest when something does not fit.
     """
 
+    @plain_torch()
     def __init__(
         self,
         model: PreTrainedModel | Callable[[], PreTrainedModel],
@@ -117,9 +120,12 @@ class Engine:
         if ignored := not_followed(loaded.generation_config):
             log.warning("the model's generation config is not followed in all it says", ignored=ignored)
         self.prefix = EnginePrefix(self._core, self._runner, self._builder)
-        self._finalizer = weakref.finalize(self, self._runner.close)
+        # The collector may come by on any thread, with any lock held: it waits for nobody. At the end of the program
+        # the runner ends by itself.
+        weakref.finalize(self, self._runner.close, wait=0).atexit = False
 
     @classmethod
+    @plain_torch()
     def from_pretrained(
         cls,
         model: str | Path,
@@ -160,7 +166,9 @@ class Engine:
         prompt: text, a list of messages (`{"role": ..., "content": ...}`), a list of token ids, or a list of those.
         options: the fields of `SamplingParams`; or give `params` instead.
         Returns a `Result` for one prompt and a list of them for several; with n > 1 a list of n for each prompt.
-        Raises InvalidRequest before anything runs, RequestFailed if a sequence failed on the way.
+        Raises InvalidRequest before anything runs. If a sequence fails on the way the others are cancelled at once, and
+        what a processor or criterion of the request raised is raised as it is, anything else as RequestFailed.
+        Raises WouldDeadlock on the engine's own thread, as do `stream` and `start`.
         """
         self._follow()
         params = with_options(params, options)
@@ -169,7 +177,7 @@ class Engine:
         built = [self._builder.build(one, params, copies=len(prompts) > 1) for one in prompts]
         streams = self._runner.submit(*built)
         try:
-            results = [stream.results() for stream in streams]
+            results = gather(streams)
         finally:
             for stream in streams:
                 stream.cancel()
@@ -188,6 +196,7 @@ class Engine:
     def prepare(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Prepared:
         """Check and tokenise one prompt without running it; `start` runs it. For servers, whose event loop must not
         wait for a chat template, and who look at a prompt's length first."""
+        self._runner.check_process()
         return self._builder.build(prompt, with_options(params, options), copies=False)
 
     def warm(self) -> None:
@@ -252,8 +261,12 @@ class Engine:
         self._runner.call(self._core.check)
 
     def close(self) -> None:
-        """Cancel what runs and end the engine's thread. The model is left as it was."""
-        self._finalizer()
+        """Cancel what runs and end the engine's thread, waiting for the step that is running; on that thread itself it
+        ends behind the step. The model is left as it was."""
+        self._runner.close()
+        if not self._runner.is_here:
+            for target in (self.target, *self._draft_targets):
+                target.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -263,6 +276,7 @@ class Engine:
 
     def _follow(self) -> None:
         """Look whether the model is what it was, before a request. Raises as `refresh`, and ModelChanged."""
+        self._runner.check_process()
         if self._shared and self.target.change() is not None:
             self._runner.call(self._catch_up)
 
@@ -355,7 +369,20 @@ def wrap(model: PreTrainedModel, tokenizer: Any = None, **options: Any) -> Engin
 
 
 _latest: list[Engine] = []
-_making = threading.Lock()
+_making = threading.RLock()
+_inherited: list[object] = []
+
+
+def _leave_to_parent() -> None:
+    """In a forked child: engines of the parent have no thread here, and another thread may have held the lock."""
+    global _making  # noqa: PLW0603
+    _making = threading.RLock()
+    # Not let go: memory on a device is the parent's too.
+    _inherited.extend(_latest)
+    _latest.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def engine_of(model: PreTrainedModel, tokenizer: Any = None) -> Engine:

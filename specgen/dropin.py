@@ -36,6 +36,7 @@ from specgen.errors import ContextLengthExceeded, InvalidRequest
 from specgen.log import Log
 from specgen.params import SamplingParams
 from specgen.requests import Prepared
+from specgen.stream import gather
 from specgen.types import Result, Speculation
 
 log = Log("specgen.dropin")
@@ -237,7 +238,7 @@ def _results(engine: Engine, prepared: list[Prepared], calls: RowCalls | None, a
     """Run all rows; where one fails, or the caller is interrupted, the others are cancelled."""
     streams = engine.start(*prepared)
     try:
-        return [_whole(stream.results()[0], asked, engine.context_length) for stream in streams]
+        return [_whole(result, asked, engine.context_length) for (result,) in gather(streams)]
     except Exception:
         if calls is None or calls.error is None:
             raise

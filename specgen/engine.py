@@ -17,25 +17,29 @@ from specgen.constraint import Constrained
 from specgen.draft.budget import RowCost
 from specgen.draft.drafter import Drafter, DraftHints
 from specgen.draft.drafting import Drafting
-from specgen.errors import OutOfPages, RequestCancelled
+from specgen.errors import AdapterRefused, OutOfPages, RequestCancelled
 from specgen.kernels import gpu_kernels
 from specgen.kernels.draw import Draw, draw
 from specgen.kernels.top import on_host, top_tokens
 from specgen.kv.radix import CacheKey
 from specgen.kv.segment import Segment
 from specgen.kv.stored import CacheOptions, StoredPrefixes, open_cache
+from specgen.log import Log
 from specgen.model.identity import kv_identity, model_name
 from specgen.model.probes import row_seconds
 from specgen.model.target import Compile, Target
 from specgen.params import Request
 from specgen.prefill_budget import PrefillBudget
 from specgen.sampling import Sampler
-from specgen.scheduler import Scheduler, Turn
+from specgen.scheduler import NotPlanned, Scheduler, Turn
 from specgen.sequence import Sequence, StopRules
 from specgen.text import TextCursor
 from specgen.tree import depths
 from specgen.types import EMPTY_TREE, Acceptance, DraftTrace, Finish, StepOutput, TokenTree
+from specgen.user_code import UserCodeRaised
 from specgen.view import View, views
+
+log = Log("specgen.engine")
 
 _MEASURED_ROWS = (1, 2, 4, 8, 16, 32)
 _MEASURED_CONTEXT = 1024
@@ -113,6 +117,7 @@ class EngineCore:
             target.pool, self.prefix, self.adapters, max_running=max_running, prefill=self._prefill
         )
         self.counters = Counters()
+        self._awaits_nobody = False
         if drafters or inter_token_seconds is not None:
             self._measure()
             self._measure_context()
@@ -146,7 +151,7 @@ class EngineCore:
         return StoredPrefixes(self.prefix, self._identity) if self.prefix else None
 
     def close(self) -> None:
-        """Leave to the next engine what the prefix cache holds, if there is a folder for it. After the last step."""
+        """Leave to the next engine what the prefix cache holds, where there is a folder for it. After the last step."""
         if self.prefix and self.prefix.tiers and self.prefix.tiers.disk is not None and (stored := self.stored()):
             stored.spill()
 
@@ -193,16 +198,14 @@ class EngineCore:
 
         Where it raises nothing is committed, so it may be tried again: what fails behind the forward ends the sequence
         that it concerns. drafting: False verifies no trees, so that the forward is as small as it can be.
+        Raises NotPlanned where it did not come to a forward, and what the forward raises.
         """
-        if self.target.take_compiled():
-            self._measure()
         if lost := self._end_lost():
             return lost
-        turns = self.scheduler.plan()
+        turns = self._plan()
         if not turns:
             return self._await_adapter() if self.scheduler.awaits_adapter else self._refuse()
-        # Side by side the rows of an adapter are one product.
-        turns.sort(key=lambda turn: (turn.sequence.key.adapter, turn.sequence.key.revision))
+        self._awaits_nobody = False
         trees = self._propose(turns) if drafting else [EMPTY_TREE] * len(turns)
         segments = [turn.sequence.rows(turn.chain, tree) for turn, tree in zip(turns, trees, strict=True)]
         views = self._score(segments, self._draws(turns, trees))
@@ -261,18 +264,36 @@ class EngineCore:
         more = row_seconds(self.target, 1, context) - self.drafting.cost.seconds(1)
         self.drafting.cost.context_seconds = max(0.0, more) / max(1, context)
 
+    def _plan(self) -> list[Turn]:
+        """The turns of the step, side by side where they run under one adapter, whose rows are one product then."""
+        try:
+            if self.target.take_compiled():
+                self._measure()
+            turns = self.scheduler.plan()
+            turns.sort(key=lambda turn: (turn.sequence.key.adapter, turn.sequence.key.revision))
+        except NotPlanned:
+            raise
+        except Exception as error:
+            raise NotPlanned from error
+        return turns
+
     def _propose(self, turns: Many[Turn]) -> list[TokenTree]:
         """The tree of each turn, as far as there are pages for it; empty where the prompt is not through."""
         drawing = [turn.sequence for turn in turns if turn.complete]
-        trees = iter(
-            self.drafting.propose(
-                [sequence.drafts for sequence in drawing],
-                [sequence.deepest_draft for sequence in drawing],
-                base_rows=sum(turn.chain for turn in turns),
-                context=sum(turn.sequence.table.length for turn in turns),
+        try:
+            trees = iter(
+                self.drafting.propose(
+                    [sequence.drafts for sequence in drawing],
+                    [sequence.deepest_draft for sequence in drawing],
+                    base_rows=sum(turn.chain for turn in turns),
+                    context=sum(turn.sequence.table.length for turn in turns),
+                )
             )
-        )
-        return [_housed(turn, next(trees)) if turn.complete else EMPTY_TREE for turn in turns]
+            return [_housed(turn, next(trees)) if turn.complete else EMPTY_TREE for turn in turns]
+        except BaseException:  # drafts are a bonus: no text ends for them
+            log.exception("a step goes without drafts")
+            self.drafting.forget_offers([sequence.drafts for sequence in drawing])
+            return [EMPTY_TREE] * len(turns)
 
     def _draws(self, turns: Many[Turn], trees: Many[TokenTree]) -> list[Draw]:
         """What a GPU can draw of the rows whose logits are wanted, whichever of them the walks will come to."""
@@ -331,7 +352,10 @@ class EngineCore:
             # One that has ended is published as a whole when its pages are given back.
             if sequence.finish is None and (turn.chain > 1 or not turn.complete):
                 self.scheduler.publish(sequence, tail=turn.complete)
-        except Exception as error:  # processors and stopping criteria are the caller's code; memory may run out
+        except UserCodeRaised as raised:
+            raised.error.add_note(f"raised in request {sequence.request.id}, sample {sequence.index}")
+            outputs.append(sequence.end(Finish("error", error=raised.error, is_callers_error=True)))
+        except BaseException as error:  # plugins may raise anything; memory may run out
             outputs.append(sequence.end(Finish("error", error=error)))
         return [self._close(sequence, output) if output.result else output for output in outputs]
 
@@ -367,8 +391,21 @@ class EngineCore:
         return [self._close(sequence, sequence.end(Finish("error", error=error))) for sequence, _, error in lost]
 
     def _await_adapter(self) -> list[StepOutput]:
-        """Nobody can run before an adapter has arrived: look again when one has."""
-        self.adapters.wait(_ARRIVAL_SECONDS)
+        """Nobody can run before an adapter has arrived: look again when one has.
+
+        Where none is on its way, and the next plan does not find that one has just come, the adapters that hold the
+        room are pinned: the first that waits for room fails.
+        """
+        there_are = self.adapters.wait(_ARRIVAL_SECONDS)
+        looked_again, self._awaits_nobody = self._awaits_nobody, not there_are
+        if there_are or not looked_again:
+            return []
+        for sequence in self.scheduler.waiting:
+            if (adapter := sequence.adapter) and adapter.weights is None:
+                error = AdapterRefused(
+                    f"adapter {adapter.name!r} has no room on the device beside those that are pinned"
+                )
+                return [self._close(sequence, sequence.end(Finish("error", error=error)))]
         return []
 
     def _trace(self, sequence: Sequence, tree: TokenTree, walked: Acceptance) -> DraftTrace | None:
@@ -378,11 +415,10 @@ class EngineCore:
 
     def _refuse(self) -> list[StepOutput]:
         """The first in line fails when nobody can run: all pages are free for it by then, so it can never fit."""
-        if not self.scheduler.waiting:
-            return []
-        sequence = self.scheduler.waiting[0]
-        error = OutOfPages(f"{len(sequence.ids) + 1} tokens do not fit a KV pool of {self.target.pool.capacity}")
-        return [self._close(sequence, sequence.end(Finish("error", error=error)))]
+        for sequence in (*self.scheduler.waiting, *self.scheduler.running):
+            error = OutOfPages(f"{len(sequence.ids) + 1} tokens do not fit a KV pool of {self.target.pool.capacity}")
+            return [self._close(sequence, sequence.end(Finish("error", error=error)))]
+        return []
 
     @cached_property
     def _identity(self) -> str:

@@ -75,7 +75,9 @@ class DuplicateName(PluginError):
 
 
 class RequestFailed(SpecgenError):
-    """A request that was accepted and could not be finished, for instance because its logits processor raised.
+    """A request that was accepted and could not be finished, for instance because memory ran out or a plugin raised.
+
+    What the caller's own processors and criteria raise is raised as it is, and not as this.
 
     `part` names what failed, where that is known: "context stage 'shout'".
     """
@@ -94,7 +96,12 @@ class Overloaded(SpecgenError):
 
 
 class EngineClosed(SpecgenError):
-    """The engine was closed; open a new one."""
+    """The engine was closed, or belongs to the process that this one was forked from; open a new one."""
+
+
+class WouldDeadlock(SpecgenError, RuntimeError):
+    """Code that runs on an engine's thread, such as a processor, a criterion or an observer, wants to wait for that
+    engine, which waits for the code. What it asks for is better asked by another thread, later or of another engine."""
 
 
 class OutOfPages(SpecgenError):

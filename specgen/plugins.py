@@ -144,7 +144,7 @@ class Plugins:
         for implementation in self._implementations(hook):
             try:
                 _invoke(implementation, arguments)
-            except Exception as error:
+            except BaseException as error:  # SystemExit too: it would end the engine's thread
                 name = implementation.plugin_name
                 self.failures[name] += 1
                 if self.failures[name] == 1:

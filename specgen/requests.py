@@ -24,7 +24,9 @@ from specgen.params import Request, SamplingParams, check_ids
 from specgen.sampling import PositionKeys, Sampler, processors
 from specgen.sequence import StopRules
 from specgen.text import TextCursor
+from specgen.torch_state import plain_torch
 from specgen.types import LogitsProcessor, Prompt, Speculation
+from specgen.user_code import UserCode
 
 FunctionT = TypeVar("FunctionT")
 
@@ -58,6 +60,7 @@ class RequestBuilder:
         config: GenerationConfig = self.model.generation_config
         return config
 
+    @plain_torch()
     def build(self, prompt: Prompt, params: SamplingParams, *, copies: bool) -> Prepared:
         """The request and how each of its `params.n` samples draws.
 
@@ -78,6 +81,7 @@ class RequestBuilder:
         matcher = self.constraints.compile(params.constraint) if params.constraint else None
         return request, [self._sample(request, index, matcher, copies=copies) for index in range(params.n)]
 
+    @plain_torch()
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """The ids of a prompt, checked."""
         ids = self.pipeline.run(Context.of(prompt, max_prompt_tokens=self.context_length - 1))
@@ -98,7 +102,7 @@ class RequestBuilder:
                 end_ids=sorted(ends),
                 encode=self._spellings,
                 custom=[
-                    *(_own(p, "processors", copies=copies) for p in params.processors),
+                    *(UserCode(_own(p, "processors", copies=copies)) for p in params.processors),
                     *self._offered(params),
                     # The last of them: what others make of a forbidden token does not matter then.
                     *([constraint.mask] if constraint else ()),
@@ -118,7 +122,7 @@ class RequestBuilder:
         )
         prompt = len(request.ids)
         longest, shortest = prompt + min(room, params.max_tokens or room), prompt + (params.min_tokens or 0)
-        criteria = tuple(_own(c, "stopping_criteria", copies=copies) for c in params.stopping_criteria)
+        criteria = tuple(UserCode(_own(c, "stopping_criteria", copies=copies)) for c in params.stopping_criteria)
         return Sample(sampler, StopRules(ends, longest, shortest, criteria), cursor, constraint)
 
     def _check_text_needs(self, params: SamplingParams) -> None:

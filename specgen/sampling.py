@@ -34,6 +34,7 @@ from specgen.errors import RequestFailed
 from specgen.kernels.draw import Warp
 from specgen.params import SamplingParams
 from specgen.types import LogitsProcessor, Logprob
+from specgen.user_code import UserCode
 
 _COLDEST = 1e-30
 """Below it logits overflow, and infinities tie; nobody can tell it from anything colder."""
@@ -107,7 +108,7 @@ class Sampler:
     def draw(self, ids: Tensor, logits: Tensor) -> int:
         """The token after `ids` int64[1, n], given float32[1, vocab]. Calls each processor once.
 
-        Raises RequestFailed when no token is left, and whatever a processor raises.
+        Raises RequestFailed when no token is left, and whatever a processor raises, UserCodeRaised for a caller's own.
         """
         if self._processors:
             # A tensor of their own: some write in place, and the row as it is has other readers.
@@ -179,6 +180,7 @@ def _warp(found: Sequence[LogitsProcessor]) -> Warp | None:
     fields: dict[str, Any] = {}
     names = {TemperatureLogitsWarper: "temperature", TopKLogitsWarper: "top_k"}
     names |= {TopPLogitsWarper: "top_p", MinPLogitsWarper: "min_p"}
+    found = [one.function if isinstance(one, UserCode) else one for one in found]
     kinds = [type(one) for one in found]
     if kinds != [kind for kind in names if kind in kinds]:
         return None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 from specgen.adapter_cache import AdapterCache, Presence
 from specgen.kv.pool import KVPool
@@ -14,6 +16,33 @@ from specgen.prefill_budget import PrefillBudget
 from specgen.sequence import Sequence
 
 log = Log("specgen.engine")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class NotPlanned(Exception):
+    """A step could not be planned; nothing has run, so it may be tried again. Its cause says why, `sequence` for whom,
+    where that is known."""
+
+    def __init__(self, sequence: Sequence | None = None) -> None:
+        super().__init__("the step could not be planned")
+        self.sequence = sequence
+
+
+def _concerning(
+    method: Callable[Concatenate[Scheduler, Sequence, P], T],
+) -> Callable[Concatenate[Scheduler, Sequence, P], T]:
+    """What the method raises is raised as NotPlanned for the sequence that it is about."""
+
+    @wraps(method)
+    def named(self: Scheduler, sequence: Sequence, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(self, sequence, *args, **kwargs)
+        except Exception as error:  # no memory, a file of the prefix cache, no thread to fetch an adapter
+            raise NotPlanned(sequence) from error
+
+    return named
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +100,10 @@ class Scheduler:
         self._retire(sequence)
 
     def plan(self) -> list[Turn]:
-        """The turns of the next step; every one owns the pages for its chain. None when nobody can run."""
+        """The turns of the next step; every one owns the pages for its chain. None when nobody can run.
+
+        Raises NotPlanned for a sequence that can be made no room.
+        """
         decoding = sum(sequence.pending == 1 for sequence in self.running)
         room = self._prefill.rows(decoding, sum(sequence.table.length for sequence in self.running))
         turns: dict[Sequence, Turn] = {}
@@ -109,7 +141,7 @@ class Scheduler:
         for sequence in list(self.waiting):
             if len(self.running) + held >= self._max_running:
                 return
-            there = self._adapters.presence(sequence.adapter) if sequence.adapter else Presence.THERE
+            there = self._presence(sequence)
             self.awaits_adapter |= there is not Presence.THERE
             if there is Presence.FULL:
                 return
@@ -117,6 +149,10 @@ class Scheduler:
                 held += 1
             else:
                 yield sequence
+
+    @_concerning
+    def _presence(self, sequence: Sequence) -> Presence:
+        return self._adapters.presence(sequence.adapter) if sequence.adapter else Presence.THERE
 
     def _is_being_read(self, sequence: Sequence) -> bool:
         """Whether a running prompt goes on like this one for a page more than is cached: then waiting is cheaper."""
@@ -131,6 +167,7 @@ class Scheduler:
             for other in others
         )
 
+    @_concerning
     def _admit(self, sequence: Sequence) -> bool:
         """Let a sequence run, on its longest cached prefix; False when there are no pages for the rest of its ids."""
         tokens = len(sequence.ids) + 1
@@ -140,9 +177,14 @@ class Scheduler:
             missing = sequence.table.missing_pages(tokens)
         if not self._pool.has(missing) and (self.running or not self._unpin(sequence, tokens)):
             return False
-        if self._prefix:
-            sequence.adopt(self._prefix.match(sequence.key, sequence.ids))
-        sequence.table.reserve(tokens)
+        try:
+            if self._prefix:
+                sequence.adopt(self._prefix.match(sequence.key, sequence.ids))
+            sequence.table.reserve(tokens)
+        except BaseException:
+            sequence.table.release()
+            sequence.restart(self._pool.open())
+            raise
         self.waiting.remove(sequence)
         self.running.append(sequence)
         if sequence.adapter:
@@ -174,6 +216,7 @@ class Scheduler:
         finally:
             sequence.table.release()
 
+    @_concerning
     def _reserve(self, sequence: Sequence, chain: int, turns: Mapping[Sequence, Turn]) -> bool:
         """Pages for the chain: free ones, then what drafts left unused, then those of whoever was admitted last.
 

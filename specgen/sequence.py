@@ -14,6 +14,7 @@ from specgen.kv.lease import Lease
 from specgen.kv.pool import BlockTable
 from specgen.kv.radix import CacheKey
 from specgen.kv.segment import Segment, hung_rows
+from specgen.log import Log
 from specgen.params import Request
 from specgen.sampling import Sampler, logprob
 from specgen.text import TextCursor
@@ -29,6 +30,8 @@ from specgen.types import (
     Usage,
 )
 from specgen.verify import acceptance
+
+log = Log("specgen.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,7 @@ class Sequence:
         """Verify `tree` given the logits [nodes + 1, vocab] of the root and each node; changes nothing.
 
         argmax: the argmax of each row where that is the draw. Returns what to commit: see `commit`.
-        Raises what a processor or a stopping criterion raises.
+        Raises what a processor raises, UserCodeRaised for processors and stopping criteria of the caller's.
         """
         scan = _Scan(self, logits, argmax)
         top = self.request.params.logprobs
@@ -139,8 +142,12 @@ class Sequence:
         return self.cut(finish)
 
     def cut(self, finish: Finish) -> StepOutput:
-        """The last output if the sequence ended here; it may go on."""
-        text = self.cursor.flush()
+        """The last output if the sequence ended here; it may go on. Raises nothing: who ends what failed needs it."""
+        try:
+            text = self.cursor.flush()
+        except Exception as error:  # the tokenizer is somebody else's code, and may be what failed
+            log.warning("the end of a text cannot be decoded", request=self.request.id, error=repr(error))
+            text = ""
         return StepOutput(self.request.id, self.index, (), text, (), self._result(finish, text))
 
     def _result(self, finish: Finish, rest: str = "") -> Result:
@@ -166,6 +173,7 @@ class Sequence:
             seed=self.request.seed,
             logprobs=tuple(self._logprobs),
             error=finish.error,
+            is_callers_error=finish.is_callers_error,
         )
 
     def ids_with(self, path: Ids[int]) -> Tensor:

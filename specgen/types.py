@@ -176,11 +176,13 @@ class Acceptance:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """Why a sequence ended; `stop` is the token id or the string that ended it, if one did."""
+    """Why a sequence ended; `stop` is the token id or the string that ended it, if one did. is_callers_error: as in
+    `Result`."""
 
     reason: FinishReason
     stop: int | str | None = None
     error: BaseException | None = None
+    is_callers_error: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +271,8 @@ class Usage:
 @dataclass(frozen=True, slots=True)
 class Result:
     """A finished generation. `ids` holds the committed tokens, the stop token included; `text` stops before a stop
-    string and skips special tokens."""
+    string and skips special tokens. is_callers_error: whether `error` is what a processor or a stopping criterion of
+    the request raised."""
 
     request_id: str
     index: int
@@ -282,3 +285,4 @@ class Result:
     seed: int
     logprobs: tuple[Logprob, ...] = ()
     error: BaseException | None = None
+    is_callers_error: bool = False

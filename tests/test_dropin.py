@@ -56,7 +56,7 @@ def no_engine_stays() -> Iterator[None]:
     dropin._warn.cache_clear()
     yield
     while api._latest:
-        api._latest.pop()[0].close()
+        api._latest.pop().close()
 
 
 @pytest.fixture(scope="module")

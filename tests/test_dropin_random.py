@@ -320,7 +320,7 @@ def compared(kind: str, calls: int) -> Counter[str]:
             assert own_state.pop() in (heard, [*heard, "end"]), told
         assert state == own_state, f"states differ after {told}"
     while api._latest:
-        api._latest.pop()[0].close()
+        api._latest.pop().close()
     return refused
 
 

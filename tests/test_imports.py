@@ -16,7 +16,10 @@ PACKAGE = ROOT / "specgen"
 # another. Everything is looked at, imports inside functions and under TYPE_CHECKING too.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "foreign_options"),
-    ("types", "adapter", "byte_fallback", "folders", "log", "memory", "option_names", "timed", "workers"),
+    (
+        *("types", "adapter", "byte_fallback", "folders", "log", "memory", "option_names", "process", "timed"),
+        *("torch_state", "user_code", "workers"),
+    ),
     ("config", "tree", "kernels", "params", "text", "stream", "options", "openai_constraints"),
     ("sampling", "kv", "adapter_cache", "constraint"),
     ("context", "draft", "verify", "model"),

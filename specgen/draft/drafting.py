@@ -111,7 +111,7 @@ class Drafting:
         for name in dict.fromkeys(self.drafters if speculation.drafters is None else speculation.drafters):
             try:
                 session = self.drafters[name].open(prompt, hints)
-            except Exception as error:  # a drafter is someone else's code: the request goes on without it
+            except BaseException as error:  # a drafter is someone else's code: the request goes on without it
                 log.warning("drafter cannot open a session", drafter=name, error=repr(error))
                 drafts.unopened[name] = DrafterStats(disabled=repr(error))
                 continue
@@ -144,6 +144,12 @@ class Drafting:
         chosen = self._choose(sequences, trees, base_rows, context, spent)
         _share(spent - asking, sequences)
         return [select(tree, nodes) for tree, nodes in zip(trees, chosen, strict=True)]
+
+    def forget_offers(self, sequences: Sequence[Drafts]) -> None:
+        """Go on as if nothing had been proposed in this step."""
+        for drafts in sequences:
+            for active in drafts.active.values():
+                active.offer, active.shared = EMPTY_TREE, ()
 
     def _undrafted(self, sequences: int, base_rows: int, context: int) -> float:
         """Seconds that a token of each sequence takes without drafts. Prompts read beside make none dearer."""
@@ -205,7 +211,7 @@ class Drafting:
                 continue
             try:
                 active.session.commit(committed)
-            except Exception as error:  # a drafter is someone else's code: the request goes on without it
+            except BaseException as error:  # a drafter is someone else's code: the request goes on without it
                 self._disable(name, [drafts], repr(error))
 
     def _learn_pace(self, drafts: Drafts, nodes: Mapping[str, Sequence[int]], accepted: Mapping[str, int]) -> None:
@@ -233,7 +239,7 @@ class Drafting:
         for name in self._watching(drafts):
             try:
                 drafts.active[name].session.observe(features)
-            except Exception as error:  # a drafter is someone else's code: the request goes on without it
+            except BaseException as error:  # a drafter is someone else's code: the request goes on without it
                 self._disable(name, [drafts], repr(error))
 
     def _watching(self, drafts: Drafts) -> Iterator[str]:
@@ -247,7 +253,7 @@ class Drafting:
         for name, active in drafts.active.items():
             try:
                 active.session.close()
-            except Exception as error:  # the sequence is done; nothing of it may be held up
+            except BaseException as error:  # the sequence is done; nothing of it may be held up
                 log.warning("drafter cannot close a session", drafter=name, error=repr(error))
 
     def _ask(self, name: str, drafter: Drafter, sequences: Sequence[Drafts]) -> float:
@@ -284,14 +290,14 @@ class Drafting:
         try:
             trees = drafter.propose([drafts.active[name].session for drafts in asked], limits)
             together = list(zip(asked, trees, limits, strict=True))
-        except Exception as error:  # a drafter is someone else's code: the requests go on without it
+        except BaseException as error:  # a drafter is someone else's code: the requests go on without it
             self._disable(name, asked, repr(error))
             return
         for drafts, offered, limit in together:
             try:
                 tree = _plain(offered)
                 check(tree, self._vocab_size, limit)
-            except Exception as error:  # the same
+            except BaseException as error:  # the same
                 self._disable(name, [drafts], repr(error))
             else:
                 yield drafts, drafts.constraint.prune(tree) if drafts.constraint and tree else tree

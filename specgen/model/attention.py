@@ -112,7 +112,8 @@ class PackedAttention:
         self._name = next(_names)
         itself = weakref.ref(self)
         AttentionInterface.register(self._name, lambda *args, **kwargs: itself()(*args, **kwargs))  # type: ignore[misc]
-        weakref.finalize(self, AttentionInterface._global_mapping.pop, self._name, None)
+        self.close = weakref.finalize(self, AttentionInterface._global_mapping.pop, self._name, None)
+        """Take the name back, at the latest with this object: no forward goes this way any more."""
 
     def install(self) -> None:
         """Route the model's attention here for good."""

@@ -157,6 +157,10 @@ class Target:
         `compile`."""
         self._watched = WatchedLayers(self.model, layers)
 
+    def close(self) -> None:
+        """Take back what transformers was told of; there are no more forwards. Doing so twice is harmless."""
+        self._attention.close()
+
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """The logits of `score`."""
         return self.score(segments).logits
