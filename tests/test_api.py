@@ -46,6 +46,7 @@ from specgen import (
 )
 from specgen.api import engine_of
 from specgen.kv.pool import BlockTable
+from specgen.model.cache_keyword import cache_of
 from specgen.params import Request
 from specgen.plugins import load_plugins
 from tests.models.tiny import VOCABULARY, build
@@ -1140,7 +1141,7 @@ def test_what_the_drop_in_cannot_do_is_refused_by_name(speaking: PreTrainedModel
 def test_inputs_that_the_engine_would_not_see_are_refused_by_name(speaking: PreTrainedModel) -> None:
     """Pictures, embeddings, a cache with content, whatever a model takes besides."""
     ids = torch.tensor([PROMPT])
-    cache = speaking(input_ids=ids, use_cache=True).past_key_values
+    cache = cache_of(speaking(input_ids=ids, use_cache=True))
     embeds = speaking.get_input_embeddings()(ids)
     for name, value in (("past_key_values", cache), ("inputs_embeds", embeds), ("token_type_ids", ids)):
         with pytest.raises(InvalidRequest, match=f"{name} is not supported") as caught:
