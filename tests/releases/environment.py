@@ -42,6 +42,7 @@ CHECKS = (
 WARNINGS = (
     "error",
     "ignore:`torch.jit:DeprecationWarning",  # of torch, at what transformers' and torchao's modules say when imported
+    "ignore:Importing:DeprecationWarning",  # torchao, of its own modules, when transformers imports it
 )
 
 

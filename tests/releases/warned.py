@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 # What transformers says of the machine or of a test's own tiny model, whoever calls.
-_ANYWAY = ("is falling back to its reference PyTorch implementation",)
+_ANYWAY = ("is falling back to its reference PyTorch implementation", "Last layer must use `full_attention`")
 
 
 class _Kept(logging.Handler):
