@@ -38,12 +38,9 @@ CHECKS = (
     "plugins/specgen-eagle/tests/test_eagle.py",
     "plugins/specgen-grammar/tests/test_grammars.py",
 )
-# Each warning is an error, but for these, which no call of ours causes.
-WARNINGS = (
-    "error",
-    "ignore:`torch.jit:DeprecationWarning",  # of torch, at what transformers' and torchao's modules say when imported
-    "ignore:Importing:DeprecationWarning",  # torchao, of its own modules, when transformers imports it
-)
+# As pytest's `filterwarnings`: what our own lines are told, and what transformers says of renamed arguments, which it
+# puts down to torch's modules. Packages warn one another of much that no call of ours causes.
+WARNINGS = ("error::FutureWarning", "error:::specgen")
 
 
 def pinned() -> dict[str, str]:
@@ -123,8 +120,8 @@ class Environment:
 
     def test(self) -> tuple[int, str]:
         """Run `CHECKS`, printing as they go; pytest's exit status and all that was printed."""
-        warnings = [part for line in WARNINGS for part in ("-W", line)]
-        options = ["-o", "pythonpath=", "-p", "tests.releases.warned", *warnings, "-q", "--tb=short", "-rfE"]
+        settings = ["-o", "pythonpath=", "-o", "filterwarnings=" + "\n".join(WARNINGS)]
+        options = [*settings, "-p", "tests.releases.warned", "-q", "--tb=short", "-rfE"]
         workers = ["--numprocesses", "auto", "--maxprocesses", "4", "--dist", "loadfile", "--durations=5"]
         clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         running = subprocess.Popen(
