@@ -11,10 +11,10 @@ STAMP := $(VENV)/.installed
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 SOURCES := specgen $(wildcard plugins)
 # The parts of `make test`, in order.
-PARTS := lint types kernels unit
+PARTS := lint types kernels unit newest
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install demo test test-all lint format types kernels unit bench bench-gpu soak clean
+.PHONY: help install demo test test-all lint format types kernels unit newest test-oldest bench bench-gpu soak clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -40,7 +40,7 @@ demo: install ## fetch the demo model (93 MB, once) and run examples/demo.py
 	@$(BIN)/specgen demo-model
 	@$(BIN)/python examples/demo.py
 
-test: install ## lint, types and all tests but the slow ones
+test: install ## lint, types, all tests but the slow ones, and the newest releases of the dependencies
 	@failed=; for part in $(PARTS); do \
 	  echo "==> $$part"; $(MAKE) $$part || failed="$$failed $$part"; \
 	done; \
@@ -71,6 +71,14 @@ WORKERS = --numprocesses auto --maxprocesses 4 --dist loadfile
 unit: install ## pytest without the slow tests
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(WORKERS) --durations=10 $(PYTEST_ARGS)
 
+# RELEASES_ARGS=--required fails where pip reaches no registry; a developer without a network goes on.
+RELEASES_ARGS =
+newest: install ## a third of the models, README and drop-in on the newest dependencies, in .venv-newest
+	@$(BIN)/python -m tests.releases.environment newest $(RELEASES_ARGS)
+
+test-oldest: install ## the same on the lowest that pyproject.toml allows, in .venv-oldest
+	@$(BIN)/python -m tests.releases.environment oldest $(RELEASES_ARGS)
+
 bench: install ## tokens per second with and without drafting
 	@$(BIN)/python -m benchmarks.decode
 
@@ -83,4 +91,4 @@ bench-gpu: install ## on a GPU: the kernels' tests, then their speed and that of
 
 clean: ## delete caches and build outputs; .venv stays
 	@rm -rf .mypy_cache .pytest_cache .ruff_cache build dist
-	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	@find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -23,6 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 from benchmarks import harness
 from benchmarks.harness import Sizes
 from specgen import Drafter, DraftSession, Engine, SamplingParams, TokenTree, hookimpl
+from specgen.model.cache_keyword import cache_keyword
 from specgen.model.probes import row_seconds
 from specgen.plugins import load_plugins
 from specgen.sequence import Sequence as EngineSequence
@@ -211,6 +212,7 @@ class Plain:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.cache = DynamicCache(config=model.config)
+        self.keyword = cache_keyword(model)
         self._forward(list(range(1, _CONTEXT + 1)))
 
     def run(self) -> float:
@@ -221,7 +223,7 @@ class Plain:
 
     @torch.inference_mode()
     def _forward(self, ids: list[int]) -> None:
-        self.model(input_ids=torch.tensor([ids]), past_key_values=self.cache, use_cache=True)
+        self.model(input_ids=torch.tensor([ids]), use_cache=True, **{self.keyword: self.cache})
 
 
 def floor_seconds(model: PreTrainedModel) -> float:

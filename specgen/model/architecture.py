@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from specgen.errors import UnsupportedModel
 from specgen.kv.formats import LayerShape
 from specgen.model.batch import EVERYTHING, Reach
+from specgen.model.cache_keyword import cache_of
 
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 _ALTERNATIVE = "run it with transformers' own generate"
@@ -83,7 +84,7 @@ def _two_tokens(model: PreTrainedModel) -> tuple[DynamicCache, int]:
         output = model(input_ids=ids, use_cache=True)
     except Exception as error:  # a model's own code may raise anything
         raise refuse(model, f"a forward over two tokens fails ({type(error).__name__}: {error})") from error
-    cache = getattr(output, "past_key_values", None)
+    cache = cache_of(output)
     if type(cache) is not DynamicCache:
         state = "keeps no KV cache" if cache is None else f"keeps its state in {type(cache).__name__}"
         raise refuse(model, f"{first_layer(model)} {state}, so that a rejected draft cannot be rolled back")

@@ -86,7 +86,8 @@ class PackedCache(Cache):
 
 
 def _stored(pool: KVPool, stores: Sequence[int | None], layer: int) -> LayerStore:
-    store = stores[layer]
+    # Older releases end the cache before the layers that share the KV of earlier ones.
+    store = stores[layer] if layer < len(stores) else None
     if store is None:
         raise UnsupportedModel(f"layer {layer} attends, though the model's own cache holds nothing of it")
     return pool.layers[store]
@@ -150,10 +151,10 @@ class PackedAttention:
         batch = self.batch
         if batch is None:
             raise RuntimeError(f"attention {self._name} is called outside a packed forward")
+        store = _stored(batch.pool, self._stores, layer)
         reach = self._reaches[layer]
         if (surprise := _surprise(attention_mask, reach, kwargs)) is not None:
             raise UnsupportedModel(f"layer {layer} ({type(module).__name__}) {surprise}")
-        store = _stored(batch.pool, self._stores, layer)
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         if isinstance(batch, PlannedBatch) or batch.kernel:
             return _by_kernel(batch.plan, store, reach, (query, key, value), scale, softcap, s_aux), None

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from specgen.kv.pool import KVPool
 from specgen.model.architecture import Architecture, context_limit
+from specgen.model.cache_keyword import cache_of
 
 _TEXT = """The harbour lies quiet in the early morning. Boats that left at three are coming back, and the first \
 lorries wait by the market hall. "How much did you get?" asks the woman with the ledger. About 240 kilos, mostly \
@@ -41,7 +42,7 @@ def centre_keys(pool: KVPool, model: PreTrainedModel, ids: Sequence[int], archit
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(architecture.vocab_size, (_RANDOM_IDS,), generator=generator).tolist()
     ids = ids[: context_limit(model)]
-    cache = model(input_ids=torch.tensor([ids], device=model.device), use_cache=True).past_key_values
-    for layer, store in zip(cache.layers, architecture.stores, strict=True):
+    output = model(input_ids=torch.tensor([ids], device=model.device), use_cache=True)
+    for layer, store in zip(cache_of(output).layers, architecture.stores, strict=True):
         if store is not None and layer.keys is not None:
             pool.layers[store].centre(layer.keys[0].float().mean(dim=1))

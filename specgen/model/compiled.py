@@ -33,6 +33,7 @@ from specgen.log import Log
 from specgen.model.architecture import Architecture
 from specgen.model.attention import PackedAttention, PackedCache, Seam
 from specgen.model.batch import PlannedBatch
+from specgen.model.cache_keyword import cache_keyword
 from specgen.model.invariance_check import CHECK_PAGES, check_invariance
 from specgen.model.own_products import OwnProducts
 from specgen.model.plan import plan, wanted_rows
@@ -70,6 +71,7 @@ class CompiledForward:
         self._watched = WatchedLayers(model, layers)
         self.pool = pool
         self._stores = architecture.stores
+        self._cache_keyword = cache_keyword(model)
         self._attention = PackedAttention(model, architecture.reaches, architecture.stores)
         self._attention.install()
         self._graph = _compiled(self._run)
@@ -89,10 +91,10 @@ class CompiledForward:
         logits: Tensor = self.model(
             input_ids=ids,
             position_ids=position_ids,
-            past_key_values=PackedCache(batch, self._stores),
             attention_mask=None,
             use_cache=True,
             logits_to_keep=wanted,
+            **{self._cache_keyword: PackedCache(batch, self._stores)},
         ).logits[0]
         return logits, *self._watched.take()
 

@@ -26,6 +26,7 @@ from specgen.model.adapter_files import AdapterFiles, read_adapter
 from specgen.model.architecture import context_limit, inspect_layers
 from specgen.model.attention import PackedAttention, PackedCache, Seam
 from specgen.model.batch import Batch, dense_mask
+from specgen.model.cache_keyword import cache_keyword
 from specgen.model.calibration import centre_keys
 from specgen.model.compiled import CompiledForward, compile_forward, in_background
 from specgen.model.invariance_check import CHECK_PAGES, check_invariance
@@ -109,6 +110,7 @@ class Target:
         self._gpu = self._gpu_executor(gpu_kernels)
         self._gpu_graphs = gpu_graphs
         self._kernel: Kernel | None = "gpu" if self._gpu else self._take_cpu_kernels()
+        self._cache_keyword = cache_keyword(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         # The check compares with the model itself, so it keeps KV as it is; the real pool comes after.
         self.invariant = False
@@ -207,9 +209,9 @@ class Target:
             logits: Tensor = self.model(
                 input_ids=ids,
                 position_ids=position_ids,
-                past_key_values=PackedCache(batch, self.architecture.stores),
                 attention_mask=dense_mask(batch, self.architecture.dtype) if dense else None,
                 use_cache=True,
+                **{self._cache_keyword: PackedCache(batch, self.architecture.stores)},
                 **({"logits_to_keep": wanted} if self._keeps_logits else {}),
             ).logits[0]
         logits = logits if self._keeps_logits else logits[wanted]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from pathlib import Path
 
 from specgen.errors import UnsupportedModel
 from specgen.model.architecture import Architecture
@@ -21,19 +21,32 @@ _HEAD = ("| model type | how | layers, or why not |", "|---|---|---|")
 
 def markdown() -> str:
     """One line per model of `tests.models.tiny`: those that are exact, then those that are refused."""
-    lines = [line for name in MODELS for line in _line(name)]
-    return "\n".join((*_HEAD, *sorted(lines, key=lambda line: "| refused |" in line)))
+    return "\n".join((*_HEAD, *sorted(map(_line, MODELS), key=lambda line: "| refused |" in line)))
 
 
-def _line(name: str) -> Iterator[str]:
-    model = build(name)
+def listed() -> dict[str, str]:
+    """The lines of docs/models.md by the name that they begin with, as they stand there."""
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    lines = text.partition(START)[2].partition(END)[0].strip().splitlines()
+    return {line.split(" | ")[0].removeprefix("| "): line for line in lines[len(_HEAD) :]}
+
+
+def exact(name: str, target: Target) -> str:
+    """The line of a model that a target carries."""
+    return f"| {name} | {target.seam.value} | {_layers(target.architecture)} |"
+
+
+def refused(name: str, refusal: UnsupportedModel) -> str:
+    """The line of a model that was refused."""
+    reason = str(refusal).partition(": ")[2].rpartition("; ")[0]
+    return f"| {name} | refused | {_AFTERTHOUGHT.sub('', reason)} |"
+
+
+def _line(name: str) -> str:
     try:
-        target = Target(model, kv_tokens=64)
+        return exact(name, Target(build(name), kv_tokens=64))
     except UnsupportedModel as refusal:
-        reason = str(refusal).removeprefix(f"model type {model.config.model_type!r}: ").rpartition("; ")[0]
-        yield f"| {name} | refused | {_AFTERTHOUGHT.sub('', reason)} |"
-    else:
-        yield f"| {name} | {target.seam.value} | {_layers(target.architecture)} |"
+        return refused(name, refusal)
 
 
 def _layers(architecture: Architecture) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -49,7 +48,7 @@ REFUSED = {
     "dots3_note_text": _INDEXED,
     "falcon (ALiBi)": "layer 0 (FalconDecoderLayer) adds a bias that grows with distance (ALiBi)",
     "falcon_h1": _HYBRID,
-    "falcon_mamba": "layer 0 (FalconMambaBlock) " + _NO_CACHE,
+    "falcon_mamba": _RECURRENT,
     "glm_moe_dsa": _INDEXED,
     "gpt_neo": _OWN_ATTENTION,
     "granitemoehybrid": _RECURRENT,
@@ -61,8 +60,8 @@ REFUSED = {
     "lfm2": _CONV,
     "lfm2_moe": _CONV,
     "lfm3": _CONV,
-    "mamba": "layer 0 (MambaBlock) " + _NO_CACHE,
-    "mamba2": "layer 0 (Mamba2Block) " + _NO_CACHE,
+    "mamba": _RECURRENT,
+    "mamba2": _RECURRENT,
     "minimax": "layer 0 (MiniMaxDecoderLayer) keeps its state in MiniMaxCache",
     "minimax_m3_vl_text": "layer 1 (minimax_m3_sparse) keeps a MiniMaxM3VLSparseCacheLayer",
     "mpt": _OWN_ATTENTION,
@@ -82,12 +81,15 @@ REFUSED = {
     "zaya": _HYBRID,
 }
 SUPPORTED = tuple(name for name in MODELS if name not in REFUSED)
+# One for each way to attend: every seam, every mix of layers, KV shared between layers, soft caps and sinks.
+EVERY_KIND = ("deepseek_v3", "gemma2", "gemma4_text (shared KV)", "gpt_oss", "gptj", "llama", "llama4_text", "mistral")
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
     """A model, its target with and without CPU kernels, and what transformers' own generate says to `PROMPTS`."""
 
+    name: str
     model: PreTrainedModel
     target: Target
     plain: Target
@@ -99,12 +101,29 @@ def case(request: pytest.FixtureRequest) -> Case:
     model = build(request.param)
     target = Target(model, kv_tokens=KV_TOKENS)
     plain = Target(model, kv_tokens=KV_TOKENS, cpu_kernels=False)
-    return Case(model, target, plain, [generate(model, prompt, NEW_TOKENS) for prompt in PROMPTS])
+    return Case(request.param, model, target, plain, [generate(model, prompt, NEW_TOKENS) for prompt in PROMPTS])
+
+
+@pytest.fixture(scope="module")
+def listed() -> Mapping[str, str]:
+    """The table in docs/models.md, by the names of the models."""
+    lines = table.listed()
+    assert lines, "docs/models.md has no table of architectures"
+    return lines
 
 
 def test_fifty_model_types_and_more_are_proven() -> None:
     assert REFUSED.keys() <= set(MODELS)
     assert len({name.split(" ", maxsplit=1)[0] for name in SUPPORTED}) >= 90
+
+
+def test_the_docs_list_each_model_once_and_no_others(listed: Mapping[str, str]) -> None:
+    assert list(listed) == [*SUPPORTED, *sorted(REFUSED)]
+
+
+def test_every_kind_of_the_table_is_among_those_that_are_proven_to_fail(listed: Mapping[str, str]) -> None:
+    kinds = {name: listed[name].split(" | ", maxsplit=1)[1] for name in SUPPORTED}
+    assert {kinds[name] for name in EVERY_KIND} == set(kinds.values())
 
 
 def test_noisy_trees_say_what_generate_says(case: Case) -> None:
@@ -119,6 +138,11 @@ def test_generate_itself_says_what_its_model_says_without_a_cache(case: Case) ->
     assert len({token for truth in case.truths for token in truth}) >= 6
 
 
+def test_the_docs_say_how_it_is_carried(case: Case, listed: Mapping[str, str]) -> None:
+    assert listed[case.name] == table.exact(case.name, case.target), "run: python -m tests.models.table"
+
+
+@pytest.mark.parametrize("case", EVERY_KIND, indirect=True)
 def test_a_wrong_mask_shows(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "hung_rows", _all_visible)
@@ -141,13 +165,14 @@ def _all_visible(table: BlockTable, chain: Sequence[int], tokens: Sequence[int],
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_exact_is_refused_by_name(name: str) -> None:
+def test_what_cannot_be_exact_is_refused_by_name(name: str, listed: Mapping[str, str]) -> None:
     with pytest.raises(UnsupportedModel) as refusal:
         Target(build(name), kv_tokens=KV_TOKENS)
     message = str(refusal.value)
     assert REFUSED[name] in message
     assert message.startswith("model type '")
     assert message.endswith("run it with transformers' own generate")
+    assert listed[name] == table.refused(name, refusal.value), "run: python -m tests.models.table"
 
 
 def test_a_row_that_was_left_out_of_the_move_shows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,9 +215,3 @@ def test_what_a_layer_asks_of_its_attention_is_never_ignored() -> None:
     model.model.layers[2].self_attn.register_forward_pre_hook(ask, with_kwargs=True)
     with pytest.raises(UnsupportedModel, match="layer 2 .* asks its attention for attn_bias"):
         Target(model, kv_tokens=KV_TOKENS)
-
-
-def test_the_docs_list_what_is_proven_here() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    listed = text.split(table.START)[1].split(table.END)[0]
-    assert listed.strip() == table.markdown().strip(), "run: python -m tests.models.table"
