@@ -74,8 +74,9 @@ class Engine:
         self.plugins = plugins or load_plugins()
         check_options(self.config, self.plugins)
         pipeline = ContextPipeline.build(self.config.context, self.plugins.collect("context_stages"), tokenizer)
-        # Not `PreTrainedModel`: what PEFT and torch.compile wrap around one is a module too.
-        loaded = cast(PreTrainedModel, model if isinstance(model, torch.nn.Module) else model())
+        # A module may be called too, and what PEFT and torch.compile wrap around a model is one.
+        loads = callable(model) and not isinstance(model, torch.nn.Module)
+        loaded = cast(PreTrainedModel, model() if loads else model)
         self.tokenizer = tokenizer
         self._model = loaded
         # Whether others hold the model, who may change it.

@@ -141,7 +141,7 @@ class Bench:
         stages = load_plugins().collect("context_stages")
         self._builder = RequestBuilder(
             tokenizer,
-            model.generation_config,
+            model,
             self.target.vocab_size,
             self.target.context_length,
             self.target.device,

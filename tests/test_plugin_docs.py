@@ -93,7 +93,7 @@ def built(folder: Path, files: dict[str, str]) -> zipfile.ZipFile:
     return zipfile.ZipFile(folder / "dist" / done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("readme", ["README.md", "plugins/README.md"])
+@pytest.mark.parametrize("readme", ["docs/plugins.md", "plugins/README.md"])
 def test_the_recipe_installs_as_it_is_written(readme: str, tmp_path: Path) -> None:
     text = (Path(__file__).parents[1] / readme).read_text()
     (project,) = (block for block in blocks(text, "toml") if "[project.entry-points.specgen]" in block)

@@ -121,7 +121,9 @@ def test_what_the_draft_model_says_is_taken(
     with watched(Engine(model, tokenizer, kv_tokens=2048, drafters=drafters)) as engine:
         result = engine.generate(prompt, max_tokens=200, speculation=EAGER)
         assert list(result.ids) == greedy(model, prompt, 200)
-        assert result.text == TEXT[len(tokenizer.decode(prompt, skip_special_tokens=True)) :]
+        # A character that the prompt breaks off is the output's, which completes it.
+        said = tokenizer.decode(prompt, skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}")
+        assert result.text == TEXT[len(said) :]
         assert result.stats.by_drafter["draft-model"].disabled is None
         assert result.stats.mean_acceptance_length > (2.5 if draft == "odd bytes" else 3.2)
 

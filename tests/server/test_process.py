@@ -205,7 +205,7 @@ def test_a_place_that_is_not_to_be_had_is_told_before_a_model_is_loaded(
     host: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one line, with exit code 2."""
-    monkeypatch.setattr("specgen.cli.serve._engine", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("specgen.cli.serve.engine_of", lambda *_, **__: pytest.fail("loaded"))
     monkeypatch.setattr("specgen.server.logs.configure", lambda _: None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

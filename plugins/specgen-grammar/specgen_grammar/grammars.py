@@ -41,7 +41,10 @@ def with_whitespace(schema: dict[str, Any] | bool) -> dict[str, Any]:
     """
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
-    schema = dict(kept_exactly(schema))
+    try:
+        schema = dict(kept_exactly(schema))
+    except RecursionError:
+        raise InvalidRequest("json_schema cannot be compiled: recursion limit, it is nested too deeply") from None
     own = schema.get("x-guidance", {})
     return {**schema, "x-guidance": {"whitespace_pattern": WHITESPACE, **own}} if isinstance(own, dict) else schema
 
