@@ -23,6 +23,8 @@ _RANDOM_IN_TRAINING = re.compile(r"drop|jitter|noise", re.IGNORECASE)
 _OF_OTHER_HEADS = re.compile(r"^(classifier|summary)_")
 # What they do in training mode is named by their settings.
 _READ = ("peft", "torch", "transformers")
+# A method of transformers' models that warns of padding where no mask is given.
+_PADDING_CHECK = "warn_if_padding_and_no_attention_mask"
 # Arguments of PEFT's generate, which become hooks for the time of the call.
 _PER_ROW = ("adapter_names", "alora_offsets")
 
@@ -62,9 +64,17 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
     _check_rows(model)
     shared = {id(tensor): tensor for module in model.modules() for tensor in _tensors(module)}
     try:
-        return copy.deepcopy(model, memo=shared)
+        made = copy.deepcopy(model, memo=shared)
     except Exception as error:  # hooks and attributes may hold anything
         raise _refuse(model, f"its modules hold something that cannot be copied ({error})") from error
+    for module in made.modules():
+        if hasattr(module, _PADDING_CHECK):
+            setattr(module, _PADDING_CHECK, _no_check)
+    return made
+
+
+def _no_check(*_: Any, **__: Any) -> None:
+    """Packed rows hold no padding: a row that is the padding token means it."""
 
 
 @contextmanager

@@ -25,22 +25,24 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 EXTRAS = "gguf,lora,server,torchao"
+TESTERS = ("openai", "pytest", "pytest-asyncio", "pytest-xdist")
 PLUGINS = sorted(str(path.parent) for path in ROOT.glob("plugins/*/pyproject.toml"))
 CHECKS = (
     "tests/releases/checks.py",
     "tests/test_docs.py::test_the_python_of_the_readme_runs",
-    "tests/test_docs.py::test_the_plugin_of_the_readme_drafts_what_it_promises",
+    "tests/test_docs.py::test_the_plugin_shown_drafts_what_it_promises",
+    "tests/test_docs.py::test_the_python_of_the_docs_runs",
     "tests/test_docs.py::test_the_curl_of_the_readme_is_answered",
     "tests/test_docs.py::test_the_example_runs",
+    "tests/test_dropin_random.py",
     "tests/model/test_cache_keyword.py",
     "tests/models/test_target.py",
     "tests/test_lora.py",
     "plugins/specgen-eagle/tests/test_eagle.py",
     "plugins/specgen-grammar/tests/test_grammars.py",
 )
-# As pytest's `filterwarnings`: what our own lines are told, and what transformers says of renamed arguments, which it
-# puts down to torch's modules. Packages warn one another of much that no call of ours causes.
-WARNINGS = ("error::FutureWarning", "error:::specgen")
+# As pytest's `filterwarnings`: what our own lines are told. The rest is judged by `tests.releases.warned`.
+WARNINGS = ("error:::specgen",)
 
 
 def pinned() -> dict[str, str]:
@@ -87,7 +89,7 @@ class Environment:
             subprocess.run([sys.executable, "-m", "venv", str(self.folder)], check=True)
         listed = self.folder / "constraints.txt"
         listed.write_text("".join(f"{name}=={version}\n" for name, version in self._constraints.items()))
-        wanted = [f"{ROOT}[{EXTRAS}]", *PLUGINS, "pytest", "pytest-asyncio", "pytest-xdist"]
+        wanted = [f"{ROOT}[{EXTRAS}]", *PLUGINS, *TESTERS]
         for what in (["torch"], ["--upgrade", "--upgrade-strategy", "eager", *wanted]):
             done = self._pip("install", "-c", str(listed), *what)
             if done.returncode:
@@ -121,7 +123,7 @@ class Environment:
     def test(self) -> tuple[int, str]:
         """Run `CHECKS`, printing as they go; pytest's exit status and all that was printed."""
         settings = ["-o", "pythonpath=", "-o", "filterwarnings=" + "\n".join(WARNINGS)]
-        options = [*settings, "-p", "tests.releases.warned", "-q", "--tb=short", "-rfE"]
+        options = [*settings, "-p", "tests.releases.warned", "-q", "--tb=short", "-rfE", "-m", "not slow"]
         workers = ["--numprocesses", "auto", "--maxprocesses", "4", "--dist", "loadfile", "--durations=5"]
         clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         running = subprocess.Popen(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tests.releases.environment import CHECKS, ROOT, blame, lowest, pinned
+from tests.releases.warned import is_ours
 
 PRINTED = """
 =================================== FAILURES ===================================
@@ -47,3 +49,10 @@ def test_who_is_not_spoken_of_is_listed_all_the_same() -> None:
 
 def test_the_checks_are_there() -> None:
     assert all(Path(ROOT, check.partition("::")[0]).exists() for check in CHECKS)
+
+
+def test_a_warning_is_ours_where_a_line_of_ours_is_on_the_stack() -> None:
+    ours: dict[str, Any] = {"__name__": "specgen.model.target", "is_ours": is_ours}
+    exec("def call(): return is_ours()", ours)
+    assert ours["call"]()
+    assert not is_ours()
