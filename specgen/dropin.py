@@ -137,7 +137,9 @@ def _refuse_other_modes(config: GenerationConfig) -> None:
 
 def _why_not_drafted(call: _Call) -> str | None:
     """Why only transformers' own loop does exactly what it does in this call; None where the engine does too."""
-    if torch.is_autocast_enabled(call.model.device.type):
+    device = call.model.device.type
+    # Offloaded weights are meta tensors between two forwards; loading refuses them by name.
+    if device != "meta" and torch.is_autocast_enabled(device):
         return "autocast is on"
     if name := not_read(call.model_kwargs, call.config):
         return f"{name} is given to the model"
@@ -186,7 +188,7 @@ def _engine_output(call: _Call, paddings: list[int], speculation: Speculation) -
     calls = _row_calls(call, paddings[0])
     prepared = []
     for row, (prompt, padding) in enumerate(zip(call.prompts, paddings, strict=True)):
-        chosen = _of_row(calls) if calls else _of_stateless(call, row, padding)
+        chosen = _of_row(calls) if calls else _of_stateless(call, row, padding, engine.target.vocab_size)
         params = SamplingParams(
             **_OFF,
             **chosen,
@@ -218,13 +220,14 @@ def _of_row(calls: RowCalls) -> dict[str, Any]:
     return {"processors": (calls.process,), "stopping_criteria": (calls.stop,)}
 
 
-def _of_stateless(call: _Call, row: int, length: int) -> dict[str, Any]:
+def _of_stateless(call: _Call, row: int, length: int, vocab_size: int) -> dict[str, Any]:
     padding = call.prompts[row : row + 1, :length]
     ends = [c.eos_token_id.flatten().tolist() for c in call.criteria if isinstance(c, EosTokenCriteria)]
     return {
         "processors": stateless_calls(call.processors, row, padding),
         "stopping_criteria": stateless_calls([c for c in call.criteria if not is_end(c)], row, padding),
-        "stop_token_ids": tuple(chain.from_iterable(ends)),
+        # transformers takes any number, -1 for none; one that is no token ends nothing.
+        "stop_token_ids": tuple(end for end in chain.from_iterable(ends) if 0 <= end < vocab_size),
     }
 
 

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from structlog.testing import capture_logs
@@ -34,7 +35,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import specgen
-from specgen import InvalidRequest, api, dropin
+from specgen import InvalidRequest, UnsupportedModel, api, dropin
 from specgen.api import engine_of
 from specgen.dropin_arguments import keep_arguments_for
 from tests.models.tiny import VOCABULARY, build
@@ -334,3 +335,19 @@ def test_an_interrupted_call_is_cancelled(model: PreTrainedModel) -> None:
         drop_in(model, **ONE, **{**GREEDY, "max_new_tokens": 110}, logits_processor=LogitsProcessorList([processor]))
     until(lambda: engine_of(model).load.running == 0)
     assert processor.calls < 110
+
+
+@pytest.mark.parametrize("inputs", [ONE, BATCH], ids=["one", "batch"])
+@pytest.mark.parametrize("end", [-1, [-1, VOCABULARY + 3], [-1, 7]])
+def test_an_end_token_that_is_no_token_ends_nothing(
+    model: PreTrainedModel, inputs: dict[str, Tensor], end: int | list[int]
+) -> None:
+    asked = {**inputs, **GREEDY, "eos_token_id": end}
+    got = model.generate(**asked, custom_generate=specgen.custom_generate)
+    assert got.tolist() == model.generate(**asked).tolist()
+
+
+def test_offloaded_weights_are_refused_by_name_at_the_call() -> None:
+    offloaded = accelerate.cpu_offload(build("llama"), execution_device="cpu")
+    with pytest.raises(UnsupportedModel, match="offloaded by accelerate"):
+        offloaded.generate(**ONE, **GREEDY, custom_generate=specgen.custom_generate)
