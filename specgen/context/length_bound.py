@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from specgen.errors import ContextLengthExceeded
 
@@ -33,14 +33,17 @@ _OWN = ("__call__", "encode", "_encode_plus", "_batch_encode_plus")
 @dataclass(frozen=True, slots=True)
 class LengthBound:
     """longest: most bytes of text that one token stands for. strips: an added token takes in the white space beside
-    it, however much."""
+    it, however much. dropped: bytes of UTF-8 that the tokenizer has no token for and leaves out."""
 
     longest: int
     strips: bool
+    dropped: bytes = b""
 
     def tokens(self, text: str) -> int:
         """At least so many tokens."""
         size = utf8_bytes(text)
+        if self.dropped:
+            size = len(text.encode("utf-8", "surrogatepass").translate(None, self.dropped))
         if self.strips:
             size -= sum(text.count(blank) * len(blank.encode()) for blank in _BLANKS)
         return -(-size // self.longest)
@@ -91,12 +94,14 @@ def _bound(tokenizer: Any, backend: Any) -> LengthBound | None:
         shrinking *= _shrinking(part)
     vocabulary = backend.get_vocab(with_added_tokens=False)
     is_byte_level = any(part["type"] == "ByteLevel" for part in (*normalizers, *splitters))
+    dropped = _dropped(backend.model, vocabulary) if is_byte_level else b""
     longest = _longest(backend.model, vocabulary, is_byte_level=is_byte_level)
-    if not shrinking or not longest:
+    # Which bytes a normalizer would make of a text is not known.
+    if not shrinking or not longest or (dropped and any(part["type"] != "ByteLevel" for part in normalizers)):
         return None
     added = tokenizer.added_tokens_decoder.values()
     longest = max([longest, *(len(token.content.encode()) for token in added)])
-    return LengthBound(longest * shrinking, any(token.lstrip or token.rstrip for token in added))
+    return LengthBound(longest * shrinking, any(token.lstrip or token.rstrip for token in added), dropped)
 
 
 def _parts(component: Any) -> list[Mapping[str, Any]]:
@@ -126,10 +131,19 @@ def _shrinking(normalizer: Mapping[str, Any]) -> int:
     return -(-len(old.encode()) // len(new.encode())) if old and new else 0
 
 
+def _dropped(model: Any, vocabulary: Mapping[str, int]) -> bytes:
+    """The bytes that a byte-level BPE has no letter for. Some vocabularies lack those that their training never saw, as
+    control characters; without an unknown token such a byte is left out."""
+    if getattr(model, "unk_token", None) is not None or getattr(model, "byte_fallback", False):
+        return b""
+    return bytes(byte for byte, letter in bytes_to_unicode().items() if letter not in vocabulary)
+
+
 def _longest(model: Any, vocabulary: Mapping[str, int], *, is_byte_level: bool) -> int:
     """Most bytes of one token of a model that makes something of every byte; 0 for any other model."""
     kind = type(model).__name__
-    if is_byte_level and kind == "BPE" and all(letter in vocabulary for letter in ByteLevel.alphabet()):
+    unknown, has_all = getattr(model, "unk_token", None), all(x in vocabulary for x in bytes_to_unicode().values())
+    if is_byte_level and kind == "BPE" and (has_all or (unknown is None and not model.byte_fallback)):
         return max(map(len, vocabulary))
     falls_back = getattr(model, "byte_fallback", False) and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
     knows_unknown = kind == "BPE" and model.unk_token in vocabulary and not model.fuse_unk

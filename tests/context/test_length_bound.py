@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from specgen.context.chat_template import ChatTemplate
 from specgen.context.length_bound import length_bound
@@ -45,6 +46,25 @@ def with_pieces(**options: Any) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
 
 
+LETTERS = bytes_to_unicode()
+
+
+def without_letters(*absent: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of a few merges that has never seen some bytes, as SmolLM2's: it leaves them out."""
+    vocabulary = {letter: number for number, letter in enumerate(LETTERS[b] for b in range(256) if b not in absent)}
+    for token in ("ab", "abab"):
+        vocabulary[token] = len(vocabulary)
+    backend = Tokenizer(models.BPE(vocabulary, [("a", "b"), ("ab", "ab")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def without_letters_but_normalised() -> PreTrainedTokenizerFast:
+    found = without_letters(4, 0xF1)
+    found.backend_tokenizer.normalizer = normalizers.NFC()
+    return found
+
+
 BOUNDED: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "bytes": lambda: byte_level(400, TEXT),
     "NFC": lambda: normalised(normalizers.NFC()),
@@ -53,6 +73,7 @@ BOUNDED: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "strips": lambda: with_added(lstrip=True, rstrip=True),
     "pieces": lambda: with_pieces(byte_fallback=True, fuse_unk=True),
     "pieces without bytes": lambda: with_pieces(fuse_unk=False),
+    "bytes without some": lambda: without_letters(4, 0x20, 0xE6, 0xF1),
 }
 UNBOUNDED: dict[str, Callable[[], Any]] = {
     "strip": lambda: normalised(normalizers.Strip()),
@@ -61,6 +82,7 @@ UNBOUNDED: dict[str, Callable[[], Any]] = {
     "an expression": lambda: normalised(normalizers.Replace(Regex(" +"), " ")),
     "deleted": lambda: normalised(normalizers.Replace("a", "")),
     "fused unknowns": lambda: with_pieces(fuse_unk=True),
+    "bytes without some, normalised": without_letters_but_normalised,
     "words": lambda: PreTrainedTokenizerFast(tokenizer_object=splitting(pre_tokenizers.Whitespace())),
     "removed": lambda: PreTrainedTokenizerFast(tokenizer_object=splitting(pre_tokenizers.Split(" ", "removed"))),
     "none": lambda: None,
@@ -83,6 +105,8 @@ HARD = [
     "\u1100\u1161\u11a8",
     "\u6f22",
     "\u0344",
+    "\x04" * 7,
+    "\U00050000",
 ]
 MADE = {name: make() for name, make in BOUNDED.items()}
 
@@ -99,6 +123,13 @@ def test_no_text_has_fewer_tokens_than_its_bytes_say(name: str, text: str) -> No
 @pytest.mark.parametrize("name", UNBOUNDED)
 def test_where_any_text_may_become_short_nothing_is_said(name: str) -> None:
     assert length_bound(UNBOUNDED[name]()) is None
+
+
+def test_what_a_tokenizer_leaves_out_counts_for_nothing() -> None:
+    bound = length_bound(without_letters(4))
+    assert bound is not None
+    assert bound.tokens("\x04" * 1000) == 0
+    assert bound.tokens("\x04ab" * 1000) == 2000 // 4
 
 
 def test_the_longest_token_counts_and_may_be_added_later() -> None:
