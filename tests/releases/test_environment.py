@@ -56,3 +56,9 @@ def test_a_warning_is_ours_where_a_line_of_ours_is_on_the_stack() -> None:
     exec("def call(): return is_ours()", ours)
     assert ours["call"]()
     assert not is_ours()
+    compiler: dict[str, Any] = {"__name__": "torch._dynamo.eval_frame", "call": ours["call"]}
+    exec("def compiled(): return call()", compiler)
+    assert compiler["compiled"](), "what it runs of ours is ours"
+    ours["call"] = eval("lambda: is_ours()", {"__name__": "torch._dynamo.guards", "is_ours": is_ours})
+    exec("def asks(): return call()", ours)
+    assert not ours["asks"]()

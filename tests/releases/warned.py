@@ -16,6 +16,8 @@ import pytest
 
 # What transformers says of the machine and peft of an adapter's file, whoever calls.
 _ANYWAY = ("is falling back to its reference PyTorch implementation", "`lora_bias=True` was passed but")
+# torch's compiler, which warns itself of what it does, more or less as its caches are cold or warm.
+_COMPILER = ("torch._dynamo", "torch._inductor")
 
 
 class _Kept(logging.Handler):
@@ -33,10 +35,13 @@ class _Kept(logging.Handler):
 
 
 def is_ours() -> bool:
-    """Whether the caller was called, in some steps, by specgen or a plugin of it."""
+    """Whether the caller was called, in some steps, by specgen or a plugin of it, and not by torch's compiler."""
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_globals.get("__name__", "").partition(".")[0].startswith("specgen"):
+        name = frame.f_globals.get("__name__", "")
+        if name.startswith(_COMPILER):
+            return False
+        if name.partition(".")[0].startswith("specgen"):
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
