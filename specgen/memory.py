@@ -22,7 +22,8 @@ _UNKNOWN_BYTES = 4 << 30
 _KIB = 1024
 
 _promised = 0
-_promising = threading.Lock()
+# The collector may call a finalizer, which gives a promise back, on a thread that holds it.
+_promising = threading.RLock()
 
 
 def promise(owner: object, count: int) -> None:
