@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before anything imports transformers, which reads it once: no test may depend on a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -25,6 +27,10 @@ if find_spec("triton") and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+# A shell's background job ignores Ctrl-C, and so would this process and all that tests start.
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
