@@ -11,7 +11,7 @@ import msgspec
 
 from specgen.adapter import AdapterOptions
 from specgen.errors import InvalidRequest, UnknownName
-from specgen.foreign_options import INSTEAD
+from specgen.option_names import ENGINE
 from specgen.types import Speculation
 
 _LEAST = {
@@ -113,7 +113,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         for name in values:
             if name not in cls.__struct_fields__:
                 known = (*cls.__struct_fields__, "draft_model")
-                raise UnknownName("engine option", name, known, param=name, hint=INSTEAD.get(name))
+                raise UnknownName("engine option", name, known, param=name, hint=ENGINE.get(name))
         if drafters is not None:
             values["drafters"] = _with_options(drafters)
         if draft_model is not None:

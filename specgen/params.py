@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from specgen.adapter import Adapter
 from specgen.errors import InvalidRequest, UnknownName, check_text
-from specgen.option_names import hint_for
+from specgen.option_names import REQUEST
 from specgen.types import Constraint, LogitsProcessor, Speculation, StoppingCriterion
 
 _SAMPLING_ONLY = ("top_k", "top_p", "min_p", "typical_p")
@@ -128,7 +128,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         known = cls.__struct_fields__
         for name in options:
             if name not in known:
-                raise UnknownName("option", name, known, param=name, hint=hint_for(name, known))
+                hint = f"what you mean is {REQUEST[name]}" if name in REQUEST else None
+                raise UnknownName("option", name, known, param=name, hint=hint)
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in options.items()

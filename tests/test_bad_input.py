@@ -32,7 +32,7 @@ from specgen import (
 )
 from specgen.config import EngineConfig
 from specgen.model.loading import load_tokenizer
-from specgen.option_names import _ELSEWHERE
+from specgen.option_names import REQUEST
 from specgen.plugins import load_plugins
 from tests.models.tiny import CONTEXT, VOCABULARY, build
 from tests.models.tokenizers import sentence_piece
@@ -358,8 +358,8 @@ def test_what_others_call_an_option_is_told(name: str, meant: str) -> None:
 
 def test_every_option_that_is_meant_is_one() -> None:
     known = {*SamplingParams.__struct_fields__, "nothing", "the", "draft_model"}
-    assert all(re.split(r"[^a-z_]", meant)[0] in known for meant in _ELSEWHERE.values())
-    assert not known & set(_ELSEWHERE)
+    assert all(re.split(r"[^a-z_]", meant)[0] in known for meant in REQUEST.values())
+    assert not known & set(REQUEST)
 
 
 def test_params_and_keywords_at_once_are_refused(engine: Engine, neighbours: tuple[int, ...]) -> None:

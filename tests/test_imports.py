@@ -15,7 +15,7 @@ PACKAGE = ROOT / "specgen"
 # Left may not import right. Top-level modules and folders of specgen; those in one pair of brackets do not know one
 # another. Everything is looked at, imports inside functions and under TYPE_CHECKING too.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "foreign_options"),
+    ("errors",),
     (
         *("types", "adapter", "byte_fallback", "folders", "log", "memory", "option_names", "process", "timed"),
         *("torch_state", "user_code", "workers"),
