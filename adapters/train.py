@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapters.data import TASKS, Task
-from specgen.model.demo import demo_model
+from specgen.demo_model import demo_model
 
 ROOT = Path(__file__).parent
 _IGNORED = -100

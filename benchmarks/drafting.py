@@ -20,7 +20,7 @@ from benchmarks.decode import Results, Run, categories, rate, size
 from benchmarks.harness import Prompt, Sizes
 from benchmarks.step import Clock, timed
 from specgen import Engine, Speculation
-from specgen.plugins import load_plugins
+from specgen.plugins.manager import load_plugins
 from specgen.types import MAX_TREE_NODES, Result
 
 FULL = Sizes(tokens=96, rounds=3)

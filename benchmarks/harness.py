@@ -23,7 +23,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 import specgen
-from specgen.model.demo import demo_model
+from specgen.demo_model import demo_model
 from specgen.model.loading import load_model, load_tokenizer
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")

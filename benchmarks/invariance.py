@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from benchmarks import harness
 from benchmarks.harness import Prompt, Sizes
 from specgen import Engine
-from specgen.model.probes import row_seconds
+from specgen.model.profiling import row_seconds
 
 FULL = Sizes(tokens=128, rounds=5)
 QUICK = Sizes(tokens=12, rounds=1, limit=3)

@@ -29,9 +29,9 @@ from benchmarks import harness
 from benchmarks.harness import REPEAT, Prompt, Sample, Sizes
 from specgen import Engine
 from specgen.kv.formats import FORMATS, NATIVE
-from specgen.kv.segment import Segment
-from specgen.model.calibration import calibration_ids
-from specgen.model.target import Target
+from specgen.model.kv_calibration import calibration_ids
+from specgen.model.runner import Target
+from specgen.model.segment import Segment
 
 FULL = Sizes(tokens=64, rounds=1, limit=9)
 QUICK = Sizes(tokens=16, rounds=1, limit=2)

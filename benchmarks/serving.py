@@ -29,10 +29,10 @@ from aiohttp import ClientError, ClientSession, ClientTimeout, TCPConnector
 
 from benchmarks import harness
 from benchmarks.harness import Sizes
-from specgen.load.arrivals import closed_loop
-from specgen.load.client import Client
-from specgen.load.report import Report, report
-from specgen.model.demo import demo_model
+from specgen.demo_model import demo_model
+from specgen.loadtest.arrivals import closed_loop
+from specgen.loadtest.client import Client
+from specgen.loadtest.report import Report, report
 
 FULL = Sizes(tokens=64, rounds=1)
 QUICK = Sizes(tokens=8, rounds=1)

@@ -23,10 +23,10 @@ from transformers import DynamicCache, PreTrainedModel
 from benchmarks import harness
 from benchmarks.harness import Sizes
 from specgen import Drafter, DraftSession, Engine, SamplingParams, TokenTree, hookimpl
+from specgen.engine.sequence import Sequence as EngineSequence
 from specgen.model.cache_keyword import cache_keyword
-from specgen.model.probes import row_seconds
-from specgen.plugins import load_plugins
-from specgen.sequence import Sequence as EngineSequence
+from specgen.model.profiling import row_seconds
+from specgen.plugins.manager import load_plugins
 
 FULL = Sizes(tokens=40, rounds=3)
 QUICK = Sizes(tokens=6, rounds=1)

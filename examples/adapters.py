@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import specgen
-from specgen.model.demo import demo_model
+from specgen.demo_model import demo_model
 
 FOLDER = Path(__file__).parents[1] / "adapters"
 QUESTION = [{"role": "user", "content": "What is the capital of Spain?"}]

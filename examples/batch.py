@@ -1,7 +1,7 @@
 """Many prompts at once, each with its own settings: rows of all of them share each forward."""
 
 import specgen
-from specgen.model.demo import demo_model
+from specgen.demo_model import demo_model
 
 REQUESTS = [
     ("Say hello.", {"temperature": 0.0}),

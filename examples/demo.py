@@ -17,7 +17,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import specgen
-from specgen.model.demo import demo_model
+from specgen.demo_model import demo_model
 
 MAX_TOKENS = 72
 HEAD = Path(__file__).parents[1] / "adapters" / "smollm2-135m-instruct-eagle"

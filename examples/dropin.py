@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import specgen
-from specgen.model.demo import demo_model
+from specgen.demo_model import demo_model
 
 path = demo_model()
 tokenizer = AutoTokenizer.from_pretrained(path)

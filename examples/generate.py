@@ -1,7 +1,7 @@
 """One prompt, one answer, several tokens per forward."""
 
 import specgen
-from specgen.model.demo import demo_model
+from specgen.demo_model import demo_model
 
 with specgen.Engine.from_pretrained(demo_model()) as engine:
     result = engine.generate(

@@ -1,7 +1,7 @@
 """Predicted output: an edit repeats most of what is there, so the old text is a good draft of the new one."""
 
 import specgen
-from specgen.model.demo import demo_model
+from specgen.demo_model import demo_model
 
 CODE = """class Point:
     # A point in the plain.

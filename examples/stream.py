@@ -3,7 +3,7 @@
 import asyncio
 
 import specgen
-from specgen.model.demo import demo_model
+from specgen.demo_model import demo_model
 
 
 async def answer(engine: specgen.Engine, question: str) -> None:

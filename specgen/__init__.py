@@ -10,14 +10,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specgen.api import Engine, generate, wrap
+    from specgen._base.options import read_options, takes_options
+    from specgen.api.dropin.custom_generate import custom_generate
+    from specgen.api.engine import Engine, generate, wrap
     from specgen.config import EngineConfig
-    from specgen.constraint import ConstraintFactory, ConstraintSetup, Matcher
     from specgen.context.stage import Context, ContextStage, ContextStageFactory
     from specgen.draft.drafter import Drafter, DrafterFactory, DrafterSetup, DraftHints, DraftSession
     from specgen.draft.features import Features, Wanted
     from specgen.draft.growth import Growth, Levels, best_first
-    from specgen.dropin import custom_generate
+    from specgen.engine.stream import Stream
     from specgen.errors import (
         AdapterRefused,
         ContextLengthExceeded,
@@ -34,14 +35,13 @@ if TYPE_CHECKING:
         UnsupportedModel,
         WouldDeadlock,
     )
-    from specgen.hookspecs import LogitsProcessorFactory, hookimpl
     from specgen.kv.formats import Coder, KVFormat, KVFormatFactory, Plane
-    from specgen.model.identity import model_digest
+    from specgen.model.fingerprint import model_digest
     from specgen.model.packed_linear import linears_together, pack_linears
-    from specgen.options import read_options, takes_options
-    from specgen.params import Request, SamplingParams
-    from specgen.plugins import load_plugins
-    from specgen.stream import Stream
+    from specgen.plugins.hookspecs import LogitsProcessorFactory, hookimpl
+    from specgen.plugins.manager import load_plugins
+    from specgen.sampling.constraint import ConstraintFactory, ConstraintSetup, Matcher
+    from specgen.sampling.params import Request, SamplingParams
     from specgen.tree import chain
     from specgen.types import (
         MAX_TREE_NODES,
@@ -134,8 +134,8 @@ _HOMES = {
     "KVFormatFactory": "specgen.kv.formats",
     "KVFormat": "specgen.kv.formats",
     "Coder": "specgen.kv.formats",
-    "ConstraintFactory": "specgen.constraint",
-    "ConstraintSetup": "specgen.constraint",
+    "ConstraintFactory": "specgen.sampling.constraint",
+    "ConstraintSetup": "specgen.sampling.constraint",
     "Context": "specgen.context.stage",
     "ContextLengthExceeded": "specgen.errors",
     "ContextStage": "specgen.context.stage",
@@ -149,30 +149,30 @@ _HOMES = {
     "DrafterSetup": "specgen.draft.drafter",
     "DrafterStats": "specgen.types",
     "DuplicateName": "specgen.errors",
-    "Engine": "specgen.api",
+    "Engine": "specgen.api.engine",
     "EngineClosed": "specgen.errors",
     "EngineConfig": "specgen.config",
     "Features": "specgen.draft.features",
     "Growth": "specgen.draft.growth",
     "Levels": "specgen.draft.growth",
     "InvalidRequest": "specgen.errors",
-    "LogitsProcessorFactory": "specgen.hookspecs",
+    "LogitsProcessorFactory": "specgen.plugins.hookspecs",
     "MAX_TREE_NODES": "specgen.types",
     "Overloaded": "specgen.errors",
     "Logprob": "specgen.types",
-    "Matcher": "specgen.constraint",
+    "Matcher": "specgen.sampling.constraint",
     "ModelChanged": "specgen.errors",
     "PluginError": "specgen.errors",
-    "Request": "specgen.params",
+    "Request": "specgen.sampling.params",
     "RequestCancelled": "specgen.errors",
     "RequestFailed": "specgen.errors",
     "Result": "specgen.types",
-    "SamplingParams": "specgen.params",
+    "SamplingParams": "specgen.sampling.params",
     "SpecgenError": "specgen.errors",
     "Speculation": "specgen.types",
     "SpeculativeStats": "specgen.types",
     "StepOutput": "specgen.types",
-    "Stream": "specgen.stream",
+    "Stream": "specgen.engine.stream",
     "TokenTree": "specgen.types",
     "UnknownName": "specgen.errors",
     "UnsupportedModel": "specgen.errors",
@@ -181,16 +181,16 @@ _HOMES = {
     "WouldDeadlock": "specgen.errors",
     "best_first": "specgen.draft.growth",
     "chain": "specgen.tree",
-    "custom_generate": "specgen.dropin",
-    "generate": "specgen.api",
-    "hookimpl": "specgen.hookspecs",
+    "custom_generate": "specgen.api.dropin.custom_generate",
+    "generate": "specgen.api.engine",
+    "hookimpl": "specgen.plugins.hookspecs",
     "linears_together": "specgen.model.packed_linear",
-    "load_plugins": "specgen.plugins",
-    "model_digest": "specgen.model.identity",
+    "load_plugins": "specgen.plugins.manager",
+    "model_digest": "specgen.model.fingerprint",
     "pack_linears": "specgen.model.packed_linear",
-    "read_options": "specgen.options",
-    "takes_options": "specgen.options",
-    "wrap": "specgen.api",
+    "read_options": "specgen._base.options",
+    "takes_options": "specgen._base.options",
+    "wrap": "specgen.api.engine",
 }
 
 

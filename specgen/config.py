@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from specgen.adapter import AdapterOptions
+from specgen._base.option_names import ENGINE
 from specgen.errors import InvalidRequest, UnknownName
-from specgen.option_names import ENGINE
+from specgen.lora.adapter import AdapterOptions
 from specgen.types import Speculation
 
 _LEAST = {

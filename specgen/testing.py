@@ -19,9 +19,9 @@ from copy import deepcopy
 from random import Random
 from typing import ClassVar
 
-from specgen.constraint import Matcher
 from specgen.context.stage import Context, ContextStage
 from specgen.draft.drafter import Drafter, DraftHints, DraftSession
+from specgen.sampling.constraint import Matcher
 from specgen.tree import check, path
 from specgen.types import MAX_TREE_NODES, TokenTree
 

@@ -106,7 +106,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def demo_path() -> Path:
     """The demo model's folder. The first use on a machine downloads 93 MB and takes some 20 seconds."""
-    from specgen.model.demo import demo_model
+    from specgen.demo_model import demo_model
 
     return demo_model()
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from specgen.model.scores import Scores
+from specgen.model.output import Scores
 
 _WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "unique_dim", "_unique2")
 
@@ -74,7 +74,7 @@ class Tapes:
     def __call__(self, work: Callable[[], Scores]) -> tuple[Callable[[], None], Scores]:
         work()
         tape = Tape()
-        kind: Any = type(importlib.import_module("specgen.kernels.gpu.tree_attention")._attend)
+        kind: Any = type(importlib.import_module("specgen.kernels.triton.tree_attention")._attend)
         with pytest.MonkeyPatch.context() as patch, tape:
             run = kind.run
             patch.setattr(kind, "run", lambda *args, **kwargs: tape.launch(run, *args, **kwargs))

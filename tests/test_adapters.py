@@ -17,10 +17,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from specgen import Engine, InvalidRequest, RequestFailed, SamplingParams, UnknownName, adapter_cache
-from specgen.adapter import Adapter, AdapterOptions, LoraLayer, LoraWeights
-from specgen.adapter_cache import DRAFT, TARGET, AdapterCache, Presence
+from specgen import Engine, InvalidRequest, RequestFailed, SamplingParams, UnknownName
 from specgen.errors import AdapterRefused
+from specgen.lora import cache as adapter_cache
+from specgen.lora.adapter import Adapter, AdapterOptions, LoraLayer, LoraWeights
+from specgen.lora.cache import DRAFT, TARGET, AdapterCache, Presence
 from tests.engines import watched
 from tests.lora import by_peft, save_adapter
 from tests.models.tiny import build

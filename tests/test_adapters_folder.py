@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from adapters import data, train
-from specgen.model.adapter_files import CONFIG, WEIGHTS
+from specgen.lora.peft_files import CONFIG, WEIGHTS
 
 ROOT = Path(train.__file__).parent
 FOLDERS = sorted(path.parent for path in ROOT.glob(f"*/{CONFIG}"))

@@ -41,13 +41,13 @@ from specgen import (
     Speculation,
     StepOutput,
     Stream,
-    api,
-    runner,
 )
-from specgen.api import engine_of
+from specgen.api import engine as api
+from specgen.api.engine import engine_of
+from specgen.engine import thread as runner
 from specgen.kv.pool import BlockTable
-from specgen.params import Request
-from specgen.plugins import load_plugins
+from specgen.plugins.manager import load_plugins
+from specgen.sampling.params import Request
 from tests.models.tiny import VOCABULARY, build
 
 PROMPT = [9, 31, 40, 9, 31, 77]

@@ -30,10 +30,10 @@ from specgen import (
     Speculation,
     UnknownName,
 )
+from specgen._base.option_names import REQUEST
 from specgen.config import EngineConfig
 from specgen.model.loading import load_tokenizer
-from specgen.option_names import REQUEST
-from specgen.plugins import load_plugins
+from specgen.plugins.manager import load_plugins
 from tests.models.tiny import CONTEXT, VOCABULARY, build
 from tests.models.tokenizers import sentence_piece
 

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from typer.testing import CliRunner
 
 import specgen
+from specgen.cli.acceptance_summary import Tally
 from specgen.cli.app import app
 from specgen.cli.chat import Conversation
-from specgen.cli.tally import Tally
-from specgen.params import SamplingParams
+from specgen.sampling.params import SamplingParams
 from specgen.types import DrafterStats, Result, SpeculativeStats, Usage
 
 Invoke = Callable[..., Any]
@@ -311,7 +311,7 @@ def test_demo_model_prints_nothing_but_the_folder(invoke: Invoke, monkeypatch: p
         progress("downloading")
         return Path("/models/demo")
 
-    monkeypatch.setattr("specgen.model.demo.demo_model", prepared)
+    monkeypatch.setattr("specgen.demo_model.demo_model", prepared)
     result = invoke("demo-model")
     assert result.stdout == f"{Path('/models/demo')}\n"
     assert result.stderr == "downloading\n"

@@ -27,9 +27,9 @@ from specgen import (
     UnknownName,
     hookimpl,
 )
-from specgen.constraint import Constraints
-from specgen.draft.grammar import Grammar
-from specgen.plugins import load_plugins
+from specgen.draft.drafters.grammar import Grammar
+from specgen.plugins.manager import load_plugins
+from specgen.sampling.constraint import Constraints
 from specgen.testing import DrafterContract, MatcherContract
 from specgen.types import Constraint
 from tests.engines import watched

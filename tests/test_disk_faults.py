@@ -19,11 +19,12 @@ import torch
 from structlog.testing import capture_logs
 from transformers import PreTrainedModel
 
-from specgen import Engine, adapter_cache
-from specgen.adapter import Adapter, AdapterOptions, LoraLayer, LoraWeights
-from specgen.adapter_cache import TARGET, AdapterCache, Presence
+from specgen import Engine
 from specgen.errors import AdapterRefused
-from specgen.kv import pagefile
+from specgen.kv.offload import page_files as pagefile
+from specgen.lora import cache as adapter_cache
+from specgen.lora.adapter import Adapter, AdapterOptions, LoraLayer, LoraWeights
+from specgen.lora.cache import TARGET, AdapterCache, Presence
 from tests.engines import evict, watched
 from tests.models.tiny import build
 

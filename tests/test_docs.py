@@ -24,7 +24,7 @@ import pytest
 from typer.testing import CliRunner
 
 from specgen.cli.app import app
-from specgen.plugins import Plugins
+from specgen.plugins.manager import Plugins
 from tests.documents import DOCS, README, ROOT, blocks, documents, named, prose, scripts, table
 
 CLI_README = ROOT / "specgen" / "cli" / "README.md"
@@ -165,7 +165,7 @@ def test_the_plugin_shown_drafts_what_it_promises(smollm: Any, smollm_tokenizer:
     exec(source, module.__dict__)
     plugins = Plugins()
     plugins.register(module, name)
-    plugins.register(specgen.builtin, "specgen-llm")
+    plugins.register(specgen.plugins.builtin, "specgen-llm")
     prompt, phrase = "Say it again: the cat sat on the mat.\nThe", "The cat sat on the mat."
     with specgen.wrap(smollm, smollm_tokenizer, plugins=plugins, drafters={"phrases": {"phrases": [phrase]}}) as engine:
         off = engine.generate(prompt, max_tokens=12, speculation="off")

@@ -16,7 +16,7 @@ RESULTS = (ROOT / "benchmarks" / "RESULTS.md").read_text()
 
 
 def test_the_drafters_listed_are_the_built_in_ones_and_those_of_plugins() -> None:
-    from specgen import builtin
+    from specgen.plugins import builtin
 
     built_in = set(named(table(DOCS["drafters.md"], "drafter", "drafts from", "options", "on by default"), "drafter"))
     assert built_in == set(builtin.drafters())
@@ -36,9 +36,9 @@ def shown(value: Any) -> str:
 
 
 def test_the_options_listed_are_those_there_are_with_their_defaults() -> None:
-    from specgen.adapter import AdapterOptions
     from specgen.config import EngineConfig
-    from specgen.params import SamplingParams
+    from specgen.lora.adapter import AdapterOptions
+    from specgen.sampling.params import SamplingParams
     from specgen.types import Speculation
 
     places: list[tuple[str, str, type[msgspec.Struct], dict[str, str]]] = [
@@ -54,9 +54,9 @@ def test_the_options_listed_are_those_there_are_with_their_defaults() -> None:
 
 
 def test_the_options_of_drafters_listed_are_those_there_are_with_their_defaults_and_ranges() -> None:
-    from specgen.draft.prompt_lookup import LookupOptions
-    from specgen.draft.recycling import RecyclingOptions
-    from specgen.draft.translation import DraftModelOptions
+    from specgen.draft.drafters.prompt_lookup import LookupOptions
+    from specgen.draft.drafters.recycling import RecyclingOptions
+    from specgen.draft.drafters.translation import DraftModelOptions
 
     structs = {
         "grammar": None,

@@ -35,9 +35,11 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import specgen
-from specgen import InvalidRequest, UnsupportedModel, api, dropin
-from specgen.api import engine_of
-from specgen.dropin_arguments import keep_arguments_for
+from specgen import InvalidRequest, UnsupportedModel
+from specgen.api import engine as api
+from specgen.api.dropin import custom_generate as dropin
+from specgen.api.dropin.arguments import keep_arguments_for
+from specgen.api.engine import engine_of
 from tests.models.tiny import VOCABULARY, build
 
 PROMPT = [9, 31, 40, 9, 31, 77]

@@ -30,7 +30,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 import specgen
-from specgen import InvalidRequest, api
+from specgen import InvalidRequest
+from specgen.api import engine as api
 from tests.models.tiny import VOCABULARY, build
 
 pytestmark = pytest.mark.usefixtures("one_thread")

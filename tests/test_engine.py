@@ -32,28 +32,28 @@ from specgen import (
     StepOutput,
     TokenTree,
 )
-from specgen.constraint import Constraints, ConstraintSetup
 from specgen.context.pipeline import ContextPipeline
-from specgen.draft import drafting
+from specgen.draft import manager as drafting
+from specgen.draft.backoff import Experience, Pace
 from specgen.draft.budget import Calibration, RowCost, likeliest, survivals, worthwhile
-from specgen.draft.draft_model import DraftModel
+from specgen.draft.drafters.draft_model import DraftModel
+from specgen.draft.drafters.ngram import NgramIndex, continuations
+from specgen.draft.drafters.prediction import Prediction
+from specgen.draft.drafters.prompt_lookup import PromptLookup
 from specgen.draft.features import Wanted
 from specgen.draft.merge import Merged
-from specgen.draft.ngram import NgramIndex, continuations
-from specgen.draft.pace import Experience, Pace
-from specgen.draft.prediction import Prediction
-from specgen.draft.prompt_lookup import PromptLookup
-from specgen.engine import EngineCore
+from specgen.engine.core import EngineCore
+from specgen.engine.outputs import View
+from specgen.engine.request_builder import RequestBuilder
+from specgen.engine.scheduler import Scheduler, Turn
 from specgen.kv.pool import BlockTable
-from specgen.model.target import Target
-from specgen.plugins import load_plugins
-from specgen.requests import RequestBuilder
-from specgen.sampling import PositionKeys, gumbel_argmax, processors
-from specgen.scheduler import Scheduler, Turn
+from specgen.model.runner import Target
+from specgen.plugins.manager import load_plugins
+from specgen.sampling.constraint import Constraints, ConstraintSetup
+from specgen.sampling.sampler import PositionKeys, gumbel_argmax, processors
 from specgen.testing import DrafterContract
 from specgen.tree import chain, check, depths, path
 from specgen.types import EMPTY_TREE, MAX_TREE_NODES
-from specgen.view import View
 from tests.models.tiny import VOCABULARY, build
 
 PROMPTS = (

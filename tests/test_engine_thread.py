@@ -23,13 +23,15 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
 import specgen
-from specgen import Drafter, DraftSession, Engine, EngineClosed, RequestFailed, Result, WouldDeadlock, api, runner
-from specgen.adapter import AdapterOptions
-from specgen.adapter_cache import AdapterCache
-from specgen.engine import EngineCore
+from specgen import Drafter, DraftSession, Engine, EngineClosed, RequestFailed, Result, WouldDeadlock
+from specgen.api import engine as api
+from specgen.engine import thread as runner
+from specgen.engine.core import EngineCore
+from specgen.engine.scheduler import Scheduler
 from specgen.kv.pool import BlockTable
-from specgen.plugins import load_plugins
-from specgen.scheduler import Scheduler
+from specgen.lora.adapter import AdapterOptions
+from specgen.lora.cache import AdapterCache
+from specgen.plugins.manager import load_plugins
 from tests.models.tiny import build
 
 PROMPT, OTHER = [9, 31, 40, 9, 31, 77], [88, 1, 60, 61]
@@ -189,7 +191,7 @@ PLANNED: dict[str, tuple[Any, str]] = {
     "the plan": (Scheduler, "plan"),
     "admission": (Scheduler, "_admit"),
     "pages of a running one": (BlockTable, "reserve"),
-    "what is compiled": (specgen.api.Target, "take_compiled"),
+    "what is compiled": (specgen.api.engine.Target, "take_compiled"),
     "adapters that were lost": (EngineCore, "_end_lost"),
 }
 
@@ -309,8 +311,8 @@ def test_an_adapter_that_never_finds_room_fails_its_request(
     engine: Engine, said: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that are pinned never go. Others are served."""
-    from specgen.adapter import Adapter
-    from specgen.adapter_cache import Presence
+    from specgen.lora.adapter import Adapter
+    from specgen.lora.cache import Presence
 
     adapter = Adapter("big", "1", "nowhere", None, False, 4, None, 10, None)
     request, samples = engine.prepare(PROMPT, max_tokens=6)
@@ -325,7 +327,7 @@ def test_an_adapter_that_never_finds_room_fails_its_request(
 
 def test_a_fetch_that_ends_in_any_way_tells_those_who_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = AdapterCache(AdapterOptions(), torch.device("cpu"))
-    from specgen.adapter import Adapter
+    from specgen.lora.adapter import Adapter
 
     adapter = Adapter("it", "1", "nowhere", None, False, 4, None, 10, None)
     adapter.coming = True
@@ -714,7 +716,7 @@ def test_a_forked_child_leaves_files_to_the_parent() -> None:
     script = """
 import os, sys
 from tempfile import TemporaryDirectory
-from specgen.process import finalize_here, leave_to_parent
+from specgen._base.process import finalize_here, leave_to_parent
 class Owner: pass
 owner, folder = Owner(), leave_to_parent(TemporaryDirectory())
 finalize_here(owner, print, "ended", flush=True)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from benchmarks.decode import first_layers
 from benchmarks.harness import PROMPTS, Prompt, read_prompts
 from specgen import Engine
-from specgen.plugins import load_plugins
+from specgen.plugins.manager import load_plugins
 from tests.real import MODES, SETTINGS, Bench, Job, Observer, Running
 
 TOKENS, LONG = 32, 128

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specgen import Drafter, DraftHints, DraftSession, Features, InvalidRequest, TokenTree, UnsupportedModel, Wanted
-from specgen.kernels.cpu_kernels import why_not
-from specgen.model.target import Target
+from specgen.kernels.cpu_backend import why_not
+from specgen.model.runner import Target
 from specgen.types import EMPTY_TREE
 from tests.models.tiny import build
 from tests.test_engine import PROMPTS, Bench, echoes

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-import specgen.engine
+import specgen.engine.core
 from specgen import Engine, SamplingParams
 from specgen.errors import InvalidRequest, UnsupportedModel
-from specgen.kernels import gpu_kernels
+from specgen.kernels import triton_backend as gpu_kernels
 from specgen.kv.formats import FORMATS
-from specgen.model.target import Target
+from specgen.model.runner import Target
 from specgen.types import Speculation
 from tests.engines import watched
 from tests.lora import save_adapter
@@ -39,7 +39,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """What rows cost in the interpreter is of no interest, and takes long to find out."""
-    monkeypatch.setattr("specgen.engine._MEASURED_ROWS", (1,))
+    monkeypatch.setattr("specgen.engine.core._MEASURED_ROWS", (1,))
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def imitated(monkeypatch: pytest.MonkeyPatch) -> None:
 def taped(monkeypatch: pytest.MonkeyPatch) -> Tapes:
     """Forwards are captured, whatever the device, in few sizes, so that short texts come back to them."""
     tapes = Tapes()
-    monkeypatch.setattr("specgen.model.executor.SIZES", (4, 16, 64))
-    monkeypatch.setattr("specgen.model.executor.capture_on", lambda device: tapes)
+    monkeypatch.setattr("specgen.model.forward.graphs.SIZES", (4, 16, 64))
+    monkeypatch.setattr("specgen.model.forward.graphs.capture_on", lambda device: tapes)
     return tapes
 
 
@@ -62,7 +62,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     import triton
 
     counts: Counter[str] = Counter()
-    kind = type(importlib.import_module("specgen.kernels.gpu.tree_attention")._attend)
+    kind = type(importlib.import_module("specgen.kernels.triton.tree_attention")._attend)
     run = kind.run
 
     def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -170,10 +170,10 @@ def test_a_captured_step_is_one_copy_one_replay_and_one_copy_back(
 
 def copied(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts copies to the device and back from now on."""
-    from specgen.model import gpu
+    from specgen.model.attention import triton as gpu
 
     copies: Counter[str] = Counter()
-    for module, name in ((gpu, "sent"), (specgen.engine, "on_host")):
+    for module, name in ((gpu, "sent"), (specgen.engine.core, "on_host")):
         there = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, name=name, there=there: copies.update([name]) or there(*args))
     return copies

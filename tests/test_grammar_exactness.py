@@ -19,9 +19,9 @@ from specgen_echo import EchoDrafter, EchoOptions
 from transformers import PreTrainedModel
 
 from specgen import DrafterFactory, Engine, InvalidRequest, RequestFailed, Result, hookimpl
-from specgen.openai_constraints import constraint_of
-from specgen.plugins import load_plugins
-from specgen.sampling import PositionKeys, gumbel_argmax
+from specgen.plugins.manager import load_plugins
+from specgen.sampling.sampler import PositionKeys, gumbel_argmax
+from specgen.server.constraints import constraint_of
 from tests.engines import watched
 from tests.models.tiny import build
 from tests.models.tokenizers import byte_level, sentence_piece
@@ -483,7 +483,7 @@ def test_forbidden_nodes_never_become_rows(engine: Engine, monkeypatch: pytest.M
     rows = sum(len(tokens) for tokens, _ in seen)
     assert rows == pruned.stats.num_draft_tokens
     assert all(set(tokens) <= letters for tokens, _ in seen)
-    monkeypatch.setattr("specgen.constraint.Constrained.prune", lambda self, tree: tree)
+    monkeypatch.setattr("specgen.sampling.constraint.Constrained.prune", lambda self, tree: tree)
     seen.clear()
     whole = engine.generate(PROMPTS[0], **asked("regex", False, "half", expected))
     assert whole.ids == pruned.ids
@@ -514,7 +514,7 @@ def test_pruning_changes_no_token(engine: Engine, monkeypatch: pytest.MonkeyPatc
     off = engine.generate(prompt, **options, speculation="off")
     drafted = {"speculation": MODES[mode], "prediction": off.ids}
     pruned = engine.generate(prompt, **options, **drafted)
-    monkeypatch.setattr("specgen.constraint.Constrained.prune", lambda self, tree: tree)
+    monkeypatch.setattr("specgen.sampling.constraint.Constrained.prune", lambda self, tree: tree)
     unpruned = engine.generate(prompt, **options, **drafted)
     assert off.ids == pruned.ids == unpruned.ids
 

@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specgen import Engine
-from specgen.engine import EngineCore
-from specgen.kernels.cpu_kernels import why_not
+from specgen.engine.core import EngineCore
+from specgen.kernels.cpu_backend import why_not
 from specgen.kv.formats import FORMATS, LayerShape
-from specgen.model import target
-from specgen.params import SamplingParams
+from specgen.model import runner as target
+from specgen.sampling.params import SamplingParams
 from specgen.types import Speculation
 from tests.engines import evict, watched
 from tests.models.tiny import VOCABULARY, build

@@ -12,10 +12,10 @@ import torch
 from transformers import PreTrainedModel
 
 from specgen import DrafterFactory, Engine, Result, SamplingParams, hookimpl
-from specgen.draft.translation import draft_model
+from specgen.draft.drafters.translation import draft_model
 from specgen.errors import AdapterRefused
-from specgen.model.target import Target
-from specgen.plugins import load_plugins
+from specgen.model.runner import Target
+from specgen.plugins.manager import load_plugins
 from tests.engines import watched
 from tests.lora import ATTENTION, by_peft, save_adapter
 from tests.models.tiny import build
@@ -208,7 +208,7 @@ def test_answers_are_shared_within_a_revision_and_not_across(opened: Callable[..
 def test_rows_under_an_adapter_do_not_depend_on_their_neighbours(
     llama: PreTrainedModel, folders: dict[str, Path]
 ) -> None:
-    from specgen.kv.segment import Segment
+    from specgen.model.segment import Segment
 
     half = copy.deepcopy(llama).to(torch.bfloat16)
     target = Target(half, kv_tokens=512, invariant=True)

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from specgen import memory
+from specgen._base import memory
+from specgen._base.memory import available_bytes, host_bytes, promise
 from specgen.kv.formats import LayerShape
 from specgen.kv.pool import KVPool
-from specgen.memory import available_bytes, host_bytes, promise
 
 GIB, KIB = 1 << 30, 1 << 10
 MEMINFO = "MemTotal: 25165824 kB\nMemFree: 108544 kB\nMemAvailable: 20971520 kB\nHugePages_Total: 0\n"

@@ -19,8 +19,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
 import specgen
-from specgen import Engine, InvalidRequest, ModelChanged, RequestFailed, UnsupportedModel, api
-from specgen.model.target import Target
+from specgen import Engine, InvalidRequest, ModelChanged, RequestFailed, UnsupportedModel
+from specgen.api import engine as api
+from specgen.model.runner import Target
 from tests.models.tiny import VOCABULARY, build
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from specgen import InvalidRequest
-from specgen.openai_constraints import constraint_of
-from specgen.plugins import load_plugins
+from specgen.plugins.manager import load_plugins
+from specgen.server.constraints import constraint_of
 
 SCHEMA = {"type": "object", "properties": {"b": {"type": "null"}, "a": {"type": "null"}}}
 CLOCK: dict[str, Any] = {"type": "function", "function": {"name": "clock"}}

@@ -15,11 +15,11 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from specgen import hookspecs
-from specgen.constraint import ConstraintSetup
 from specgen.context.stage import Context
 from specgen.draft.drafter import DrafterSetup, DraftHints
-from specgen.plugins import Plugins
+from specgen.plugins import hookspecs
+from specgen.plugins.manager import Plugins
+from specgen.sampling.constraint import ConstraintSetup
 from specgen.testing import MatcherContract
 
 README = (Path(__file__).parents[1] / "plugins" / "README.md").read_text()

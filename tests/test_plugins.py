@@ -11,23 +11,23 @@ from structlog.testing import capture_logs
 
 import specgen
 from specgen.errors import DuplicateName, PluginError, UnknownName
-from specgen.hookspecs import hookimpl
-from specgen.plugins import ALLOW_LIST, PluginInfo, Plugins, load_plugins
+from specgen.plugins.hookspecs import hookimpl
+from specgen.plugins.manager import ALLOW_LIST, PluginInfo, Plugins, load_plugins
 
 Install = Callable[..., None]
-HEAD = "from specgen.hookspecs import hookimpl\n"
+HEAD = "from specgen.plugins.hookspecs import hookimpl\n"
 DRAFTERS = HEAD + "@hookimpl\ndef drafters():\n    return {{{name!r}: list}}\n"
 
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Only what a test installs is there, besides a built-in drafter `prompt-lookup`."""
-    built_in = ModuleType("specgen.builtin")
+    built_in = ModuleType("specgen.plugins.builtin")
     exec(DRAFTERS.format(name="prompt-lookup"), built_in.__dict__)
     monkeypatch.setattr(specgen, "builtin", built_in, raising=False)
     monkeypatch.delenv(ALLOW_LIST, raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr("specgen.plugins.entry_points", lambda group: _entry_points_below(tmp_path, group))
+    monkeypatch.setattr("specgen.plugins.manager.entry_points", lambda group: _entry_points_below(tmp_path, group))
     modules = []
 
     def write(name: str, version: str, source: str, *, points: int = 1) -> None:

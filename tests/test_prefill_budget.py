@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from specgen import Engine
 from specgen.draft.budget import RowCost
-from specgen.engine import EngineCore
-from specgen.model.target import Target
-from specgen.prefill_budget import PrefillBudget
+from specgen.engine.core import EngineCore
+from specgen.engine.prefill_budget import PrefillBudget
+from specgen.model.runner import Target
 from tests.models.tiny import build
 
 LONG = [5 + n % 60 for n in range(110)]
@@ -95,7 +95,7 @@ def model() -> PreTrainedModel:
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """No forward takes any time: expected is what the test says."""
     ticks = count()
-    monkeypatch.setattr("specgen.engine.time.perf_counter", lambda: next(ticks) * 1e-9)
+    monkeypatch.setattr("specgen.engine.core.time.perf_counter", lambda: next(ticks) * 1e-9)
 
 
 def prompt_rows(engine: Engine, cost: RowCost) -> Callable[[], list[int]]:

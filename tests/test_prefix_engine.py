@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from specgen.api import Engine
+from specgen.api.engine import Engine
 from specgen.config import EngineConfig
 from specgen.errors import InvalidRequest, RequestFailed
-from specgen.kv import pagefile
 from specgen.kv.formats import FORMATS
-from specgen.kv.pagefile import read_header
-from specgen.kv.radix import CacheKey
-from specgen.params import SamplingParams
+from specgen.kv.offload import page_files as pagefile
+from specgen.kv.offload.page_files import read_header
+from specgen.kv.radix_tree import CacheKey
+from specgen.sampling.params import SamplingParams
 from tests.engines import evict, watched
 from tests.models.tiny import build
 

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 import specgen
 from specgen import Engine, InvalidRequest, UnknownName
+from specgen import demo_model as demo
 from specgen.cli.app import app
-from specgen.model import demo
-from specgen.plugins import Plugins, load_plugins
+from specgen.plugins.manager import Plugins, load_plugins
 from tests.models.tiny import build
 
 

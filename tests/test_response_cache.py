@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 import specgen
 from specgen import Engine, EngineConfig, InvalidRequest, RequestFailed, Result, SamplingParams, StepOutput
-from specgen.params import Request
-from specgen.plugins import Plugins, load_plugins
-from specgen.response_cache import ResponseCache, ResponseReport, response_key
+from specgen.engine.response_cache import ResponseCache, ResponseReport, response_key
+from specgen.plugins.manager import Plugins, load_plugins
+from specgen.sampling.params import Request
 from specgen.types import SpeculativeStats, Usage
 from tests.models.tiny import build
 from tests.test_api import Letters, until
@@ -471,7 +471,7 @@ def test_the_drop_in_takes_the_engine_as_it_is(model: PreTrainedModel) -> None:
     options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 8}
     expected = model.generate(ids, **options)
     with Engine(model, kv_tokens=512, response_cache_bytes=1 << 20) as engine, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(specgen.api, "_latest", [engine])
+        patch.setattr(specgen.api.engine, "_latest", [engine])
         for _ in range(2):
             assert torch.equal(model.generate(ids, custom_generate=specgen.custom_generate, **options), expected)
         assert engine.responses.stats.misses == 1

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, MinLengthLogitsProcessor, PreTrainedModel
 
 from specgen import Engine, RequestFailed, SamplingParams
-from specgen.sampling import PositionKeys, Sampler, gumbel_argmax, logprob, processors, uniforms
+from specgen.sampling.sampler import PositionKeys, Sampler, gumbel_argmax, logprob, processors, uniforms
 from specgen.types import LogitsProcessor
 from tests.models.tiny import VOCABULARY, build
 

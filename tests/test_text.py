@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from specgen.text import Decoder, TextCursor
+from specgen.engine.detokenizer import Decoder, TextCursor
 from tests.models.tokenizers import sentence_piece
 
 EMOJI = "\N{GRINNING FACE}"

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders
 from transformers import AddedToken, ByT5Tokenizer, PreTrainedTokenizerBase
 
-from specgen.server.texts import Spelling, Texts
-from specgen.text import TextCursor
+from specgen.engine.detokenizer import TextCursor
+from specgen.server.token_text import Spelling, Texts
 from specgen.types import Logprob
 from tests.models.tokenizers import byte_level, sentence_piece, word_piece
 

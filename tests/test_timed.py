@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from specgen._base.timed_threads import TimedThreads
 from specgen.errors import Overloaded
-from specgen.timed import TimedThreads
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ import torch
 from transformers import PreTrainedModel
 
 from specgen.draft.drafter import Drafter, DraftHints, DraftSession
-from specgen.sampling import PositionKeys, gumbel_argmax
+from specgen.sampling.sampler import PositionKeys, gumbel_argmax
+from specgen.sampling.verify import DrawToken, acceptance, walk
 from specgen.tree import chain, children
 from specgen.types import Finish, Logprob, Result, Speculation, TokenTree
-from specgen.verify import DrawToken, acceptance, walk
 from tests.models.tiny import build
 from tests.test_engine import Bench
 

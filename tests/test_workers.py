@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from specgen import Engine
-from specgen.workers import _pauses, release_workers
+from specgen._base.openmp import _pauses, release_workers
 from tests.models.tiny import build
 
 TASKS = Path("/proc/self/task")

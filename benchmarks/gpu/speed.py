@@ -27,9 +27,9 @@ from benchmarks.gpu.floors import H100, LLAMA_8B, STEPS, Gpu, Shape, Step, floor
 from specgen import Engine
 from specgen.kv.formats import FORMATS, KVFormat, LayerShape
 from specgen.kv.pool import KVPool
-from specgen.kv.segment import Segment, hung_rows
+from specgen.model.attention.triton import GpuKernels
 from specgen.model.batch import EVERYTHING
-from specgen.model.gpu import GpuKernels
+from specgen.model.segment import Segment, hung_rows
 
 LLAMA_1B = Shape("1B", 16, 2048, 8192, 32, 8, 64, 128_256)
 _GATE = ("tests/kernels/gpu", "tests/test_gpu_engine.py")

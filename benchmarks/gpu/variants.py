@@ -9,14 +9,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from specgen.kernels.draw import Draw, Warp
-from specgen.kernels.gpu.draw import draw
-from specgen.kernels.gpu.kv_commit import kv_commit
-from specgen.kernels.gpu.kv_write import kv_write
-from specgen.kernels.gpu.segmented_lora import segmented_lora
-from specgen.kernels.gpu.top_tokens import top_tokens
-from specgen.kernels.gpu.tree_attention import Tile, Work, tile, tree_attention
-from specgen.kernels.layout import Kept
+from specgen.kernels.kv_layout import Kept
+from specgen.kernels.sample_rows import Draw, Warp
+from specgen.kernels.triton.kv_commit import kv_commit
+from specgen.kernels.triton.kv_write import kv_write
+from specgen.kernels.triton.sample_rows import draw
+from specgen.kernels.triton.segmented_lora import segmented_lora
+from specgen.kernels.triton.top_tokens import top_tokens
+from specgen.kernels.triton.tree_attention import Tile, Work, tile, tree_attention
 from specgen.kv.formats import FORMATS, LayerShape
 from specgen.kv.pool import PAGE_SIZE, KVPool
 

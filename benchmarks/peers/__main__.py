@@ -20,8 +20,8 @@ from benchmarks.decode import Results, Run
 from benchmarks.harness import REPEAT, Prompt, Sizes
 from benchmarks.peers import assembly, foreign, results
 from benchmarks.peers.assembly import Call
-from specgen.folders import cache_folder
-from specgen.model.demo import demo_model
+from specgen._base.paths import cache_folder
+from specgen.demo_model import demo_model
 from specgen.model.loading import load_tokenizer
 
 FULL = Sizes(tokens=128, rounds=3, limit=12)

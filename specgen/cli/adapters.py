@@ -13,7 +13,7 @@ from specgen.cli.options import AnyBase, Device, Dtype, Model
 from specgen.cli.terminal import write
 
 if TYPE_CHECKING:
-    from specgen.api import Engine
+    from specgen.api.engine import Engine
 
 _CONFIG = "adapter_config.json"
 

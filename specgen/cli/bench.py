@@ -11,8 +11,8 @@ from specgen.cli.terminal import write
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from specgen.load.client import Sample
-    from specgen.load.report import Report
+    from specgen.loadtest.client import Sample
+    from specgen.loadtest.report import Report
 
 bench = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Measure a running server.")
 
@@ -109,9 +109,9 @@ async def _runs(
     """A run for each load: requests at once, or with `is_open` requests a second."""
     from aiohttp import ClientSession, ClientTimeout, TCPConnector
 
-    from specgen.load.arrivals import closed_loop, open_loop
-    from specgen.load.client import Client
-    from specgen.load.report import report
+    from specgen.loadtest.arrivals import closed_loop, open_loop
+    from specgen.loadtest.client import Client
+    from specgen.loadtest.report import report
 
     # A server may take its time; a connection for each request, however many.
     async with ClientSession(connector=TCPConnector(limit=0), timeout=ClientTimeout(total=3600)) as session:
@@ -179,7 +179,7 @@ def _dealt(prompts: list[str], runs: int, number: int) -> list[list[str]]:
 def _save(reports: list[Report], path: Path) -> None:
     import msgspec
 
-    from specgen.load.report import draw
+    from specgen.loadtest.report import draw
 
     bars = {f"{each.name}_{name}": value for each in reports for name, value in each.bars().items()}
     path.write_bytes(msgspec.json.format(msgspec.json.encode({"bars": bars})))

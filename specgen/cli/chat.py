@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specgen.cli import options
+from specgen.cli.acceptance_summary import Tally
 from specgen.cli.loading import open_engine
-from specgen.cli.tally import Tally
 from specgen.cli.terminal import fail, note, write
 from specgen.errors import SpecgenError
 
 if TYPE_CHECKING:
-    from specgen.api import Engine
-    from specgen.stream import Stream
+    from specgen.api.engine import Engine
+    from specgen.engine.stream import Stream
     from specgen.types import Result
 
 _HELP = "/reset forgets the conversation, /stats prints figures, /quit or Ctrl-D ends, Ctrl-C cancels an answer"

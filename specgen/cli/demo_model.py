@@ -10,6 +10,6 @@ def demo_model() -> None:
 
     The first call downloads 93 MB and writes 540 MB.
     """
-    from specgen.model import demo
+    from specgen import demo_model as demo
 
     write(str(demo.demo_model(progress=note)))

@@ -24,7 +24,7 @@ def doctor(
     """
     version()
     with open_engine(model, dtype=dtype, device=device, draft_model=None, drafters="", kv_format=kv_format) as engine:
-        from specgen.model.selection import selection
+        from specgen.model.report import selection
 
         choices = selection(engine.target)
     part, chosen = (

@@ -12,7 +12,7 @@ from specgen.cli.terminal import quiet_libraries
 from specgen.errors import DuplicateName, PluginError
 
 if TYPE_CHECKING:
-    from specgen.plugins import PluginInfo
+    from specgen.plugins.manager import PluginInfo
 
 _HOOK = "register_commands"
 
@@ -27,7 +27,7 @@ class Extension:
 
 def installed(own: Collection[str]) -> dict[str, Extension]:
     """The commands of all installed plugins; see `extensions`."""
-    from specgen.plugins import load_plugins
+    from specgen.plugins.manager import load_plugins
 
     quiet_libraries()
     return extensions(load_plugins().info(), own)
@@ -52,7 +52,7 @@ def extensions(plugins: Iterable[PluginInfo], own: Collection[str]) -> dict[str,
 
 def _commands(info: PluginInfo) -> dict[str, Any]:
     """What one plugin registers. It is loaded alone, so that every command has a known origin."""
-    from specgen.plugins import load_plugins
+    from specgen.plugins.manager import load_plugins
 
     group = typer.Typer(rich_markup_mode=None)
     # A callback makes it a group even if it holds a single command.

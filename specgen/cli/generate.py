@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specgen.cli import options
+from specgen.cli.acceptance_summary import Tally, report
 from specgen.cli.loading import has_chat_template, open_engine
-from specgen.cli.tally import Tally, report
 from specgen.cli.terminal import note, write
 
 if TYPE_CHECKING:
-    from specgen.stream import Stream
+    from specgen.engine.stream import Stream
     from specgen.types import Result
 
 _ADAPTER = "adapter"
@@ -84,7 +84,7 @@ def generate(
 
 def _check_adapter(path: str) -> None:
     """Raise AdapterRefused, before a model is loaded, for a folder that holds no adapter."""
-    from specgen.model.adapter_files import check_folder
+    from specgen.lora.peft_files import check_folder
 
     check_folder(path)
 

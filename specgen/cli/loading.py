@@ -10,8 +10,8 @@ from specgen.cli.options import drafter_list
 from specgen.cli.terminal import note, quiet_libraries
 
 if TYPE_CHECKING:
-    from specgen.api import Engine
-    from specgen.params import SamplingParams
+    from specgen.api.engine import Engine
+    from specgen.sampling.params import SamplingParams
 
 
 def open_engine(
@@ -46,13 +46,13 @@ def engine_of(
     params: SamplingParams | None = None,
 ) -> Engine:
     """As `open_engine`, with the engine's options as `EngineConfig.of` reads them."""
-    from specgen.api import Engine
+    from specgen.api.engine import Engine
+    from specgen.api.preflight import check_options, check_speculation
     from specgen.config import EngineConfig
+    from specgen.demo_model import demo_model
     from specgen.errors import InvalidRequest
-    from specgen.model.demo import demo_model
     from specgen.model.loading import check_device, dtype_of
-    from specgen.plugins import load_plugins
-    from specgen.preflight import check_options, check_speculation
+    from specgen.plugins.manager import load_plugins
 
     config, plugins = EngineConfig.of(options), load_plugins()
     dtype_of(dtype)

@@ -61,7 +61,7 @@ def drafter_list(text: str | None) -> list[str] | None:
 
 def sampling(*, speculation: str, stop: list[str] | None, **options: Any) -> Any:
     """`SamplingParams` from what the user wrote. Raises InvalidRequest, before a model is loaded."""
-    from specgen.params import SamplingParams
+    from specgen.sampling.params import SamplingParams
 
     return SamplingParams.of({**options, "stop": stop or [], "speculation": read_speculation(speculation)})
 

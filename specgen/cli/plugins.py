@@ -11,7 +11,7 @@ import typer
 from specgen.cli.terminal import quiet_libraries, write
 
 if TYPE_CHECKING:
-    from specgen.plugins import PluginInfo, Plugins
+    from specgen.plugins.manager import PluginInfo, Plugins
 
 
 def plugins(
@@ -22,7 +22,7 @@ def plugins(
     With versions, hooks, and the reason where one was not loaded.
     """
     from specgen.cli.extensions import extensions
-    from specgen.plugins import load_plugins
+    from specgen.plugins.manager import load_plugins
 
     quiet_libraries()
     found = load_plugins()
@@ -39,7 +39,7 @@ def plugins(
 
 def _offers(found: Plugins) -> dict[str, dict[str, list[str]]]:
     """Plugin -> hook -> the names it offers there."""
-    from specgen import hookspecs
+    from specgen.plugins import hookspecs
 
     anything: Any = found  # `collect` is typed for each hook that there is today
     offers: dict[str, dict[str, list[str]]] = {}

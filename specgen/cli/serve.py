@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from socket import socket
 
-    from specgen.api import Engine
+    from specgen.api.engine import Engine
     from specgen.server.config import ServerConfig
 
 
@@ -101,7 +101,7 @@ def serve(
     settings = _settings(config, flags)
     quiet_libraries()
     with needing("server"):
-        from specgen.server.limits import Gate
+        from specgen.server.admission import Gate
         from specgen.server.logs import configure
         from specgen.server.plugin_routes import check_plugin_routes
         from specgen.server.serve import bound

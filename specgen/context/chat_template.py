@@ -8,11 +8,11 @@ from typing import Any
 
 import msgspec
 
+from specgen._base.options import read_options
 from specgen.context.length_bound import check_fits, length_bound, utf8_bytes
-from specgen.context.literal import Literals
+from specgen.context.special_tokens import Literals
 from specgen.context.stage import Context, ContextStage
 from specgen.errors import ContextLengthExceeded, InvalidRequest
-from specgen.options import read_options
 
 NAME = "chat-template"
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
+from specgen._base.options import made
 from specgen.context.stage import Context, ContextStage, ContextStageFactory
 from specgen.errors import ContextLengthExceeded, InvalidRequest, PluginError, RequestFailed, SpecgenError, UnknownName
-from specgen.options import made
 
 StageChoice: TypeAlias = "str | tuple[str, Mapping[str, Any]]"
 """A stage's name, or its name and its options."""

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import msgspec
 
+from specgen._base.options import read_options
 from specgen.context.stage import Context, ContextStage
 from specgen.errors import InvalidRequest
-from specgen.options import read_options
 
 NAME = "truncate"
 

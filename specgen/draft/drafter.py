@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from specgen.adapter import Adapter
 from specgen.draft.features import Features, Wanted
+from specgen.lora.adapter import Adapter
 from specgen.types import TokenTree
 
 CompiledRows: TypeAlias = Callable[..., tuple[Any, ...]]
@@ -90,7 +90,7 @@ class DrafterSetup:
         target's pool, and its tokenizer, None where there is none.
     target: the target's model, to read its config and weights; not to be run or changed.
     compile_rows: compiles a function of packed rows where the engine compiles the target's forward, and else gives it
-        back; see `specgen.model.compiled.compile_rows`.
+        back; see `specgen.model.forward.compiled.compile_rows`.
     """
 
     vocab_size: int

@@ -26,7 +26,7 @@ def add_segmented_lora(
     are then of one dtype that it can take, and contiguous.
     """
     if kernel == "gpu":
-        from specgen.kernels.gpu.segmented_lora import segmented_lora
+        from specgen.kernels.triton.segmented_lora import segmented_lora
 
         segmented_lora(y, x, bounds, downs, ups)
     elif kernel == "cpu":

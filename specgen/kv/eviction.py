@@ -6,7 +6,7 @@ from collections.abc import Callable, Sized
 from heapq import heapify, heappop, heappush
 from itertools import count
 
-from specgen.kv.radix import Node
+from specgen.kv.radix_tree import Node
 
 _LEAST = 64
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from specgen.errors import UnsupportedModel
 from specgen.kernels.blocks import in_blocks
-from specgen.kernels.layout import Coding, Kept, Layout
+from specgen.kernels.kv_layout import Coding, Kept, Layout
 
 _SCALE = torch.float16
 _LEAST_SCALE = 2.0**-20

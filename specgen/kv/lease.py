@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from specgen.kv.pool import KVPool
 
 if TYPE_CHECKING:
-    from specgen.kv.prefix import PrefixCache
+    from specgen.kv.prefix_cache import PrefixCache
 
 
 @dataclass(frozen=True, slots=True)

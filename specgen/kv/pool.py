@@ -15,10 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specgen._base.memory import promise
 from specgen.errors import OutOfPages
-from specgen.kernels import gpu_kernels
+from specgen.kernels import triton_backend as gpu_kernels
 from specgen.kv.formats import NATIVE, KVFormat, LayerShape, LayerStore
-from specgen.memory import promise
 
 PAGE_SIZE = 16
 
@@ -127,7 +127,7 @@ class KVPool:
         In order: none may be copied onto one that is still to be copied.
         """
         if gpu_kernels.available(self.device, self.dtype):
-            from specgen.kernels.gpu.kv_commit import kv_commit
+            from specgen.kernels.triton.kv_commit import kv_commit
 
             moves = torch.stack([source, destination], dim=1).to(torch.int32)
             packed = torch.cat([torch.tensor([0, len(moves)], dtype=torch.int32), moves.flatten()]).to(self.device)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from specgen.kv.pool import KVPool
-from specgen.kv.segment import Segment
-from specgen.model.plan import plan
-from specgen.model.row_attention import Seen, seen_in_chain, seen_in_mask
+from specgen.model.attention.cpu_plan import plan
+from specgen.model.attention.rowwise import Seen, seen_in_chain, seen_in_mask
+from specgen.model.segment import Segment
 
 if TYPE_CHECKING:
-    from specgen.model.gpu import GpuForward
+    from specgen.model.attention.triton import GpuForward
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class Batch:
 
     @cached_property
     def plan(self) -> Tensor:
-        """int32: what the kernel must know of the segments; see `specgen.model.plan`."""
+        """int32: what the kernel must know of the segments; see `specgen.model.attention.cpu_plan`."""
         return plan(self.segments)
 
     @cached_property

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from specgen._base.log import Log
 from specgen.errors import InvalidRequest
 from specgen.kv.pool import PAGE_SIZE
-from specgen.log import Log
 
 log = Log("specgen.model")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from specgen.kernels.cpu_kernels import available
+from specgen.kernels.cpu_backend import available
 
 
 class PackedLinear(nn.Linear):

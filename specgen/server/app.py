@@ -9,15 +9,15 @@ from contextlib import suppress
 from aiohttp import HttpVersion10, web
 from aiohttp.typedefs import Handler
 
-from specgen.api import Engine
+from specgen.api.engine import Engine
 from specgen.server.auth import CALLER
-from specgen.server.bodies import leave_packed
 from specgen.server.config import ServerConfig
-from specgen.server.errors import ApiError
 from specgen.server.logs import account, name_answer
+from specgen.server.middleware import leave_packed
 from specgen.server.openapi import document
-from specgen.server.page import add_page
+from specgen.server.playground import add_page
 from specgen.server.plugin_routes import add_plugin_routes
+from specgen.server.protocol.errors import ApiError
 from specgen.server.routes import ROUTES, Access, Route
 from specgen.server.service import SERVICE, Service
 

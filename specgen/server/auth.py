@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from aiohttp import hdrs, web
 
-from specgen.server.errors import ApiError
+from specgen.server.protocol.errors import ApiError
 
 
 @dataclass(frozen=True, slots=True)

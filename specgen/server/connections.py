@@ -13,9 +13,9 @@ from typing import Any
 from aiohttp import web
 from aiohttp.http_exceptions import ContentEncodingError, LineTooLong
 
-from specgen.log import Log
+from specgen._base.log import Log
 from specgen.server.config import ServerConfig
-from specgen.server.errors import ApiError, api_error
+from specgen.server.protocol.errors import ApiError, api_error
 from specgen.server.service import SERVICE
 
 log = Log("specgen.server")

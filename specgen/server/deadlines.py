@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from specgen.server.errors import ApiError
+from specgen.server.protocol.errors import ApiError
 
 
 @asynccontextmanager

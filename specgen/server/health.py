@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from specgen.api import Engine
+from specgen.api.engine import Engine
 from specgen.server.config import ServerConfig
 
 

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from aiohttp import hdrs, web
 
 from specgen.server.config import ServerConfig
-from specgen.server.errors import ApiError
+from specgen.server.protocol.errors import ApiError
 
 _ANY = "*"
 

@@ -16,11 +16,11 @@ from aiohttp.typedefs import Handler
 from aiohttp.web_urldispatcher import SystemRoute
 from transformers.utils.logging import disable_default_handler, enable_propagation
 
-from specgen.log import Log
+from specgen._base.log import Log
 from specgen.server.auth import CALLER
 from specgen.server.config import ServerConfig
-from specgen.server.errors import api_error
 from specgen.server.metrics import TIMING, Timing
+from specgen.server.protocol.errors import api_error
 from specgen.server.service import SERVICE
 
 REQUEST_ID = web.RequestKey("request_id", str)

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from specgen.api import Engine
+from specgen.api.engine import Engine
 from specgen.types import Result, StepOutput
 
 _PREFIX = "specgen:"

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from specgen import __version__
-from specgen.server.errors import ErrorAnswer
+from specgen.server.protocol.errors import ErrorAnswer
 from specgen.server.routes import Route
 
 _ERRORS = {

@@ -5,12 +5,12 @@ from __future__ import annotations
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from specgen.api import Engine
+from specgen.api.engine import Engine
 from specgen.errors import UnknownName
-from specgen.plugins import Plugins, load_plugins
+from specgen.plugins.manager import Plugins, load_plugins
 from specgen.server.config import ServerConfig
-from specgen.server.errors import ApiError
 from specgen.server.logs import report
+from specgen.server.protocol.errors import ApiError
 
 _HOOK = "register_routes"
 

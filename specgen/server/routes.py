@@ -8,7 +8,9 @@ from typing import Any, Literal
 import msgspec
 from aiohttp.typedefs import Handler
 
-from specgen.server import adapters, answers, chat, completions, models, protocol, responses, status, tokens
+from specgen.server.handlers import adapters, chat, completions, models, responses, status, tokens
+from specgen.server.protocol import requests as protocol
+from specgen.server.protocol import responses as answers
 
 Access = Literal["open", "key", "admin"]
 

@@ -12,13 +12,13 @@ from typing import Any
 
 from aiohttp import web
 
-from specgen.api import Engine
+from specgen._base.log import Log
+from specgen.api.engine import Engine
 from specgen.errors import InvalidRequest
-from specgen.log import Log
 from specgen.server.app import build_app
 from specgen.server.config import ServerConfig
 from specgen.server.connections import Runner, Throttle, told_by_loop
-from specgen.server.errors import ApiError
+from specgen.server.protocol.errors import ApiError
 from specgen.server.service import SERVICE
 
 log = Log("specgen.server")

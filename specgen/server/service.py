@@ -10,18 +10,18 @@ from typing import TypeVar
 
 from aiohttp import web
 
-from specgen.api import Engine
-from specgen.server.asking import Asker
+from specgen.api.engine import Engine
 from specgen.server.auth import CALLER, Keys
-from specgen.server.bodies import whole
 from specgen.server.config import ServerConfig
-from specgen.server.errors import ApiError
+from specgen.server.generation import Jobs
 from specgen.server.health import Health
 from specgen.server.hosts import Hosts
-from specgen.server.jobs import Jobs
 from specgen.server.metrics import TIMING, Metrics
+from specgen.server.middleware import whole
 from specgen.server.preparing import SMALL_BYTES
-from specgen.server.texts import Texts
+from specgen.server.protocol.errors import ApiError
+from specgen.server.token_text import Texts
+from specgen.server.translate import Asker
 
 T = TypeVar("T")
 

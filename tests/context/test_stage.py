@@ -5,9 +5,9 @@ import msgspec
 import numpy as np
 import pytest
 
+from specgen._base.options import read_options
 from specgen.context.stage import Context
 from specgen.errors import InvalidRequest, UnknownName
-from specgen.options import read_options
 
 
 def test_a_prompt_is_text_or_ids_or_messages() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from specgen import Drafter, DraftHints, DraftSession, Speculation, TokenTree
 from specgen.draft.budget import RowCost
-from specgen.draft.drafting import Drafting, Drafts
+from specgen.draft.manager import Drafting, Drafts
 from specgen.tree import chain
 from specgen.types import EMPTY_TREE
 

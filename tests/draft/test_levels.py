@@ -10,7 +10,7 @@ import pytest
 from specgen import Drafter, DrafterFactory, DraftHints, DraftSession, Engine, Speculation, TokenTree, hookimpl
 from specgen.draft import growth
 from specgen.draft.growth import Growth, Levels
-from specgen.plugins import load_plugins
+from specgen.plugins.manager import load_plugins
 from specgen.types import EMPTY_TREE
 from tests.models.tiny import build
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from specgen.draft.pace import Experience, Pace
+from specgen.draft.backoff import Experience, Pace
 
 STEPS = 60
 

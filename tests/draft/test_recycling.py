@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from specgen import Drafter, DrafterSetup, DraftHints, DraftSession, Features, InvalidRequest, UnknownName, Wanted
 from specgen.draft.budget import survivals
-from specgen.draft.recycling import Recycling
+from specgen.draft.drafters.recycling import Recycling
 from specgen.testing import DrafterContract
 from specgen.tree import check, children
 from specgen.types import EMPTY_TREE

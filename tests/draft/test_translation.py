@@ -14,10 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from specgen import Drafter, DrafterMismatch, DrafterSetup, DraftHints, Engine, InvalidRequest, TokenTree
 from specgen.draft.budget import survivals
-from specgen.draft.draft_model import DraftModel
-from specgen.draft.spelling import Spelling
-from specgen.draft.translation import TranslatedDraftModel, Translation, draft_model
-from specgen.model.target import Target
+from specgen.draft.drafters.draft_model import DraftModel
+from specgen.draft.drafters.spelling import Spelling
+from specgen.draft.drafters.translation import TranslatedDraftModel, Translation, draft_model
+from specgen.model.runner import Target
 from specgen.testing import DrafterContract
 from specgen.tree import chain, check
 from tests.engines import watched

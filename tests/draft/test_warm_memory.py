@@ -9,8 +9,8 @@ import specgen_suffix
 from transformers import PreTrainedModel
 
 from specgen import DrafterSetup
-from specgen.draft.prompt_lookup import PromptLookup
-from specgen.draft.recycling import Recycling
+from specgen.draft.drafters.prompt_lookup import PromptLookup
+from specgen.draft.drafters.recycling import Recycling
 from tests.models.tiny import VOCABULARY, build
 from tests.test_engine import PROMPTS, Bench, echoes, greedy
 

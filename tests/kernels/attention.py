@@ -12,8 +12,8 @@ from torch import Tensor
 from specgen.kernels.reference import tree_attention
 from specgen.kv.formats import NATIVE, KVFormat, LayerShape
 from specgen.kv.pool import PAGE_SIZE, BlockTable, KVPool
-from specgen.kv.segment import Segment, hung_rows
 from specgen.model.batch import Batch, Reach
+from specgen.model.segment import Segment, hung_rows
 
 SCALE = 0.3
 REACHES = (Reach(), Reach(window=7), Reach(window=1), Reach(chunk=16))

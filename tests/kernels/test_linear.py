@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from specgen.kernels.cpu_kernels import why_not
+from specgen.kernels.cpu_backend import why_not
 from specgen.model.packed_linear import PackedLinear, linears_together, pack_linears
-from specgen.model.target import Target
+from specgen.model.runner import Target
 from tests.models.tiny import build
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no CPU kernels: {why_not()}")

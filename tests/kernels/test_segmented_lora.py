@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specgen.kernels import reference
-from specgen.kernels.cpu_kernels import why_not
+from specgen.kernels.cpu_backend import why_not
 from specgen.kernels.segmented_lora import add_segmented_lora
 
 needs_kernels = pytest.mark.skipif(why_not() is not None, reason=f"no CPU kernels: {why_not()}")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from specgen.kernels import reference
-from specgen.kernels.cpu_kernels import why_not
+from specgen.kernels.cpu_backend import why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no CPU kernels: {why_not()}")
 

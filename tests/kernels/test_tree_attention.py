@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from specgen.kernels.cpu_kernels import why_not
+from specgen.kernels.cpu_backend import why_not
 from specgen.kv.formats import LayerShape
-from specgen.kv.segment import Segment, hung_rows
+from specgen.model.attention.cpu_plan import plan
 from specgen.model.batch import Reach
-from specgen.model.plan import plan
+from specgen.model.segment import Segment, hung_rows
 from tests.kernels.attention import REACHES, SCALE, World, chain, later, tree
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no CPU kernels: {why_not()}")

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from specgen.kv import pagefile
-from specgen.kv.radix import CacheKey
+from specgen.kv.offload import page_files as pagefile
+from specgen.kv.radix_tree import CacheKey
 from tests.kv.world import KEYS, PAGE, World
 
 # Few tokens, so that texts begin alike; long enough for several pages.

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from specgen.kv import pagefile
-from specgen.kv.pagefile import DamagedPage, PageFolder, PageHeader, decode, encode
-from specgen.kv.radix import CacheKey
-from specgen.kv.tiers import TierCopy, Tiers
+from specgen.kv.offload import page_files as pagefile
+from specgen.kv.offload.page_files import DamagedPage, PageFolder, PageHeader, decode, encode
+from specgen.kv.offload.tiers import TierCopy, Tiers
+from specgen.kv.radix_tree import CacheKey
 from tests.kv.world import KEYS, PAGE, World
 
 HEADER = PageHeader("me", {"tenant": "t"}, "f" * 64, (1, 2, 3, 4))

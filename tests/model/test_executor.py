@@ -11,16 +11,16 @@ import torch
 
 from specgen.kv.formats import LayerShape
 from specgen.kv.pool import KVPool
-from specgen.kv.segment import Segment
-from specgen.model.scores import Scores
+from specgen.model.output import Scores
+from specgen.model.segment import Segment
 from tests.kernels.attention import chain
 from tests.tape import Tapes
 
 pytest.importorskip("triton")
 
-from specgen.model import executor as module
-from specgen.model.executor import SIZES, Executor
-from specgen.model.gpu import GpuForward, GpuKernels
+from specgen.model.attention.triton import GpuForward, GpuKernels
+from specgen.model.forward import graphs as module
+from specgen.model.forward.graphs import SIZES, Executor
 
 CPU = torch.device("cpu")
 

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 from specgen import Engine
 from specgen.errors import InvalidRequest, UnsupportedModel
 from specgen.kernels.blocks import in_blocks
-from specgen.kernels.cpu_kernels import why_not
+from specgen.kernels.cpu_backend import why_not
 from specgen.kv.formats import FORMATS
-from specgen.model.invariant import InvariantLayers
-from specgen.model.row_attention import Seen, row_by_row, seen_in_chain, seen_in_mask
-from specgen.model.target import Target
+from specgen.model.attention.rowwise import Seen, row_by_row, seen_in_chain, seen_in_mask
+from specgen.model.invariant_layers import InvariantLayers
+from specgen.model.runner import Target
 from tests.models.tiny import build
 
 KEPT = (

@@ -9,9 +9,9 @@ from structlog.testing import capture_logs
 from transformers import PreTrainedModel
 
 from specgen import Engine, InvalidRequest
-from specgen.model import target as target_module
+from specgen.model import runner as target_module
 from specgen.model.kv_size import KVSize, kv_size
-from specgen.model.target import Target
+from specgen.model.runner import Target
 from tests.models.tiny import CONTEXT, build
 
 PLENTY = 1 << 40

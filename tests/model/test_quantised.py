@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TorchAoConfig
 
 from specgen import Engine
 from specgen.errors import InvalidRequest, UnsupportedModel
-from specgen.kernels.cpu_kernels import why_not
-from specgen.model.identity import kv_identity
+from specgen.kernels.cpu_backend import why_not
+from specgen.model.checks.quantisation import check_quantised, quantised_layers
+from specgen.model.fingerprint import kv_identity
 from specgen.model.packed_linear import PackedLinear, pack_linears
-from specgen.model.quantised import check_quantised, quantised_layers
-from specgen.model.target import Target
+from specgen.model.runner import Target
 from specgen.model.twin import twin
 from tests.models.decoding import generate
 from tests.models.tiny import build

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from specgen.kernels import cpu_kernels, gpu_kernels
+from specgen.kernels import cpu_backend as cpu_kernels
+from specgen.kernels import triton_backend as gpu_kernels
 from specgen.kv.formats import FORMATS
-from specgen.model.selection import selection
-from specgen.model.target import Target
+from specgen.model.report import selection
+from specgen.model.runner import Target
 from tests.models.tiny import build
 
 CPU = torch.device("cpu")

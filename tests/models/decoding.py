@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specgen.kv.pool import BlockTable
-from specgen.kv.segment import Segment, hung_rows
-from specgen.model.target import Target
+from specgen.model.runner import Target
+from specgen.model.segment import Segment, hung_rows
 from tests.models.tiny import VOCABULARY
 
 _CHUNK = 7

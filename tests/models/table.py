@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from specgen.errors import UnsupportedModel
-from specgen.model.architecture import Architecture
 from specgen.model.batch import Reach
-from specgen.model.target import Target
+from specgen.model.checks.architecture import Architecture
+from specgen.model.runner import Target
 from tests.models.tiny import MODELS, build
 
 START = "<!-- architectures -->"

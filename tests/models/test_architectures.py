@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from specgen.errors import UnsupportedModel
 from specgen.kv.pool import BlockTable
-from specgen.kv.segment import Segment, hung_rows
-from specgen.model import attention
+from specgen.model.attention import interface as attention
 from specgen.model.batch import EVERYTHING, Reach
-from specgen.model.target import Target
+from specgen.model.runner import Target
+from specgen.model.segment import Segment, hung_rows
 from tests.models import decoding, table
 from tests.models.decoding import decode, follows, generate, uncached
 from tests.models.tiny import MODELS, VOCABULARY, WINDOW, build

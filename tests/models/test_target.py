@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from specgen.errors import InvalidRequest, OutOfPages, UnsupportedModel
 from specgen.kv.pool import PAGE_SIZE
-from specgen.kv.segment import Segment, hung_rows
-from specgen.model.attention import Seam
-from specgen.model.target import Target
+from specgen.model.attention.interface import Seam
+from specgen.model.runner import Target
+from specgen.model.segment import Segment, hung_rows
 from tests.models.decoding import decode, generate, model_calls
 from tests.models.tiny import CONTEXT, VOCABULARY, WINDOW, build
 

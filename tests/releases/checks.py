@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel, RepetitionPenaltyLogit
 
 import specgen
 from specgen.errors import UnsupportedModel
-from specgen.model.target import Target
+from specgen.model.runner import Target
 from tests.models.decoding import decode, generate
 from tests.models.test_architectures import KV_TOKENS, NEW_TOKENS, PROMPTS, SUPPORTED
 from tests.models.tiny import MODELS, build

@@ -52,7 +52,7 @@ def test_the_checks_are_there() -> None:
 
 
 def test_a_warning_is_ours_where_a_line_of_ours_is_on_the_stack() -> None:
-    ours: dict[str, Any] = {"__name__": "specgen.model.target", "is_ours": is_ours}
+    ours: dict[str, Any] = {"__name__": "specgen.model.runner", "is_ours": is_ours}
     exec("def call(): return is_ours()", ours)
     assert ours["call"]()
     assert not is_ours()

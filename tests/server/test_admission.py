@@ -13,13 +13,13 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from specgen import Engine, InvalidRequest, hookimpl
-from specgen.plugins import load_plugins
+from specgen.plugins.manager import load_plugins
+from specgen.server.admission import Gate
 from specgen.server.auth import Caller
 from specgen.server.config import ServerConfig
-from specgen.server.errors import ApiError
-from specgen.server.limits import Gate
 from specgen.server.pace import Pace
 from specgen.server.preparing import SMALL_BYTES
+from specgen.server.protocol.errors import ApiError
 from tests.server.worlds import HELLO, SLOW, World, engine, serving, until
 
 pytestmark = pytest.mark.usefixtures("one_thread")

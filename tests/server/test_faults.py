@@ -27,7 +27,7 @@ from structlog.testing import capture_logs
 from specgen import Chat, Engine, hookimpl
 from specgen.context.stage import Context
 from specgen.errors import UnknownName
-from specgen.plugins import load_plugins
+from specgen.plugins.manager import load_plugins
 from specgen.server.app import build_app
 from specgen.server.config import ServerConfig
 from specgen.server.logs import configure

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from specgen.cli.app import app
 from specgen.cli.bench import _dealt, _read
-from specgen.load.arrivals import closed_loop, open_loop
-from specgen.load.client import Sample
-from specgen.load.report import percentiles, report
+from specgen.loadtest.arrivals import closed_loop, open_loop
+from specgen.loadtest.client import Sample
+from specgen.loadtest.report import percentiles, report
 from tests.server.worlds import World, engine, serving
 
 pytestmark = pytest.mark.usefixtures("one_thread")

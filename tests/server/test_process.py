@@ -25,8 +25,8 @@ from specgen import Engine
 from specgen.cli.app import app
 from specgen.cli.serve import _run
 from specgen.errors import InvalidRequest, UnknownName
+from specgen.server.admission import Gate
 from specgen.server.config import ServerConfig
-from specgen.server.limits import Gate
 from specgen.server.serve import bound, serve
 from tests.server.worlds import HELLO, model, tokenizer
 

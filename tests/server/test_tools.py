@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specgen.server.tools import CallParser
+from specgen.server.tool_calls import CallParser
 
 PIECES = (
     "<tool_call>",

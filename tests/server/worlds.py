@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specgen import Engine, hookimpl
-from specgen.plugins import Plugins, load_plugins
+from specgen.plugins.manager import Plugins, load_plugins
 from specgen.server.app import build_app
 from specgen.server.config import ServerConfig
 from specgen.server.connections import Runner

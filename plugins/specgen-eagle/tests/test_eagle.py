@@ -34,8 +34,8 @@ from specgen import (
     Speculation,
     TokenTree,
 )
-from specgen.kernels.cpu_kernels import why_not
-from specgen.model.compiled import compile_rows
+from specgen.kernels.cpu_backend import why_not
+from specgen.model.forward.compiled import compile_rows
 from specgen.testing import DrafterContract
 from specgen.tree import check, depths, path
 

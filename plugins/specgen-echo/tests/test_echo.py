@@ -7,7 +7,7 @@ from specgen_echo import EchoDrafter, EchoOptions, echo
 
 from specgen.draft.drafter import Drafter, DrafterSetup, DraftHints
 from specgen.errors import InvalidRequest, UnknownName
-from specgen.plugins import Plugins
+from specgen.plugins.manager import Plugins
 from specgen.testing import DrafterContract
 from specgen.tree import check, children, depths
 from specgen.types import TokenTree

@@ -18,7 +18,7 @@ from opentelemetry.trace import StatusCode
 from specgen_otel import Telemetry
 
 from specgen import Engine, RequestFailed
-from specgen.plugins import load_plugins
+from specgen.plugins.manager import load_plugins
 from tests.server.worlds import engine as tiny_engine
 from tests.server.worlds import plugins
 

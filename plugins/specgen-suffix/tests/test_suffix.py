@@ -11,7 +11,7 @@ from specgen_suffix.session import SuffixSession, Text
 
 from specgen.draft.drafter import Drafter, DrafterSetup, DraftHints
 from specgen.errors import InvalidRequest, UnknownName
-from specgen.plugins import Plugins
+from specgen.plugins.manager import Plugins
 from specgen.testing import DrafterContract
 from specgen.tree import check, children
 from specgen.types import EMPTY_TREE, TokenTree

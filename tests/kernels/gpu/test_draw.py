@@ -9,13 +9,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specgen.kernels.draw import Draw, Warp
-from specgen.params import SamplingParams
-from specgen.sampling import PositionKeys, Sampler, processors
+from specgen.kernels.sample_rows import Draw, Warp
+from specgen.sampling.params import SamplingParams
+from specgen.sampling.sampler import PositionKeys, Sampler, processors
 
 pytest.importorskip("triton")
 
-from specgen.kernels.gpu.draw import draw
+from specgen.kernels.triton.sample_rows import draw
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SETTINGS = (

@@ -10,7 +10,7 @@ from specgen.kv.pool import KVPool
 
 pytest.importorskip("triton")
 
-from specgen.kernels.gpu.kv_commit import kv_commit
+from specgen.kernels.triton.kv_commit import kv_commit
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Two shapes, so that there are several stacks; sizes whose slots are no whole number of 8 bytes.

@@ -14,7 +14,7 @@ from tests.kernels.attention import World
 
 pytest.importorskip("triton")
 
-from specgen.kernels.gpu.kv_write import kv_write
+from specgen.kernels.triton.kv_write import kv_write
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = (LayerShape(2, 64, 64), LayerShape(3, 40, 24), LayerShape(1, 128, 80))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from specgen.kernels.gpu.segmented_lora import segmented_lora
+from specgen.kernels.triton.segmented_lora import segmented_lora
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # Inputs and outputs: whole blocks; more than one piece, and parts of blocks; less than one.

@@ -9,7 +9,7 @@ from specgen.kernels import reference
 
 pytest.importorskip("triton")
 
-from specgen.kernels.gpu.top_tokens import top_tokens
+from specgen.kernels.triton.top_tokens import top_tokens
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

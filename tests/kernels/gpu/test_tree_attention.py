@@ -16,15 +16,15 @@ from torch import Tensor
 
 from specgen.kv.formats import FORMATS, LayerShape
 from specgen.kv.pool import BlockTable
-from specgen.kv.segment import Segment, hung_rows
 from specgen.model.batch import Reach
+from specgen.model.segment import Segment, hung_rows
 from tests.kernels.attention import REACHES, SCALE, World, chain, later, tree
 
 pytest.importorskip("triton")
 
-from specgen.kernels.gpu.spans import start_of, starts
-from specgen.kernels.gpu.tree_attention import ITEM, Tile, Work, tree_attention
-from specgen.model.work import Cut, Cuttings, Places, cut
+from specgen.kernels.triton.kv_splits import start_of, starts
+from specgen.kernels.triton.tree_attention import ITEM, Tile, Work, tree_attention
+from specgen.model.attention.gpu_plan import Cut, Cuttings, Places, cut
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TILE = Tile(lanes=16, keys=64, warps=4, stages=3)

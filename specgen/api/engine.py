@@ -1,0 +1,424 @@
+"""The Python API: an `Engine` around a model, and one-line helpers."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from specgen._base.log import Log
+from specgen._base.memory import promise
+from specgen._base.options import made
+from specgen._base.torch_state import plain_torch
+from specgen.api.adapters import EngineAdapters
+from specgen.api.prefix import EnginePrefix
+from specgen.api.preflight import check_options
+from specgen.config import EngineConfig
+from specgen.context.pipeline import ContextPipeline
+from specgen.draft.drafter import Drafter, DrafterSetup
+from specgen.engine.core import Counters, EngineCore, Load
+from specgen.engine.request_builder import Prepared, RequestBuilder, model_ends, with_options
+from specgen.engine.response_cache import ResponseCache
+from specgen.engine.stream import Stream, gather
+from specgen.engine.thread import Runner
+from specgen.errors import ModelChanged, UnsupportedModel
+from specgen.kv.offload.persistence import CacheOptions
+from specgen.kv.pool import KVPool
+from specgen.model.checks.architecture import context_limit
+from specgen.model.forward.compiled import compile_rows
+from specgen.model.kv_calibration import calibration_ids
+from specgen.model.loading import check_device, check_model_options, dtype_of, load_model, load_tokenizer, located
+from specgen.model.runner import Target
+from specgen.plugins.manager import Plugins, load_plugins
+from specgen.sampling.constraint import Constraints, ConstraintSetup
+from specgen.sampling.params import SamplingParams, not_followed
+from specgen.types import Prompt, Result
+
+log = Log("specgen.engine")
+
+
+class Engine:
+    """A model that generates several tokens per forward, for many callers at once.
+
+    Thread-safe: one thread of its own runs the model. Use it as a context manager, or `close()` it.
+
+        engine = Engine.from_pretrained("path/to/model")
+        result = engine.generate([{"role": "user", "content": "Hello"}], max_tokens=64)
+
+    model: a loaded model, or a function that loads it, which is called when all options were found to be sound.
+    `options` are the fields of `EngineConfig`, and `draft_model` for a smaller model; or give `config` instead.
+    `adapters` loads, reloads and unloads LoRA adapters. `prefix` pins, saves and loads the prefix cache. `responses`
+    has the response cache's `stats` and `clear()`.
+    Raises UnsupportedModel, DrafterMismatch, PluginError or InvalidRequest when something does not fit.
+    """
+
+    @plain_torch()
+    def __init__(
+        self,
+        model: PreTrainedModel | Callable[[], PreTrainedModel],
+        tokenizer: Any = None,
+        *,
+        config: EngineConfig | None = None,
+        plugins: Plugins | None = None,
+        **options: Any,
+    ) -> None:
+        self.config = EngineConfig.chosen(config, options)
+        self.plugins = plugins or load_plugins()
+        check_options(self.config, self.plugins)
+        pipeline = ContextPipeline.build(self.config.context, self.plugins.collect("context_stages"), tokenizer)
+        # A module may be called too, and what PEFT and torch.compile wrap around a model is one.
+        loads = callable(model) and not isinstance(model, torch.nn.Module)
+        loaded = cast(PreTrainedModel, model() if loads else model)
+        self.tokenizer = tokenizer
+        self._model = loaded
+        # Whether others hold the model, who may change it.
+        self._shared = True
+        promise(self, self.config.host_cache_bytes + self.config.response_cache_bytes)
+        self._draft_targets: list[Target] = []
+        self.target = self._own_target()
+        self._core = EngineCore(
+            self.target,
+            self._drafters(),
+            max_running=self.config.max_running,
+            max_prompt_rows=self.config.max_prompt_rows,
+            inter_token_seconds=self.config.inter_token_seconds,
+            prefix_cache=_cache_options(self.config),
+            compile=self.config.compile,
+            adapters=self.config.adapters,
+        )
+        self.responses = ResponseCache(self.config.response_cache_bytes, self.config.response_cache_seconds)
+        self._runner = Runner(self._core, self.plugins, self.responses)
+        self.adapters = EngineAdapters(self._core, self.config.adapters, self._draft_targets, self._runner)
+        self._builder = RequestBuilder(
+            tokenizer,
+            loaded,
+            self.target.vocab_size,
+            self.target.context_length,
+            self.target.device,
+            pipeline,
+            self._core.drafting,
+            self.plugins.collect("logits_processors"),
+            Constraints(
+                self.plugins.collect("constraints"),
+                ConstraintSetup(
+                    tokenizer,
+                    self.target.vocab_size,
+                    model_ends(loaded.generation_config, tokenizer, self.target.vocab_size),
+                ),
+                self.config.constraint_seconds,
+            ),
+            self.adapters.named,
+            self.config.speculation,
+        )
+        if ignored := not_followed(loaded.generation_config):
+            log.warning("the model's generation config is not followed in all it says", ignored=ignored)
+        self.prefix = EnginePrefix(self._core, self._runner, self._builder)
+        # The collector may come by on any thread, with any lock held: it waits for nobody. At the end of the program
+        # the runner ends by itself.
+        weakref.finalize(self, self._runner.close, wait=0).atexit = False
+
+    @classmethod
+    @plain_torch()
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        dtype: str | torch.dtype | None = "auto",
+        device: str | torch.device | None = None,
+        quantization_config: Any = None,
+        gguf_file: str | None = None,
+        model_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Engine:
+        """Load a model and its tokenizer and wrap them. What is wrong with an option is told before weights are read.
+
+        model: a folder, a name, or the path of a GGUF file, which brings its tokenizer. gguf_file: the name of such a
+        file in the folder or repository `model`.
+        dtype: "auto" (the checkpoint's), "float32", "bfloat16", "float16" or a torch dtype.
+        device: where to put it; an accelerator if there is one.
+        quantization_config: transformers' own, such as `TorchAoConfig`: how the weights are quantised while loading.
+        model_options: anything else for transformers' `from_pretrained`. Code that comes with a model runs only with
+        `trust_remote_code=True` among them.
+        """
+        check_model_options(model_options or {})
+        own = {"quantization_config": quantization_config, "gguf_file": gguf_file}
+        chosen = {name: value for name, value in own.items() if value is not None} | dict(model_options or {})
+        plugins = options.pop("plugins", None)
+        config = EngineConfig.chosen(options.pop("config", None), options)
+        dtype_of(dtype)
+        check_device(device)
+        located(model, chosen)
+        load = partial(load_model, model, dtype=dtype, device=device, **chosen)
+        engine = cls(load, load_tokenizer(model, **chosen), config=config, plugins=plugins)
+        engine._shared = False
+        return engine
+
+    def generate(self, prompt: Any, params: SamplingParams | None = None, **options: Any) -> Any:
+        """Continue one prompt, or many at once, and wait for the end.
+
+        prompt: text, a list of messages (`{"role": ..., "content": ...}`), a list of token ids, or a list of those.
+        options: the fields of `SamplingParams`; or give `params` instead.
+        Returns a `Result` for one prompt and a list of them for several; with n > 1 a list of n for each prompt.
+        Raises InvalidRequest before anything runs. If a sequence fails on the way the others are cancelled at once, and
+        what a processor or criterion of the request raised is raised as it is, anything else as RequestFailed.
+        Raises WouldDeadlock on the engine's own thread, as do `stream` and `start`.
+        """
+        self._follow()
+        params = with_options(params, options)
+        many = _is_batch(prompt)
+        prompts = list(prompt) if many else [prompt]
+        built = [self._builder.build(one, params, copies=len(prompts) > 1) for one in prompts]
+        streams = self._runner.submit(*built)
+        try:
+            results = gather(streams)
+        finally:
+            for stream in streams:
+                stream.cancel()
+        each: list[Any] = [found if params.n > 1 else found[0] for found in results]
+        return each if many else each[0]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Stream:
+        """Continue one prompt and hand out what each step adds: iterate over it with `for` or `async for`."""
+        self._follow()
+        params = with_options(params, options)
+        (stream,) = self._runner.submit(self._builder.build(prompt, params, copies=False))
+        # An engine that only its stream holds must not be closed by the collector before the stream ends.
+        stream.owner = self
+        return stream
+
+    def prepare(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Prepared:
+        """Check and tokenise one prompt without running it; `start` runs it. For servers, whose event loop must not
+        wait for a chat template, and who look at a prompt's length first."""
+        self._runner.check_process()
+        return self._builder.build(prompt, with_options(params, options), copies=False)
+
+    def warm(self) -> None:
+        """Build now what the first constrained request would have built, while every thread waits."""
+        self._builder.constraints.warm()
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The ids that a prompt has behind the context stages."""
+        return list(self._builder.encode(prompt))
+
+    def start(self, *prepared: Prepared) -> list[Stream]:
+        """Run what was prepared, all in time for the same step, each once; a stream for each, as from `stream`."""
+        self._follow()
+        return self._runner.submit(*prepared)
+
+    def is_waiting(self, request_id: str) -> bool:
+        """Whether a request is queued and none of it has run, as the engine's thread sees it between two steps."""
+        return self._runner.call(lambda: self._core.is_waiting(request_id))
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The caller's model, as it was given."""
+        self._shared = True
+        return self._model
+
+    def refresh(self) -> None:
+        """Take the model as it is now: repack its weights, check it as at load, forget what prefix and response cache
+        hold, release pins. Requests that still run end with ModelChanged. Loaded adapters stay.
+
+        An engine does so by itself before a request when it sees that the model changed and nothing runs.
+        Raises UnsupportedModel where it cannot serve the model any more; then it serves nobody until it can.
+        """
+        self._runner.call(lambda: self._renew("refresh() was called", ending=True))
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the engine's thread, None while all is well; an engine that has one serves nobody any more."""
+        return self._runner.failure
+
+    @property
+    def failed_steps(self) -> int:
+        """How many steps have failed in a row, the last one included."""
+        return self._runner.failed_steps
+
+    @property
+    def load(self) -> Load:
+        """How busy the engine is."""
+        return self._core.load
+
+    @property
+    def counters(self) -> Counters:
+        """What the engine has done so far, in counts."""
+        return self._core.counters
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens of one sequence, prompt and output together."""
+        return self.target.context_length
+
+    def check(self) -> None:
+        """Wait for the running step and raise RuntimeError if pages, leases or sessions are held by nobody."""
+        self._runner.call(self._core.check)
+
+    def close(self) -> None:
+        """Cancel what runs and end the engine's thread, waiting for the step that is running; on that thread itself it
+        ends behind the step. The model is left as it was."""
+        self._runner.close()
+        if not self._runner.is_here:
+            for target in (self.target, *self._draft_targets):
+                target.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _follow(self) -> None:
+        """Look whether the model is what it was, before a request. Raises as `refresh`, and ModelChanged."""
+        self._runner.check_process()
+        if self._shared and self.target.change() is not None:
+            self._runner.call(self._catch_up)
+
+    def _catch_up(self) -> None:
+        # Another thread's request may have been first.
+        if (change := self.target.change()) is not None:
+            self._renew(f"{change} of the model changed", ending=False)
+
+    def _renew(self, why: str, *, ending: bool) -> None:
+        """A new target over the pool of the old one. On the engine's thread."""
+        if self._core.busy and not ending:
+            told = "while requests run under what it was; wait for them, or call engine.refresh(), which ends them"
+            raise ModelChanged(f"{why} {told}")
+        self._runner.end_all(ModelChanged(f"{why} while this request ran"))
+        old = self.target
+        fresh = self._own_target(old.pool)
+        if (fresh.vocab_size, fresh.context_length) != (old.vocab_size, old.context_length):
+            sizes = f"{fresh.vocab_size} tokens of vocabulary and {fresh.context_length} of context"
+            was = f"{old.vocab_size} and {old.context_length}"
+            raise UnsupportedModel(f"the model has {sizes} now, and had {was}; make a new engine")
+        self._core.retarget(fresh)
+        self.target = fresh
+        self.responses.clear()
+
+    def _drafters(self) -> dict[str, Drafter]:
+        offered = self.plugins.collect("drafters")
+        setup = DrafterSetup(
+            self.target.vocab_size, self.tokenizer, load_model=self._load_draft_model, target=self.target.model
+        )
+        if self.config.compile is True and self.target.why_not_compiled() is None:
+            setup = replace(setup, compile_rows=compile_rows)
+        built = {}
+        for name, options in self.config.drafters.items():
+            make = partial(offered[name], replace(setup, options=options))
+            built[name] = made(f"drafter {name!r}", options, make, param="drafters")
+        return built
+
+    def _load_draft_model(self, source: str | Path | PreTrainedModel) -> tuple[Target, Any]:
+        tokenizer = load_tokenizer(source)
+        if not isinstance(source, PreTrainedModel):
+            source = load_model(source, dtype=self.target.model.dtype, device=self.target.device)
+        context = min(self.context_length, context_limit(source) or self.context_length)
+        # What a drafter rounds changes no text.
+        drafter = self._target(source, tokenizer, self.target.pool.capacity, context, invariant=False)
+        drafter.compile(self.config.compile)
+        self._draft_targets.append(drafter)
+        return drafter, tokenizer
+
+    def _own_target(self, pool: KVPool | None = None) -> Target:
+        config = self.config
+        # Not by itself where the forward is exchanged on the way.
+        invariant = False if config.compile == "background" else config.invariant
+        sizes = (config.kv_tokens, config.max_context)
+        return self._target(self._model, self.tokenizer, *sizes, invariant=invariant, pool=pool)
+
+    def _target(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        kv_tokens: int | None,
+        max_context: int | None,
+        *,
+        invariant: bool | None,
+        pool: KVPool | None = None,
+    ) -> Target:
+        return Target(
+            model,
+            kv_tokens=kv_tokens,
+            max_context=max_context,
+            kv_format=self.plugins.collect("kv_formats")[self.config.kv_format](),
+            calibration=calibration_ids(tokenizer),
+            invariant=invariant,
+            cpu_kernels=self.config.cpu_kernels,
+            gpu_kernels=self.config.gpu_kernels,
+            gpu_graphs=self.config.gpu_graphs,
+            pool=pool,
+        )
+
+
+def _cache_options(config: EngineConfig) -> CacheOptions | None:
+    if not config.prefix_cache:
+        return None
+    return CacheOptions(config.prefix_cache_bytes, config.host_cache_bytes, config.disk_cache, config.disk_cache_bytes)
+
+
+def wrap(model: PreTrainedModel, tokenizer: Any = None, **options: Any) -> Engine:
+    """An engine around a model that is loaded already. `options` as in `Engine`. The model stays the caller's: where it
+    was changed, by a training for instance, the next request finds the engine refreshed; see `Engine.refresh`."""
+    return Engine(model, tokenizer, **options)
+
+
+_latest: list[Engine] = []
+_making = threading.RLock()
+_inherited: list[object] = []
+
+
+def _leave_to_parent() -> None:
+    """In a forked child: engines of the parent have no thread here, and another thread may have held the lock."""
+    global _making  # noqa: PLW0603
+    _making = threading.RLock()
+    # Not let go: memory on a device is the parent's too.
+    _inherited.extend(_latest)
+    _latest.clear()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
+
+
+def engine_of(model: PreTrainedModel, tokenizer: Any = None) -> Engine:
+    """The engine that the one-line helpers use for `model`: made once, kept until they are called for another model or
+    the model has changed: an update of its weights, an adapter that is active, a hook. The caller looks no more."""
+    engine = _kept(model, tokenizer)
+    if engine is None:
+        with _making:
+            # Another thread may have made it meanwhile.
+            engine = _kept(model, tokenizer) or _made(model, tokenizer)
+    return engine
+
+
+def _made(model: PreTrainedModel, tokenizer: Any) -> Engine:
+    # The old one's memory is needed for the new one, if nobody uses it.
+    _latest.clear()
+    engine = wrap(model, tokenizer)
+    # Who asks for it is told of a change by getting another.
+    engine._shared = False
+    _latest[:] = [engine]
+    return engine
+
+
+def _kept(model: PreTrainedModel, tokenizer: Any) -> Engine | None:
+    for engine in _latest:
+        if engine._model is model and tokenizer in (None, engine.tokenizer) and engine.target.change() is None:
+            return engine
+    return None
+
+
+def generate(model: PreTrainedModel, prompt: Any, *, tokenizer: Any = None, **options: Any) -> Result | Any:
+    """`Engine.generate` for a model at hand, with an engine that is kept until another model is used."""
+    return engine_of(model, tokenizer).generate(prompt, **options)
+
+
+def _is_batch(prompt: Any) -> bool:
+    """Whether `prompt` is a list of prompts: its items are texts or lists."""
+    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], str | list | tuple)

@@ -1,0 +1,250 @@
+"""Who runs in the next step, and with how many rows: continuous batching, prompts in chunks, preemption."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
+
+from specgen._base.log import Log
+from specgen.engine.prefill_budget import PrefillBudget
+from specgen.engine.sequence import Sequence
+from specgen.kv.pool import KVPool
+from specgen.kv.prefix_cache import PrefixCache
+from specgen.lora.cache import AdapterCache, Presence
+
+log = Log("specgen.engine")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class NotPlanned(Exception):
+    """A step could not be planned; nothing has run, so it may be tried again. Its cause says why, `sequence` for whom,
+    where that is known."""
+
+    def __init__(self, sequence: Sequence | None = None) -> None:
+        super().__init__("the step could not be planned")
+        self.sequence = sequence
+
+
+def _concerning(
+    method: Callable[Concatenate[Scheduler, Sequence, P], T],
+) -> Callable[Concatenate[Scheduler, Sequence, P], T]:
+    """What the method raises is raised as NotPlanned for the sequence that it is about."""
+
+    @wraps(method)
+    def named(self: Scheduler, sequence: Sequence, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(self, sequence, *args, **kwargs)
+        except Exception as error:  # no memory, a file of the prefix cache, no thread to fetch an adapter
+            raise NotPlanned(sequence) from error
+
+    return named
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One sequence's part in a step: its next `chain` pending tokens; `complete` if they are all that is pending."""
+
+    sequence: Sequence
+    chain: int
+    complete: bool
+
+    @classmethod
+    def of(cls, sequence: Sequence, chain: int) -> Turn:
+        """The turn of a sequence as it stands now. It draws in this step if the turn is complete."""
+        return cls(sequence, chain, chain == sequence.pending)
+
+
+class Scheduler:
+    """Sequences wait in order of arrival, those whose pages were taken before all others. They run in order of
+    admission: one that comes back stands behind those that stayed. Those that run are served first, in that order.
+
+    max_running: sequences in one forward. prefill: prompt tokens in one forward, over all sequences, so that a long
+    prompt does not hold up running streams. awaits_adapter: whether the last plan left out a sequence whose
+    adapter is not there.
+    """
+
+    def __init__(
+        self,
+        pool: KVPool,
+        prefix: PrefixCache | None,
+        adapters: AdapterCache,
+        *,
+        max_running: int,
+        prefill: PrefillBudget,
+    ) -> None:
+        self._pool = pool
+        self._prefix = prefix
+        self._adapters = adapters
+        self._max_running = max_running
+        self._prefill = prefill
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self.awaits_adapter = False
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait for its turn."""
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence and give its pages back."""
+        if sequence in self.running:
+            self._stop(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self._retire(sequence)
+
+    def plan(self) -> list[Turn]:
+        """The turns of the next step; every one owns the pages for its chain. None when nobody can run.
+
+        Raises NotPlanned for a sequence that can be made no room.
+        """
+        decoding = sum(sequence.pending == 1 for sequence in self.running)
+        room = self._prefill.rows(decoding, sum(sequence.table.length for sequence in self.running))
+        turns: dict[Sequence, Turn] = {}
+        preemptions = self.preemptions
+        for sequence in list(self.running):
+            chain = 1 if sequence.pending == 1 else min(sequence.pending, room)
+            if not chain or sequence not in self.running or not self._reserve(sequence, chain, turns):
+                continue
+            room -= chain if sequence.pending > 1 else 0
+            turns[sequence] = Turn.of(sequence, chain)
+        # Who was preempted just now would only be so again.
+        if preemptions == self.preemptions:
+            for sequence in self._admissible():
+                if not room or not self._admit(sequence):
+                    break
+                chain = min(sequence.pending, room)
+                room -= chain
+                turns[sequence] = Turn.of(sequence, chain)
+        return list(turns.values())
+
+    def publish(self, sequence: Sequence, *, tail: bool) -> None:
+        """Offer a sequence's committed KV to others; with `tail` its partly filled page too."""
+        if self._prefix:
+            self._prefix.publish(sequence.key, sequence.ids, sequence.table, tail=tail)
+
+    def _admissible(self) -> Iterator[Sequence]:
+        """Those whose turn to be admitted it is, while there are places.
+
+        A place is kept for each that waits for another's prompt, or for its adapter: it is next when that is read, and
+        looking at all that wait, in every step, would take long when there are many. Nobody overtakes one whose adapter
+        has no room, or those under the adapters that are there could keep it out for ever.
+        """
+        held = 0
+        self.awaits_adapter = False
+        for sequence in list(self.waiting):
+            if len(self.running) + held >= self._max_running:
+                return
+            there = self._presence(sequence)
+            self.awaits_adapter |= there is not Presence.THERE
+            if there is Presence.FULL:
+                return
+            if there is Presence.COMING or self._is_being_read(sequence):
+                held += 1
+            else:
+                yield sequence
+
+    @_concerning
+    def _presence(self, sequence: Sequence) -> Presence:
+        return self._adapters.presence(sequence.adapter) if sequence.adapter else Presence.THERE
+
+    def _is_being_read(self, sequence: Sequence) -> bool:
+        """Whether a running prompt goes on like this one for a page more than is cached: then waiting is cheaper."""
+        others = [other for other in self.running if other.pending > 1 and other.key == sequence.key]
+        if self._prefix is None or not others:
+            return False
+        start = self._prefix.length(sequence.key, sequence.ids)
+        end = start + self._pool.page_size
+        return len(sequence.ids) > end and any(
+            # The new page first: prompts that differ mostly differ there.
+            other.ids[start:end] == sequence.ids[start:end] and other.ids[:start] == sequence.ids[:start]
+            for other in others
+        )
+
+    @_concerning
+    def _admit(self, sequence: Sequence) -> bool:
+        """Let a sequence run, on its longest cached prefix; False when there are no pages for the rest of its ids."""
+        tokens = len(sequence.ids) + 1
+        if self._prefix:
+            missing = self._prefix.missing_pages(sequence.key, sequence.ids, tokens)
+        else:
+            missing = sequence.table.missing_pages(tokens)
+        if not self._pool.has(missing) and (self.running or not self._unpin(sequence, tokens)):
+            return False
+        try:
+            if self._prefix:
+                sequence.adopt(self._prefix.match(sequence.key, sequence.ids))
+            sequence.table.reserve(tokens)
+        except BaseException:
+            sequence.table.release()
+            sequence.restart(self._pool.open())
+            raise
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        if sequence.adapter:
+            self._adapters.hold(sequence.adapter)
+        return True
+
+    def _stop(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        if sequence.adapter:
+            self._adapters.release(sequence.adapter)
+
+    def _unpin(self, sequence: Sequence, tokens: int) -> bool:
+        """Nobody runs who might give pages back, so pinned ones go. Whether there is room then."""
+        if self._prefix is None:
+            return False
+        while self._prefix.pins:
+            self._prefix.pins[0].release()
+            if self._pool.has(self._prefix.missing_pages(sequence.key, sequence.ids, tokens)):
+                return True
+        return False
+
+    def _retire(self, sequence: Sequence) -> None:
+        """Give a sequence's pages back, to the prefix cache if it can take them."""
+        try:
+            if self._prefix:
+                self._prefix.retire(sequence.key, sequence.ids, sequence.table)
+        except Exception:  # the cache's loss: the sequence ends, or waits, all the same
+            log.exception("what a sequence leaves could not be cached", request=sequence.request.id)
+        finally:
+            sequence.table.release()
+
+    @_concerning
+    def _reserve(self, sequence: Sequence, chain: int, turns: Mapping[Sequence, Turn]) -> bool:
+        """Pages for the chain: free ones, then what drafts left unused, then those of whoever was admitted last.
+
+        False when that was the sequence itself.
+        """
+        needed = sequence.table.length + chain
+        if not self._pool.has(sequence.table.missing_pages(needed)):
+            self._reclaim(turns)
+        while not self._pool.has(missing := sequence.table.missing_pages(needed)):
+            if self.running == [sequence] and self._prefix and self._prefix.yield_pins(missing):
+                break
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.table.reserve(needed)
+        return True
+
+    def _reclaim(self, turns: Mapping[Sequence, Turn]) -> None:
+        """Take back pages that neither committed tokens nor the chains of this step need."""
+        for sequence in self.running:
+            chain = turns[sequence].chain if sequence in turns else 0
+            sequence.table.trim(sequence.table.length + chain)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's pages; it waits first in line and computes its KV again, which changes nothing it says."""
+        self._stop(sequence)
+        self._retire(sequence)
+        sequence.restart(self._pool.open())
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1

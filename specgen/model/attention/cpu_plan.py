@@ -1,0 +1,52 @@
+"""What the attention kernel must know of a packed forward, in one tensor of whole numbers.
+
+    count of segments
+    for each: first row, rows, prefix, tail, pages, starts
+    the pages of each; for those that are no chains: starts of the rows' ancestors, then the ancestors
+
+`first row` is counted over the whole forward. `prefix` tokens are committed, `tail` rows stand behind them, the last
+`rows` of which belong to this forward. `pages` and `starts` are places in this tensor, `starts` -1 for a chain: row i's
+ancestors, itself included, are the tail rows from place starts[i] to starts[i + 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from specgen.model.segment import Segment
+
+_HEADER = 6
+
+
+def plan(segments: Sequence[Segment]) -> Tensor:
+    """int32[n], n >= 2, for the segments of one forward."""
+    numbers = [len(segments), *[0] * (_HEADER * len(segments))]
+    first = 0
+    for index, segment in enumerate(segments):
+        pages = len(numbers)
+        numbers += segment.table.pages[: segment.table.pool.pages_for(segment.end)]
+        starts = -1
+        if segment.visible is not None:
+            starts = len(numbers)
+            numbers += _ancestors(segment.visible, starts)
+        header = first, len(segment.tokens), segment.table.length, segment.tail, pages, starts
+        numbers[1 + _HEADER * index : 1 + _HEADER * (index + 1)] = header
+        first += len(segment.tokens)
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def wanted_rows(segments: Sequence[Segment]) -> list[int]:
+    """The rows whose logits are wanted, counted over the whole forward."""
+    starts = accumulate((len(segment.tokens) for segment in segments), initial=0)
+    return [start + row for start, segment in zip(starts, segments, strict=False) for row in segment.logits]
+
+
+def _ancestors(visible: Tensor, place: int) -> list[int]:
+    """The starts, then the ancestors, of bool[rows, tail], where the starts stand at `place`."""
+    first = place + len(visible) + 1
+    starts = [first, *(visible.sum(dim=1).cumsum(0) + first).tolist()]
+    return starts + visible.nonzero()[:, 1].tolist()

@@ -1,0 +1,220 @@
+"""A packed forward as the GPU kernels see it: what all layers share, brought over in one copy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specgen.kernels.triton.kv_splits import starts
+from specgen.kernels.triton.kv_write import kv_write
+from specgen.kernels.triton.tree_attention import Tile, Work, tile, tree_attention
+from specgen.kv.formats import LayerStore
+from specgen.kv.pool import KVPool
+from specgen.model.attention.cpu_plan import wanted_rows
+from specgen.model.attention.gpu_plan import Cut, Places, cut
+from specgen.model.attention.transfer import Array, Packed, filled, sent
+from specgen.model.batch import Reach
+from specgen.model.segment import Segment
+
+_HOPPER = 9
+_PROGRAMS_PER_PROCESSOR = 2
+_INTERPRETED_PROGRAMS = 16
+_PARTIALS = 4096
+# The slot of a row that is not kept.
+_NOWHERE = -1
+
+
+class LayerKind(NamedTuple):
+    """What layers must have in common to share work: how far they look back, query heads to a KV head, KV heads, and
+    bytes of the wider head."""
+
+    reach: Reach
+    group: int
+    kv_heads: int
+    head_bytes: int
+
+
+@dataclass(slots=True)
+class GpuKernels:
+    """The kernels for one target. kinds: of its layers, as far as forwards have met them.
+
+    by_path: give each row of a tree its keys as if its path had been committed; see `specgen.model.attention.gpu_plan`.
+    """
+
+    device: torch.device
+    kinds: dict[LayerKind, None]
+    by_path: bool = False
+
+    @classmethod
+    def on(cls, device: torch.device) -> GpuKernels:
+        """For a device that the kernels can run on."""
+        return cls(device, {})
+
+    def forward(self, segments: Sequence[Segment], pool: KVPool) -> GpuForward:
+        """What the layers of one forward need, on the device."""
+        forward = GpuForward(self, segments, pool)
+        forward.send()
+        return forward
+
+    def tiles(self, segments: Sequence[Segment]) -> tuple[Tile, ...]:
+        """Of each kind of layer, in a forward over these segments."""
+        most = max(len(segment.tokens) for segment in segments)
+        return tuple(self.tile(kind, most) for kind in self.kinds)
+
+    def tile(self, kind: LayerKind, rows: int) -> Tile:
+        """For a forward whose largest segment has `rows` rows. Rows that must not know of one another get one tile in
+        all company: products of tiles of another size may add up in another order."""
+        wide = self.by_path or rows * kind.group > tile(kind.head_bytes, wide=False).lanes
+        chosen = tile(kind.head_bytes, wide=wide, warpgroups=self._warpgroups)
+        return replace(chosen, lanes=max(chosen.lanes, 1 << (kind.group - 1).bit_length()))
+
+    def cut(self, kind: LayerKind, tile: Tile) -> Cut:
+        """How a forward's attention is cut in layers of a kind."""
+        programs = max(1, self._programs // kind.kv_heads)
+        return Cut(tile.lanes // kind.group, programs, _PARTIALS, self.by_path)
+
+    @property
+    def _warpgroups(self) -> bool:
+        """NVIDIA's since Hopper; AMD's own numbers are no such thing."""
+        if self.device.type != "cuda" or torch.version.hip:
+            return False
+        return torch.cuda.get_device_capability(self.device)[0] >= _HOPPER
+
+    @property
+    def _programs(self) -> int:
+        if self.device.type != "cuda":
+            return _INTERPRETED_PROGRAMS
+        properties = torch.cuda.get_device_properties(self.device)
+        return _PROGRAMS_PER_PROCESSOR * int(properties.multi_processor_count)
+
+
+class GpuForward:
+    """One forward's metadata, on the device once it is sent; `specgen.model.forward.graphs` has the bounds of a step.
+
+    size: rows that the forward is filled up to. They belong to nobody: their KV is not kept, they attend to nothing,
+    and logits are computed at `size` rows. What forwards of one size and the same `GpuKernels.tiles` are told then lies
+    alike, and their launches are the same.
+    """
+
+    def __init__(
+        self, kernels: GpuKernels, segments: Sequence[Segment], pool: KVPool, *, size: int | None = None
+    ) -> None:
+        self._kernels = kernels
+        self._segments = segments
+        self._pool = pool
+        self._fixed = size is not None
+        tokens = [token for segment in segments for token in segment.tokens]
+        positions = [position for segment in segments for position in segment.new_positions]
+        slots = np.concatenate([s.table.slots(s.end - len(s.tokens), s.end).numpy() for s in segments])
+        wanted = wanted_rows(segments)
+        self.rows, self.wanted_rows = len(tokens), len(wanted)
+        self.size = size or self.rows
+        self._works: dict[LayerKind, tuple[Work, Tile]] = {}
+        self._message = self._cut(
+            list(kernels.kinds),
+            filled(tokens, self.size),
+            filled(positions, self.size),
+            filled(slots, self.size, _NOWHERE),
+            filled(wanted, self.size if self._fixed else len(wanted)),
+        )
+
+    @property
+    def length(self) -> int:
+        """Numbers to send."""
+        return len(self._message.packed.numbers)
+
+    def send(self, into: Tensor | None = None) -> None:
+        """Bring all of it to the device in one copy: to the beginning of `into`, int32, or to memory of its own."""
+        self._ids, self._positions, self.slots, self._wanted = self._told(self._message, into)
+
+    @property
+    def ids(self) -> Tensor:
+        """int64[1, size], computed on the device."""
+        return self._ids.long()[None]
+
+    @property
+    def positions(self) -> Tensor:
+        """int64[1, size], computed on the device."""
+        return self._positions.long()[None]
+
+    @property
+    def wanted(self) -> Tensor:
+        """int64: the rows with logits, computed on the device; filled up to `size` where the forward is."""
+        return self._wanted.long()
+
+    def write(self, store: LayerStore, key: Tensor, value: Tensor) -> None:
+        """Keep the new rows' key and value, [1, kv_heads, rows, dim] each."""
+        kv_write(_rows(key), _rows(value), store.kept, self.slots)
+
+    def attend(
+        self,
+        store: LayerStore,
+        reach: Reach,
+        query: Tensor,
+        *,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Query [1, heads, rows, key_dim]; returns [1, rows, heads, value_dim]. The new rows are written already."""
+        layout = store.kept.layout
+        head_bytes = max(layout.key_dim, layout.value_dim) * query.element_size()
+        kind = LayerKind(reach, query.shape[1] // layout.kv_heads, layout.kv_heads, head_bytes)
+        if kind not in self._works:
+            self._told(self._cut([kind]))
+            self._kernels.kinds[kind] = None
+        work, chosen = self._works[kind]
+        output = tree_attention(_rows(query), store.kept, work, scale=scale, softcap=softcap, sinks=sinks, tile=chosen)
+        return output[None]
+
+    def _cut(self, kinds: Sequence[LayerKind], *others: Array) -> _Message:
+        """How attention is cut in layers of these kinds, and `others`. Pages come last, for nobody knows how many."""
+        most = max(len(segment.tokens) for segment in self._segments)
+        places = Places()
+        shares, tables = [], []
+        for kind in kinds:
+            chosen = self._kernels.tile(kind, most)
+            how = self._kernels.cut(kind, chosen)
+            if self._fixed:
+                spans = len(starts(self._pool.capacity)) - 1
+                how = replace(how, partials=min(how.partials, self.size * spans))
+            found = cut(self._segments, kind.reach, how, places, self.size)
+            items = filled(found.items, how.most_items(self.size)) if self._fixed else found.items
+            shares.append(_Share(kind, chosen, how.partials if self._fixed else found.partials))
+            tables += [items, found.rows]
+        numbers = np.array([*places.numbers, 0], dtype=np.int32)
+        return _Message(shares, Packed([*others, *tables, numbers]))
+
+    def _told(self, message: _Message, into: Tensor | None = None) -> list[Tensor]:
+        """Send a message, and keep what it says of kinds of layers; the others come back."""
+        *views, pages = message.packed.views(sent(message.packed.numbers, self._pool.device, into))
+        others = len(views) - 2 * len(message.shares)
+        for share, items, rows in zip(message.shares, views[others::2], views[others + 1 :: 2], strict=True):
+            self._works[share.kind] = Work(items, rows, pages, share.partials, self._pool.page_size), share.tile
+        return views[:others]
+
+
+class _Share(NamedTuple):
+    """Of a kind of layer: its tile, and room for so many partial sums."""
+
+    kind: LayerKind
+    tile: Tile
+    partials: int
+
+
+class _Message(NamedTuple):
+    """What is sent at once. shares: of whose tables, items and rows each, stand in it, before the pages."""
+
+    shares: list[_Share]
+    packed: Packed
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[1, heads, rows, dim] as [rows, heads, dim], the dims side by side."""
+    rows = x[0].transpose(0, 1)
+    return rows if rows.stride(2) == 1 else rows.contiguous()

@@ -1,0 +1,267 @@
+"""A target's packed forward, compiled: one graph for any number of rows, without Python between its layers.
+
+`torch.compile` takes the model's own code through the DIRECT seam. Linear layers and attention are the CPU kernels'
+operators, what lies between them is fused by Inductor; one graph with a symbolic number of rows serves all steps, so
+that nothing is compiled again and a row meets the same loops whatever stands beside it. Guards are skipped: all that
+may change between two calls is an input of the graph.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specgen._base.log import Log
+from specgen._base.paths import cache_folder
+from specgen.errors import UnsupportedModel
+from specgen.kv.pool import KVPool
+from specgen.model.attention.cpu_plan import plan, wanted_rows
+from specgen.model.attention.interface import PackedAttention, PackedCache, Seam
+from specgen.model.batch import PlannedBatch
+from specgen.model.cache_keyword import cache_keyword
+from specgen.model.checks.architecture import Architecture
+from specgen.model.checks.equivalence import difference
+from specgen.model.checks.invariance import CHECK_PAGES, check_invariance
+from specgen.model.forward.inductor_pass import OwnProducts
+from specgen.model.hidden_states import WatchedLayers
+from specgen.model.output import Scores
+from specgen.model.segment import Segment
+
+log = Log("specgen.model")
+
+_EXAMPLE_ROWS = 16
+# A size of 0 or 1 would be compiled for itself.
+_LEAST = 2
+_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+# Chances of logits that are rounded to bfloat16 differ by an eighth.
+_CLOSE = 0.25
+
+Rows: TypeAlias = Callable[..., tuple[Tensor, ...]]
+"""A function of tensors whose rows belong to any number of sequences."""
+
+Example: TypeAlias = tuple[Tensor, int | tuple[int, ...]]
+"""An argument of such a function, and the dimensions whose size may be any."""
+
+
+class CompiledForward:
+    """A compiled forward of `model`, which nobody else may run. Not thread-safe.
+
+    pool: where keys and values are; may be replaced by another of the same shapes.
+    layers: those whose hidden states are wanted too; see `WatchedLayers`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, architecture: Architecture, pool: KVPool, layers: Sequence[int] = ()
+    ) -> None:
+        self.model = model
+        self._watched = WatchedLayers(model, layers)
+        self.pool = pool
+        self._stores = architecture.stores
+        self._cache_keyword = cache_keyword(model)
+        self._attention = PackedAttention(model, architecture.reaches, architecture.stores)
+        self._attention.install()
+        self._graph = _compiled(self._run)
+        self._warm_up()
+
+    def __call__(self, segments: Sequence[Segment], tokens: Sequence[int], positions: Sequence[int]) -> Scores:
+        """Score all rows and write their KV."""
+        wanted = wanted_rows(segments)
+        filled = [*tokens, *[0] * (_LEAST - len(tokens))], [*positions, *[0] * (_LEAST - len(positions))]
+        ids, position_ids = torch.tensor(filled)[:, None]
+        logits, *hidden = self._graph(ids, position_ids, plan(segments), torch.tensor(_filled(wanted)))
+        return Scores(logits[: len(wanted)], tuple(states[: len(tokens)] for states in hidden))
+
+    def _run(self, ids: Tensor, position_ids: Tensor, plan: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
+        batch = PlannedBatch(self.pool, plan, position_ids)
+        self._attention.batch = batch
+        logits: Tensor = self.model(
+            input_ids=ids,
+            position_ids=position_ids,
+            attention_mask=None,
+            use_cache=True,
+            logits_to_keep=wanted,
+            **{self._cache_keyword: PackedCache(batch, self._stores)},
+        ).logits[0]
+        return logits, *self._watched.take()
+
+    def _warm_up(self) -> None:
+        """Compile, on rows that belong to no sequence."""
+        rows = torch.zeros(1, _EXAMPLE_ROWS, dtype=torch.int64)
+        inputs = rows, rows.clone(), torch.zeros(_EXAMPLE_ROWS, dtype=torch.int32), torch.arange(_EXAMPLE_ROWS)
+        _first_call(self._graph, [(tensor, (tensor.ndim - 1,)) for tensor in inputs])
+
+
+def compile_rows(function: Rows, examples: Sequence[Example]) -> Rows:
+    """Compile a function of packed rows, for any number of them.
+
+    examples: an argument each, of several rows, and the dimensions in which they lie. Arguments must be contiguous, as
+    these are. The compiled function is tried on them, on two rows and on one; where it cannot be compiled or does not
+    say what `function` says, that is what is returned, and the log says why.
+    """
+    graph = _compiled(function)
+    # One tensor in two places would be compiled as one argument.
+    owned = [(tensor.clone(), (dims,) if isinstance(dims, int) else dims) for tensor, dims in examples]
+    try:
+        _first_call(graph, owned)
+        with torch.inference_mode():
+            for rows in (_EXAMPLE_ROWS, _LEAST, 1):
+                some = [_first(rows, *example) for example in owned]
+                _check_same(graph(*some), function(*some), rows)
+    except Exception as error:  # a compiler, a plugin's code, a full disk
+        log.warning("not compiled", function=function.__qualname__, reason=str(error)[:500])
+        return function
+    return graph
+
+
+def _first(rows: int, tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """So many rows of an example, where it has them."""
+    for dim in dims:
+        tensor = tensor.narrow(dim, 0, min(rows, tensor.shape[dim]))
+    return tensor.contiguous()
+
+
+def _check_same(found: Sequence[Tensor], wanted: Sequence[Tensor], rows: int) -> None:
+    """Whole numbers may differ: the places of two that are nearly equal."""
+    for one, other in zip(found, wanted, strict=True):
+        if other.is_floating_point():
+            share = (one.float() - other.float()).norm() / other.float().norm()
+            if not share < _CLOSE:
+                raise UnsupportedModel(f"compiled, {rows} rows differ by {100 * share:.3g}%")
+
+
+def _compiled(function: Rows) -> Rows:
+    return torch.compile(
+        function,
+        fullgraph=True,
+        options={
+            "cpp_wrapper": True,
+            "size_asserts": False,
+            # What several read is computed once: rotary angles would be computed in every layer and head.
+            "realize_opcount_threshold": 2,
+            "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+            "post_grad_custom_pre_pass": OwnProducts(),
+        },
+    )
+
+
+def _first_call(graph: Rows, examples: Sequence[tuple[Tensor, tuple[int, ...]]]) -> None:
+    """Compile for these arguments, whose size in the dimensions given may be any in later calls."""
+    for tensor, dims in examples:
+        for dim in dims:
+            torch._dynamo.mark_dynamic(tensor, dim)
+    with _kept(), _uncollected(), torch.inference_mode():
+        graph(*(tensor for tensor, _ in examples))
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
+    """Let Inductor keep what it compiles in our cache folder, which outlives a restart, unless the user names one."""
+    before = os.environ.get(_FOLDER)
+    # Inductor itself writes its default there, a folder for temporary files.
+    if before is None or Path(before).name.startswith("torchinductor_"):
+        os.environ[_FOLDER] = str(cache_folder() / "compiled")
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_FOLDER, None)
+        else:
+            os.environ[_FOLDER] = before
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Tracing makes millions of objects that stay until its end: looking through them for garbage is in vain."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+def _filled(wanted: list[int]) -> list[int]:
+    return wanted + [0] * (_LEAST - len(wanted))
+
+
+@dataclass
+class _Trial:
+    """A compiled forward as the proofs at load want a target to be."""
+
+    compiled: CompiledForward
+    model: PreTrainedModel
+    architecture: Architecture
+    vocab_size: int
+    pool: KVPool
+    seam: Seam = Seam.DIRECT
+
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        tokens = [token for segment in segments for token in segment.tokens]
+        return self.compiled(segments, tokens, [p for segment in segments for p in segment.new_positions]).logits
+
+
+def compile_forward(
+    model: PreTrainedModel,
+    alone: PreTrainedModel,
+    architecture: Architecture,
+    *,
+    layers: Sequence[int],
+    invariant: bool,
+) -> CompiledForward:
+    """Compile `model` and prove that it says what `alone` says, the same weights run by transformers.
+
+    The pool is a small one for the proof; set the real one. Raises UnsupportedModel with the reason when the model
+    cannot be compiled, when it answers otherwise, or when invariance is asked for and not kept.
+    """
+    started = time.perf_counter()
+    pool = KVPool(architecture.shapes, CHECK_PAGES, dtype=architecture.dtype, device=model.device)
+    try:
+        compiled = CompiledForward(model, architecture, pool, layers)
+    except Exception as error:  # a compiler, a model's code, a full disk
+        message = " ".join(str(error).split()[:60])  # the compiler's own errors name the cause in their second line
+        raise UnsupportedModel(f"the forward cannot be compiled ({type(error).__name__}: {message})") from error
+    trial = _Trial(compiled, alone, architecture, architecture.vocab_size, pool)
+    if reason := difference(trial):
+        raise UnsupportedModel(f"compiled, {reason}")
+    if invariant:
+        check_invariance(trial, "take compile=False")
+    log.info("forward compiled", seconds=round(time.perf_counter() - started, 1))
+    return compiled
+
+
+def in_background(work: Callable[[], CompiledForward]) -> Future[CompiledForward]:
+    """Run `work` on a daemon thread: a program may end before it is done, and waits for no more than what it is at."""
+    future: Future[CompiledForward] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, name="specgen-compile", daemon=True)
+    thread.start()
+    atexit.register(_abandon, thread)
+    return future
+
+
+def _abandon(thread: threading.Thread) -> None:
+    """An interpreter that ends while the thread is inside of the compiler's C++ would abort: see it out."""
+    if thread.is_alive():
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+        thread.join()
