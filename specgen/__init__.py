@@ -9,6 +9,8 @@ print(engine.generate("The capital of France is", max_tokens=16).text)
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from specgen._base.version import __version__
+
 if TYPE_CHECKING:
     from specgen._base.options import read_options, takes_options
     from specgen.api.dropin.custom_generate import custom_generate
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from specgen.draft.drafter import Drafter, DrafterFactory, DrafterSetup, DraftHints, DraftSession
     from specgen.draft.features import Features, Wanted
     from specgen.draft.growth import Growth, Levels, best_first
+    from specgen.engine.request import Request
     from specgen.engine.stream import Stream
     from specgen.errors import (
         AdapterRefused,
@@ -38,16 +41,17 @@ if TYPE_CHECKING:
     from specgen.kv.formats import Coder, KVFormat, KVFormatFactory, Plane
     from specgen.model.fingerprint import model_digest
     from specgen.model.packed_linear import linears_together, pack_linears
-    from specgen.plugins.hookspecs import LogitsProcessorFactory, hookimpl
+    from specgen.plugins.hookspecs import hookimpl
     from specgen.plugins.manager import load_plugins
     from specgen.sampling.constraint import ConstraintFactory, ConstraintSetup, Matcher
-    from specgen.sampling.params import Request, SamplingParams
+    from specgen.sampling.params import SamplingParams
     from specgen.tree import chain
     from specgen.types import (
         MAX_TREE_NODES,
         Chat,
         DrafterStats,
         DraftTrace,
+        LogitsProcessorFactory,
         Logprob,
         Result,
         Speculation,
@@ -57,7 +61,6 @@ if TYPE_CHECKING:
         Usage,
     )
 
-__version__ = "0.1.0"
 
 __all__ = [
     "MAX_TREE_NODES",
@@ -156,14 +159,14 @@ _HOMES = {
     "Growth": "specgen.draft.growth",
     "Levels": "specgen.draft.growth",
     "InvalidRequest": "specgen.errors",
-    "LogitsProcessorFactory": "specgen.plugins.hookspecs",
+    "LogitsProcessorFactory": "specgen.types",
     "MAX_TREE_NODES": "specgen.types",
     "Overloaded": "specgen.errors",
     "Logprob": "specgen.types",
     "Matcher": "specgen.sampling.constraint",
     "ModelChanged": "specgen.errors",
     "PluginError": "specgen.errors",
-    "Request": "specgen.sampling.params",
+    "Request": "specgen.engine.request",
     "RequestCancelled": "specgen.errors",
     "RequestFailed": "specgen.errors",
     "Result": "specgen.types",

@@ -29,6 +29,13 @@ from specgen.errors import InvalidRequest
 LogitsProcessor: TypeAlias = Callable[[Any, Any], Any]
 """(ids int64[1, n], logits float32[1, vocab]) -> float32[1, vocab]: transformers' own protocol, used unchanged."""
 
+LogitsProcessorFactory: TypeAlias = Callable[..., LogitsProcessor]
+"""`factory(tokenizer, **options) -> LogitsProcessor`.
+
+Called once for each sequence that asks for the processor by name, so the processor may keep state. `options` are what
+the request says; declare them as keywords, then Python itself refuses the unknown ones.
+"""
+
 StoppingCriterion: TypeAlias = Callable[[Any, Any], Any]
 """(ids int64[1, n], logits float32[1, vocab]) -> truth: transformers' protocol for a single sequence."""
 

@@ -45,9 +45,9 @@ from specgen import (
 from specgen.api import engine as api
 from specgen.api.engine import engine_of
 from specgen.engine import thread as runner
+from specgen.engine.request import Request
 from specgen.kv.pool import BlockTable
 from specgen.plugins.manager import load_plugins
-from specgen.sampling.params import Request
 from tests.models.tiny import VOCABULARY, build
 
 PROMPT = [9, 31, 40, 9, 31, 77]

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 import specgen
 from specgen import Engine, EngineConfig, InvalidRequest, RequestFailed, Result, SamplingParams, StepOutput
+from specgen.engine.request import Request
 from specgen.engine.response_cache import ResponseCache, ResponseReport, response_key
 from specgen.plugins.manager import Plugins, load_plugins
-from specgen.sampling.params import Request
 from specgen.types import SpeculativeStats, Usage
 from tests.models.tiny import build
 from tests.test_api import Letters, until

@@ -85,7 +85,8 @@ def floors(shape: Shape, gpu: Gpu, step: Step, kind: str = "native") -> Iterator
     keys = step.context + step.rows
     operations = 4.0 * rows * keys * shape.heads * shape.head_dim * shape.layers
     yield Floor("tree_attention", float(step.sequences * keys * kept), operations, shape.layers)
-    # Cut along the keys only where there are fewer tiles than the card has room for; see `specgen.model.attention.gpu_plan`.
+    # Cut along the keys only where there are fewer tiles than the card has room for, as in
+    # `specgen.model.attention.gpu_plan`.
     tiles = step.sequences * -(-step.rows * shape.heads // shape.kv_heads // _LANES)
     cut = _PROGRAMS * gpu.processors // shape.kv_heads // tiles > 1
     partials = cut * rows * (len(starts(keys)) - 1) * shape.heads * (shape.head_dim + 2) * 4 * shape.layers

@@ -15,11 +15,11 @@ from specgen._base.log import Log
 from specgen.draft.budget import RowCost
 from specgen.draft.drafter import Drafter, DraftHints
 from specgen.draft.manager import Drafting
-from specgen.engine.detokenizer import TextCursor
 from specgen.engine.outputs import View, views
 from specgen.engine.prefill_budget import PrefillBudget
+from specgen.engine.request import Request, Sample
 from specgen.engine.scheduler import NotPlanned, Scheduler, Turn
-from specgen.engine.sequence import Sequence, StopRules
+from specgen.engine.sequence import Sequence
 from specgen.errors import AdapterRefused, OutOfPages, RequestCancelled
 from specgen.kernels import triton_backend as gpu_kernels
 from specgen.kernels.sample_rows import Draw, draw
@@ -32,9 +32,6 @@ from specgen.model.fingerprint import kv_identity, model_name
 from specgen.model.profiling import row_seconds
 from specgen.model.runner import Compile, Target
 from specgen.model.segment import Segment
-from specgen.sampling.constraint import Constrained
-from specgen.sampling.params import Request
-from specgen.sampling.sampler import Sampler
 from specgen.sampling.user_code import UserCodeRaised
 from specgen.tree import depths
 from specgen.types import EMPTY_TREE, Acceptance, DraftTrace, Finish, StepOutput, TokenTree
@@ -46,19 +43,6 @@ _MEASURED_CONTEXT = 1024
 _DEFAULT_CACHE = CacheOptions()
 _DEFAULT_ADAPTERS = AdapterOptions()
 _ARRIVAL_SECONDS = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """How one sequence of a request draws, ends and speaks; made by whoever builds the request.
-
-    constraint: what holds the sequence to a grammar; its mask is among the sampler's processors.
-    """
-
-    sampler: Sampler
-    stops: StopRules
-    cursor: TextCursor
-    constraint: Constrained | None = None
 
 
 @dataclass(frozen=True, slots=True)

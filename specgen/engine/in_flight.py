@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from specgen.engine.request import Request
 from specgen.engine.response_cache import ResponseCache, ResponseKey, for_request
-from specgen.sampling.params import Request
 from specgen.types import Result, StepOutput
 
 

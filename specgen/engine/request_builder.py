@@ -16,17 +16,15 @@ from specgen.context.length_bound import check_fits
 from specgen.context.pipeline import ContextPipeline
 from specgen.context.stage import Context
 from specgen.draft.manager import Drafting
-from specgen.engine.core import Sample
 from specgen.engine.detokenizer import TextCursor
-from specgen.engine.sequence import StopRules
+from specgen.engine.request import Request, Sample, StopRules
 from specgen.errors import InvalidRequest, SpecgenError, UnknownName
 from specgen.lora.adapter import Adapter
-from specgen.plugins.hookspecs import LogitsProcessorFactory
 from specgen.sampling.constraint import Constrained, Constraints, Matcher
-from specgen.sampling.params import Request, SamplingParams, check_ids
+from specgen.sampling.params import SamplingParams, check_ids
 from specgen.sampling.sampler import PositionKeys, Sampler, processors
 from specgen.sampling.user_code import UserCode
-from specgen.types import LogitsProcessor, Prompt, Speculation
+from specgen.types import LogitsProcessor, LogitsProcessorFactory, Prompt, Speculation
 
 FunctionT = TypeVar("FunctionT")
 

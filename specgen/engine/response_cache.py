@@ -16,9 +16,8 @@ from typing import TypeAlias
 
 import msgspec
 
-from specgen.engine.sequence import StopRules
+from specgen.engine.request import Request, StopRules
 from specgen.kv.radix_tree import CacheKey
-from specgen.sampling.params import Request
 from specgen.types import Result, SpeculativeStats
 
 ResponseKey: TypeAlias = tuple[object, ...]

@@ -11,12 +11,12 @@ from torch import Tensor
 from specgen._base.log import Log
 from specgen.draft.manager import Drafts
 from specgen.engine.detokenizer import TextCursor
+from specgen.engine.request import Request, StopRules
 from specgen.kv.lease import Lease
 from specgen.kv.pool import BlockTable
 from specgen.kv.radix_tree import CacheKey
 from specgen.model.segment import Segment, hung_rows
 from specgen.sampling.constraint import Constrained
-from specgen.sampling.params import Request
 from specgen.sampling.sampler import Sampler, logprob
 from specgen.sampling.verify import acceptance
 from specgen.types import (
@@ -26,24 +26,11 @@ from specgen.types import (
     Result,
     SpeculativeStats,
     StepOutput,
-    StoppingCriterion,
     TokenTree,
     Usage,
 )
 
 log = Log("specgen.engine")
-
-
-@dataclass(frozen=True, slots=True)
-class StopRules:
-    """What ends a sequence after a token; looked at in this order: end ids, stop strings (the cursor's), criteria, a
-    constraint that lets nothing follow, length. `max_length` bounds prompt and output together, and so does
-    `min_length`: no token of the first so many is an end id, whatever a processor makes of it."""
-
-    end_ids: frozenset[int]
-    max_length: int
-    min_length: int = 0
-    criteria: tuple[StoppingCriterion, ...] = ()
 
 
 class Sequence:

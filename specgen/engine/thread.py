@@ -12,21 +12,20 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from specgen._base.log import Log
 from specgen._base.openmp import release_workers
-from specgen.engine.core import EngineCore, Sample, cancelled
+from specgen.engine.core import EngineCore, cancelled
 from specgen.engine.in_flight import Runs
+from specgen.engine.request import Request, Sample
 from specgen.engine.response_cache import ResponseCache, ResponseKey, response_key
 from specgen.engine.scheduler import NotPlanned
 from specgen.engine.sequence import Sequence as Running
 from specgen.engine.stream import Stream
 from specgen.errors import EngineClosed, RequestFailed, WouldDeadlock
-from specgen.plugins.manager import Plugins
-from specgen.sampling.params import Request
 from specgen.types import Finish, StepOutput
 
 log = Log("specgen.engine")
@@ -46,6 +45,13 @@ _open: weakref.WeakSet[Runner] = weakref.WeakSet()
 os.register_at_fork(before=release_workers)
 
 
+class Observers(Protocol):
+    """Who is told what the engine accepts, commits and finishes."""
+
+    def notify(self, hook: str, **arguments: object) -> None:
+        """Call every observer of `hook`. Never raises."""
+
+
 class Runner:
     """Runs an `EngineCore` on a daemon thread that starts when something is asked of it and ends when nothing was for a
     while, so that an engine nobody holds can be collected.
@@ -56,9 +62,9 @@ class Runner:
     responses: what finished requests were answered; where it is enabled, identical requests share a run.
     """
 
-    def __init__(self, core: EngineCore, plugins: Plugins, responses: ResponseCache) -> None:
+    def __init__(self, core: EngineCore, observers: Observers, responses: ResponseCache) -> None:
         self._core = core
-        self._plugins = plugins
+        self._observers = observers
         self._shares = responses.enabled
         self._runs = Runs(responses)
         self._commands: deque[Callable[[], None]] = deque()
@@ -318,7 +324,7 @@ class Runner:
                 if stream := self._streams.get(request.id):
                     stream.fail(RequestFailed(f"request {request.id} could not be queued: {error!r}"))
                 continue
-            self._plugins.notify("on_request", request=request)
+            self._observers.notify("on_request", request=request)
             self._deliver(known)
 
     def _begin(self, request: Request, samples: Sequence[Sample], key: ResponseKey | None) -> Sequence[StepOutput]:
@@ -359,10 +365,10 @@ class Runner:
             if stream := self._streams.get(output.request_id):
                 stream.put(output)
         if computed:
-            self._plugins.notify("on_step", outputs=computed)
+            self._observers.notify("on_step", outputs=computed)
         for output in outputs:
             if output.result is not None:
-                self._plugins.notify("on_finish", result=output.result)
+                self._observers.notify("on_finish", result=output.result)
 
 
 def _at_exit() -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from specgen.errors import InvalidRequest
 
@@ -127,3 +128,8 @@ class AdapterOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             return cls(**value)
         except TypeError as error:
             raise InvalidRequest(f"adapters: {error}; fields: {known}", param="adapters") from None
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, quantised or not."""
+    return isinstance(module, Conv1D) or isinstance(getattr(module, "in_features", None), int)

@@ -26,8 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from specgen.errors import AdapterRefused
-from specgen.lora.adapter import LoraLayer, LoraWeights
-from specgen.model.lora_layers import is_linear
+from specgen.lora.adapter import LoraLayer, LoraWeights, is_linear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")

@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from specgen.kernels.segmented_lora import add_segmented_lora
-from specgen.lora.adapter import LoraLayer, LoraWeights
+from specgen.lora.adapter import LoraLayer, LoraWeights, is_linear
 from specgen.model.invariant_layers import mixes_experts
 from specgen.model.segment import Segment
 
@@ -124,11 +123,6 @@ def _counting(seen: set[int]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         seen.add(args[0].shape[:-1].numel() if args else 0)
 
     return count
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, quantised or not."""
-    return isinstance(module, Conv1D) or isinstance(getattr(module, "in_features", None), int)
 
 
 def routed_layers(model: nn.Module) -> set[str]:

@@ -8,17 +8,17 @@ An observer that raises is caught, counted and logged once per plugin; the reque
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import pluggy
 
 from specgen.context.stage import ContextStageFactory
 from specgen.draft.drafter import DrafterFactory
+from specgen.engine.request import Request
 from specgen.kv.formats import KVFormatFactory
 from specgen.sampling.constraint import ConstraintFactory
-from specgen.sampling.params import Request
-from specgen.types import LogitsProcessor, Result, StepOutput
+from specgen.types import LogitsProcessorFactory, Result, StepOutput
 
 if TYPE_CHECKING:
     import typer
@@ -31,13 +31,6 @@ PROJECT = "specgen"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
-
-LogitsProcessorFactory: TypeAlias = Callable[..., LogitsProcessor]
-"""`factory(tokenizer, **options) -> LogitsProcessor`.
-
-Called once for each sequence that asks for the processor by name, so the processor may keep state. `options` are what
-the request says; declare them as keywords, then Python itself refuses the unknown ones.
-"""
 
 
 @hookspec

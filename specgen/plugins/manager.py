@@ -16,13 +16,15 @@ from typing import Any, Final, Literal, overload
 import pluggy
 
 from specgen._base.log import Log
+from specgen._base.version import __version__
 from specgen.context.stage import ContextStageFactory
 from specgen.draft.drafter import DrafterFactory
 from specgen.errors import DuplicateName, PluginError, UnknownName
 from specgen.kv.formats import KVFormatFactory
-from specgen.plugins import hookspecs
-from specgen.plugins.hookspecs import PROJECT, LogitsProcessorFactory
+from specgen.plugins import builtin, hookspecs
+from specgen.plugins.hookspecs import PROJECT
 from specgen.sampling.constraint import ConstraintFactory
+from specgen.types import LogitsProcessorFactory
 
 ALLOW_LIST: Final = "SPECGEN_PLUGINS"
 """Environment variable: the distributions that may load, separated by commas. Empty: none; unset: all."""
@@ -189,10 +191,6 @@ def load_plugins(*, only: Collection[str] | None = None, required: Collection[st
     Raises PluginError if it is `required`, if a required one is not installed or not allowed, and for a plugin that
     breaks the contract of a hook.
     """
-    # Imported here, since specgen and its built-ins import this module.
-    from specgen import __version__
-    from specgen.plugins import builtin
-
     plugins = Plugins()
     plugins.register(builtin, _DISTRIBUTION, version=__version__)
     points = sorted((_normal(_distribution(point)[0]), point) for point in entry_points(group=PROJECT))

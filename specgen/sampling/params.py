@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -13,7 +12,6 @@ from transformers import GenerationConfig
 
 from specgen._base.option_names import REQUEST
 from specgen.errors import InvalidRequest, UnknownName, check_text
-from specgen.lora.adapter import Adapter
 from specgen.types import Constraint, LogitsProcessor, Speculation, StoppingCriterion
 
 _SAMPLING_ONLY = ("top_k", "top_p", "min_p", "typical_p")
@@ -220,25 +218,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         if self.min_tokens is None and defaults.min_new_tokens is not None:
             filled["min_tokens"] = min(defaults.min_new_tokens, self.max_tokens or defaults.min_new_tokens)
         return msgspec.structs.replace(self, **filled)
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One prompt to be continued `params.n` times. Built by the API, complete when built.
-
-    ids: the prompt, at least one token. prediction: what the caller expects to follow, as ids.
-    speculation: how it drafts: what `params` say, else what the engine does by itself.
-    seed: 0 to 2**64 - 1; sample i of the request draws from the stream (seed, i).
-    adapter: the revision that `params.adapter` meant when the request was built.
-    """
-
-    id: str
-    ids: tuple[int, ...]
-    params: SamplingParams
-    seed: int
-    speculation: Speculation
-    prediction: tuple[int, ...] = ()
-    adapter: Adapter | None = None
 
 
 def not_followed(defaults: GenerationConfig) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET, UnsetType
 
-from specgen.sampling.params import Request, SamplingParams
+from specgen.engine.request import Request
+from specgen.sampling.params import SamplingParams
 from specgen.server.auth import CALLER
 from specgen.server.generation import Job
 from specgen.server.logs import report

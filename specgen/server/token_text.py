@@ -11,7 +11,7 @@ from typing import Any
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from specgen.engine.detokenizer import TextCursor
-from specgen.sampling.params import Request
+from specgen.engine.request import Request
 from specgen.server.protocol.responses import ChatLogprobs, StepTrace, TokenLogprob, TopLogprob, TracedNode, TracedToken
 from specgen.types import Logprob, Prompt, Result, StepOutput
 

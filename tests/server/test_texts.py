@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from specgen.sampling.params import Request, SamplingParams
+from specgen.engine.request import Request
+from specgen.sampling.params import SamplingParams
 from specgen.server.token_text import Texts
 from specgen.types import Result, Speculation, SpeculativeStats, StepOutput, Usage
 from tests.models.tokenizers import byte_level, sentence_piece

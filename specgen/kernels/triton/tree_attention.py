@@ -1,8 +1,9 @@
 """Attention of the rows of many sequences over a paged pool of keys and values, each row over its own path.
 
-The host cuts a forward into work items (see `specgen.model.attention.gpu_plan`): a few rows of one sequence, and the spans of its
-keys that they are to look at. One program takes one item and one KV head. The query heads that share it lie side by
-side in the tile, so that a single row fills a tensor core's tile as well as it can, and each key is read once for all.
+The host cuts a forward into work items (see `specgen.model.attention.gpu_plan`): a few rows of one sequence, and the
+spans of its keys that they are to look at. One program takes one item and one KV head. The query heads that share it
+lie side by side in the tile, so that a single row fills a tensor core's tile as well as it can, and each key is read
+once for all.
 
 What a row sees are the keys [first, seen) of its sequence, and of the 64 behind them those whose bit is set: its
 ancestors in a tree. Windows and chunks are the host's business: they move `first` and clear bits. A key's place in the
