@@ -84,7 +84,7 @@ bench: install ## tokens per second with and without drafting
 
 SOAK_SECONDS = 600
 soak: install ## ten minutes of a server under 32 clients, of whom a fifth leave early
-	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.server.soak $(SOAK_SECONDS) 2>/dev/null
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.support.soak $(SOAK_SECONDS) 2>/dev/null
 
 bench-gpu: install ## on a GPU: the kernels' tests, then their speed and that of decoding; writes bench-gpu.json and .png
 	@$(BIN)/python -m benchmarks.gpu.speed --json bench-gpu.json

@@ -34,8 +34,8 @@ from specgen._base.option_names import REQUEST
 from specgen.config import EngineConfig
 from specgen.model.loading import load_tokenizer
 from specgen.plugins.manager import load_plugins
-from tests.models.tiny import CONTEXT, VOCABULARY, build
-from tests.models.tokenizers import sentence_piece
+from tests.support.tiny import CONTEXT, VOCABULARY, build
+from tests.support.tokenizers import sentence_piece
 
 PROMPT = [9, 31, 40, 9, 31, 77]
 LONG = 60

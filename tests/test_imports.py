@@ -147,6 +147,17 @@ def test_plugins_import_only_public_names() -> None:
     assert not broken, "a plugin reaches inside specgen:\n" + "\n".join(broken)
 
 
+def test_no_test_imports_another_test() -> None:
+    """What tests share stands in tests/support."""
+    broken = [
+        f"{where(path, line)}: imports {name}"
+        for path in sources(ROOT / "tests")
+        for line, name in imported_modules(path)
+        if re.search(r"(^|\.)test_\w+(\.|$)", name) and name.startswith("tests.")
+    ]
+    assert not broken, "a test imports another test:\n" + "\n".join(broken)
+
+
 def test_the_glossary_is_kept() -> None:
     broken = [
         f"{where(path, number)}: {found.group()!r}; the words are drafter and tree"

@@ -32,7 +32,7 @@ from specgen.model.batch import EVERYTHING
 from specgen.model.segment import Segment, hung_rows
 
 LLAMA_1B = Shape("1B", 16, 2048, 8192, 32, 8, 64, 128_256)
-_GATE = ("tests/kernels/gpu", "tests/test_gpu_engine.py")
+_GATE = ("tests/kernels/triton", "tests/exactness/test_gpu.py")
 _BATCHES = (1, 8, 32)
 _PROMPT, _TOKENS = 512, 64
 _COPIED, _SQUARE = 1 << 30, 8192

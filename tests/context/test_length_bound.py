@@ -19,7 +19,7 @@ from specgen.context.pipeline import ContextPipeline
 from specgen.context.stage import Context
 from specgen.context.truncation import Truncate, TruncateOptions
 from specgen.errors import ContextLengthExceeded
-from tests.models.tokenizers import byte_level, sentence_piece
+from tests.support.tokenizers import byte_level, sentence_piece
 
 TEXT = "the cat sat on the mat, the dog did not; \u00e9\u00e8 \u6f22\u5b57 12345 " * 4
 

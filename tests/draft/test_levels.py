@@ -12,7 +12,7 @@ from specgen.draft import growth
 from specgen.draft.growth import Growth, Levels
 from specgen.plugins.manager import load_plugins
 from specgen.types import EMPTY_TREE
-from tests.models.tiny import build
+from tests.support.tiny import build
 
 
 def grown(*chances: float) -> Growth:

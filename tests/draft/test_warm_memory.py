@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from specgen import DrafterSetup
 from specgen.draft.drafters.prompt_lookup import PromptLookup
 from specgen.draft.drafters.recycling import Recycling
-from tests.models.tiny import VOCABULARY, build
-from tests.test_engine import PROMPTS, Bench, echoes, greedy
+from tests.support.bench import PROMPTS, Bench, echoes, greedy
+from tests.support.tiny import VOCABULARY, build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,7 +9,7 @@ from torch import nn
 from specgen.kernels.cpu_backend import why_not
 from specgen.model.packed_linear import PackedLinear, linears_together, pack_linears
 from specgen.model.runner import Target
-from tests.models.tiny import build
+from tests.support.tiny import build
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no CPU kernels: {why_not()}")
 

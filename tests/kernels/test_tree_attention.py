@@ -13,7 +13,7 @@ from specgen.kv.formats import LayerShape
 from specgen.model.attention.cpu_plan import plan
 from specgen.model.batch import Reach
 from specgen.model.segment import Segment, hung_rows
-from tests.kernels.attention import REACHES, SCALE, World, chain, later, tree
+from tests.support.attention import REACHES, SCALE, World, chain, later, tree
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no CPU kernels: {why_not()}")
 

@@ -12,8 +12,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from specgen.kv.formats import FORMATS
 from specgen.model.cache_keyword import cache_keyword, cache_of
 from specgen.model.runner import Target
-from tests.models.decoding import decode, generate
-from tests.models.tiny import build
+from tests.support.decoding import decode, generate
+from tests.support.tiny import build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

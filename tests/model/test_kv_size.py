@@ -12,7 +12,7 @@ from specgen import Engine, InvalidRequest
 from specgen.model import runner as target_module
 from specgen.model.kv_size import KVSize, kv_size
 from specgen.model.runner import Target
-from tests.models.tiny import CONTEXT, build
+from tests.support.tiny import CONTEXT, build
 
 PLENTY = 1 << 40
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from specgen import Engine, InvalidRequest, UnsupportedModel
 from specgen.model.twin import runs_alone, twin, unwrapped
-from tests.models.tiny import build
+from tests.support.tiny import build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

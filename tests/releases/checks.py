@@ -19,11 +19,11 @@ from transformers import CONFIG_MAPPING, PreTrainedModel, RepetitionPenaltyLogit
 import specgen
 from specgen.errors import UnsupportedModel
 from specgen.model.runner import Target
-from tests.models.decoding import decode, generate
-from tests.models.test_architectures import KV_TOKENS, NEW_TOKENS, PROMPTS, SUPPORTED
-from tests.models.tiny import MODELS, build
-from tests.real import by_transformers
 from tests.releases.environment import pinned
+from tests.support.architectures import KV_TOKENS, NEW_TOKENS, PROMPTS, SUPPORTED
+from tests.support.decoding import decode, generate
+from tests.support.real import by_transformers
+from tests.support.tiny import MODELS, build
 
 OLDER = Version(version("transformers")) < Version(pinned()["transformers"])
 DROP_IN: dict[str, dict[str, Any]] = {

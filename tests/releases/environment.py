@@ -29,15 +29,15 @@ TESTERS = ("openai", "pytest", "pytest-asyncio", "pytest-xdist")
 PLUGINS = sorted(str(path.parent) for path in ROOT.glob("plugins/*/pyproject.toml"))
 CHECKS = (
     "tests/releases/checks.py",
-    "tests/test_docs.py::test_the_python_of_the_readme_runs",
-    "tests/test_docs.py::test_the_plugin_shown_drafts_what_it_promises",
-    "tests/test_docs.py::test_the_python_of_the_docs_runs",
-    "tests/test_docs.py::test_the_curl_of_the_readme_is_answered",
-    "tests/test_docs.py::test_the_example_runs",
-    "tests/test_dropin_random.py",
+    "tests/docs/test_docs.py::test_the_python_of_the_readme_runs",
+    "tests/docs/test_docs.py::test_the_plugin_shown_drafts_what_it_promises",
+    "tests/docs/test_docs.py::test_the_python_of_the_docs_runs",
+    "tests/docs/test_docs.py::test_the_curl_of_the_readme_is_answered",
+    "tests/docs/test_docs.py::test_the_example_runs",
+    "tests/exactness/test_dropin_random.py",
     "tests/model/test_cache_keyword.py",
-    "tests/models/test_target.py",
-    "tests/test_lora.py",
+    "tests/model/test_runner.py",
+    "tests/exactness/test_lora.py",
     "plugins/specgen-eagle/tests/test_eagle.py",
     "plugins/specgen-grammar/tests/test_grammars.py",
 )

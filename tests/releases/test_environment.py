@@ -15,7 +15,7 @@ ____________________________ test_the_drop_in[greedy] __________________________
 E   specgen.errors.InvalidRequest: cache is not supported by specgen
 =========================== short test summary info ============================
 FAILED tests/releases/checks.py::test_the_drop_in[greedy]
-ERROR tests/test_lora.py::test_a
+ERROR tests/exactness/test_lora.py::test_a
 1 failed, 20 passed in 3.21s
 """
 OTHERS = {"msgspec": "0.23.0 (0.22.0 in constraints.txt)", "transformers": "5.24.0 (5.23.0 in constraints.txt)"}
@@ -37,7 +37,9 @@ def test_each_lowest_is_pinned_at_it_or_above() -> None:
 def test_what_the_failures_speak_of_is_blamed_first() -> None:
     line = blame(PRINTED, OTHERS)
     assert line.startswith("likely transformers; differing from constraints.txt: transformers 5.24.0 (5.23.0 in ")
-    assert line.endswith("failed: tests/releases/checks.py::test_the_drop_in[greedy], tests/test_lora.py::test_a")
+    assert line.endswith(
+        "failed: tests/releases/checks.py::test_the_drop_in[greedy], tests/exactness/test_lora.py::test_a"
+    )
     assert "\n" not in line
 
 

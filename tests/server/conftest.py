@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from specgen import Engine
-from tests.server.worlds import World, engine, serving
+from tests.support.servers import World, engine, serving
 
 
 @pytest.fixture(scope="session")

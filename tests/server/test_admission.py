@@ -20,7 +20,7 @@ from specgen.server.config import ServerConfig
 from specgen.server.pace import Pace
 from specgen.server.preparing import SMALL_BYTES
 from specgen.server.protocol.errors import ApiError
-from tests.server.worlds import HELLO, SLOW, World, engine, serving, until
+from tests.support.servers import HELLO, SLOW, World, engine, serving, until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

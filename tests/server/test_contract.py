@@ -15,9 +15,9 @@ import pytest
 from openapi_spec_validator import validate
 
 from specgen import Chat, Engine
-from tests.lora import save_adapter
-from tests.server.worlds import HELLO, SCHEMA, World, engine, model, serving
-from tests.test_adapters import cut, pickled
+from tests.support.adapters import save_adapter
+from tests.support.broken_adapters import cut, pickled
+from tests.support.servers import HELLO, SCHEMA, World, engine, model, serving
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

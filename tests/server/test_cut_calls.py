@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from specgen import Engine
-from tests.server.worlds import HELLO, engine, serving
+from tests.support.servers import HELLO, engine, serving
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

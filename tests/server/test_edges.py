@@ -18,7 +18,7 @@ from specgen import Engine
 from specgen.server.config import ServerConfig
 from specgen.server.connections import Throttle, most_connections, told_by_loop
 from specgen.server.logs import FromLogging
-from tests.server.worlds import HELLO, World, serving, until
+from tests.support.servers import HELLO, World, serving, until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -31,9 +31,9 @@ from specgen.plugins.manager import load_plugins
 from specgen.server.app import build_app
 from specgen.server.config import ServerConfig
 from specgen.server.logs import configure
-from tests.engines import evict
-from tests.server.worlds import HELLO, SLOW, TEMPLATE, World, doors, engine, model, plugins, serving, tokenizer, until
-from tests.test_disk_faults import FULL
+from tests.support.disk_faults import FULL
+from tests.support.engines import evict
+from tests.support.servers import HELLO, SLOW, TEMPLATE, World, doors, engine, model, plugins, serving, tokenizer, until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -883,7 +883,7 @@ async def test_the_adapters_routes_need_the_admins_key(shared_engine: Any) -> No
 
 def test_every_route_needs_a_key_without_assertions_too() -> None:
     """`python -O` takes asserts away; none of them may be what keeps people out."""
-    script = "import asyncio, json; from tests.server.worlds import doors; print(json.dumps(asyncio.run(doors())))"
+    script = "import asyncio, json; from tests.support.servers import doors; print(json.dumps(asyncio.run(doors())))"
     command = [sys.executable, "-O", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert json.loads(done.stdout or "{}") == DOORS, done.stderr

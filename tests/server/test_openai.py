@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from specgen import Chat
-from tests.server.worlds import HELLO, SLOW, World, say, serving, tokenizer
+from tests.support.servers import HELLO, SLOW, World, say, serving, tokenizer
 
 SEEDED: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 24, "temperature": 0.8, "seed": 5}
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'

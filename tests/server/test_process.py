@@ -28,7 +28,7 @@ from specgen.errors import InvalidRequest, UnknownName
 from specgen.server.admission import Gate
 from specgen.server.config import ServerConfig
 from specgen.server.serve import bound, serve
-from tests.server.worlds import HELLO, model, tokenizer
+from tests.support.servers import HELLO, model, tokenizer
 
 PLUGIN = """import time
 from specgen import hookimpl

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from specgen import Chat
-from tests.server.worlds import HELLO, World
+from tests.support.servers import HELLO, World
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.server.soak import CLIENTS, soak
+from tests.support.soak import CLIENTS, soak
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,7 +16,7 @@ from specgen_grammar.matcher import MAX_CHARACTERS, _at_once, _in_time
 
 from specgen import ConstraintSetup, InvalidRequest, Matcher, RequestFailed
 from specgen.testing import MatcherContract
-from tests.models.tokenizers import byte_level, sentence_piece
+from tests.support.tokenizers import byte_level, sentence_piece
 
 TEXT = "\n".join(
     json.dumps({"name": "Bob", "age": i, "tags": ["red", "green"], "ok": True}, indent=i % 3) for i in range(40)

@@ -10,7 +10,7 @@ import specgen_grammar
 
 from specgen import ConstraintSetup, InvalidRequest, Matcher
 from specgen.testing import MatcherContract
-from tests.models.tokenizers import byte_level
+from tests.support.tokenizers import byte_level
 
 TEXT = 'I say: <tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>\n' * 3
 TOKENIZER = byte_level(380, TEXT)

@@ -19,8 +19,8 @@ from specgen_otel import Telemetry
 
 from specgen import Engine, RequestFailed
 from specgen.plugins.manager import load_plugins
-from tests.server.worlds import engine as tiny_engine
-from tests.server.worlds import plugins
+from tests.support.servers import engine as tiny_engine
+from tests.support.servers import plugins
 
 DRAFTED: dict[str, Any] = {"speculation": {"adaptive": False}, "temperature": 0.0}
 
