@@ -29,7 +29,7 @@ from specgen.kv.formats import FORMATS, KVFormat, LayerShape
 from specgen.kv.pool import KVPool
 from specgen.model.attention.triton import GpuKernels
 from specgen.model.batch import EVERYTHING
-from specgen.model.segment import Segment, hung_rows
+from specgen.model.segment import Segment, tree_segment
 
 LLAMA_1B = Shape("1B", 16, 2048, 8192, 32, 8, 64, 128_256)
 _GATE = ("tests/kernels/triton", "tests/exactness/test_gpu.py")
@@ -110,7 +110,9 @@ class Attention:
         table.reserve(step.context + step.rows)
         table.length = step.context
         # A binary tree below the root.
-        return hung_rows(table, [1], [1] * (step.rows - 1), [-1 if n < 2 else n // 2 - 1 for n in range(step.rows - 1)])
+        return tree_segment(
+            table, [1], [1] * (step.rows - 1), [-1 if n < 2 else n // 2 - 1 for n in range(step.rows - 1)]
+        )
 
     def _mask(self, step: Step, keys: int, device: torch.device) -> Tensor | None:
         tail = self._segments[0].visible

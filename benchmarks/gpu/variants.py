@@ -16,7 +16,7 @@ from specgen.kernels.triton.kv_write import kv_write
 from specgen.kernels.triton.sample_rows import draw
 from specgen.kernels.triton.segmented_lora import segmented_lora
 from specgen.kernels.triton.top_tokens import top_tokens
-from specgen.kernels.triton.tree_attention import Tile, Work, tile, tree_attention
+from specgen.kernels.triton.tree_attention import Tile, WorkItems, tile, tree_attention
 from specgen.kv.formats import FORMATS, LayerShape
 from specgen.kv.pool import PAGE_SIZE, KVPool
 
@@ -81,7 +81,7 @@ def _attention(
     head_bytes = max(shape.key_dim, shape.value_dim) * dtype.itemsize
     chosen: Tile = tile(head_bytes, wide=wide, warpgroups=target in _WARPGROUPS)
     numbers = partial(_empty, dtype=torch.int32)
-    work = Work(numbers(1, 11), numbers(1, 7), numbers(1), partials=0 if wide else 1, page_size=PAGE_SIZE)
+    work = WorkItems(numbers(1, 11), numbers(1, 7), numbers(1), partials=0 if wide else 1, page_size=PAGE_SIZE)
     query = _empty(1, heads, shape.key_dim, dtype=dtype)
     given = _empty(heads, dtype=dtype) if sinks else None
     tree_attention(query, kept, work, scale=0.1, softcap=softcap, sinks=given, tile=chosen)

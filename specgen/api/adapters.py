@@ -16,7 +16,7 @@ from specgen.errors import AdapterRefused, UnknownName, UnsupportedModel
 from specgen.lora.adapter import Adapter, AdapterOptions
 from specgen.lora.cache import DRAFT, TARGET, AdapterReport
 from specgen.lora.peft_files import AdapterFiles, locate
-from specgen.model.runner import Target
+from specgen.model.runner import ModelRunner
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _REVISION = 16
@@ -46,7 +46,9 @@ class EngineAdapters:
     InvalidRequest, for what cannot be loaded, UnknownName for a name that is not loaded; nothing has changed then.
     """
 
-    def __init__(self, core: EngineCore, options: AdapterOptions, drafts: Sequence[Target], runner: Runner) -> None:
+    def __init__(
+        self, core: EngineCore, options: AdapterOptions, drafts: Sequence[ModelRunner], runner: Runner
+    ) -> None:
         self._core = core
         self._cache = core.adapters
         self._options = options
@@ -180,14 +182,14 @@ class EngineAdapters:
             pinned=pinned,
         )
 
-    def _draft_model(self, draft_adapter: str | Path) -> Target:
+    def _draft_model(self, draft_adapter: str | Path) -> ModelRunner:
         """The only one: of several, nothing says whose layers a `draft_adapter` adapts."""
         if len(self._drafts) != 1:
             have = f"{len(self._drafts)} draft models; it must have one" if self._drafts else "no draft model"
             raise AdapterRefused(f"draft_adapter is {str(draft_adapter)!r}, but this engine has {have}")
         return self._drafts[0]
 
-    def _files(self, path: str | Path, target: Target, any_base: bool) -> AdapterFiles:
+    def _files(self, path: str | Path, target: ModelRunner, any_base: bool) -> AdapterFiles:
         folder = locate(path, self._options.root)
         # The first time a forward tells which layers can be adapted, and forwards are the engine's thread's.
         try:

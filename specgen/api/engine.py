@@ -36,7 +36,7 @@ from specgen.model.checks.architecture import context_limit
 from specgen.model.forward.compiled import compile_rows
 from specgen.model.kv_calibration import calibration_ids
 from specgen.model.loading import check_device, check_model_options, dtype_of, load_model, load_tokenizer, located
-from specgen.model.runner import Target
+from specgen.model.runner import ModelRunner
 from specgen.plugins.manager import Plugins, load_plugins
 from specgen.sampling.constraint import Constraints, ConstraintSetup
 from specgen.sampling.params import SamplingParams, not_followed
@@ -82,7 +82,7 @@ class Engine:
         # Whether others hold the model, who may change it.
         self._shared = True
         promise(self, self.config.host_cache_bytes + self.config.response_cache_bytes)
-        self._draft_targets: list[Target] = []
+        self._draft_targets: list[ModelRunner] = []
         self.target = self._own_target()
         self._core = EngineCore(
             self.target,
@@ -315,7 +315,7 @@ class Engine:
             built[name] = made(f"drafter {name!r}", options, make, param="drafters")
         return built
 
-    def _load_draft_model(self, source: str | Path | PreTrainedModel) -> tuple[Target, Any]:
+    def _load_draft_model(self, source: str | Path | PreTrainedModel) -> tuple[ModelRunner, Any]:
         tokenizer = load_tokenizer(source)
         if not isinstance(source, PreTrainedModel):
             source = load_model(source, dtype=self.target.model.dtype, device=self.target.device)
@@ -326,7 +326,7 @@ class Engine:
         self._draft_targets.append(drafter)
         return drafter, tokenizer
 
-    def _own_target(self, pool: KVPool | None = None) -> Target:
+    def _own_target(self, pool: KVPool | None = None) -> ModelRunner:
         config = self.config
         # Not by itself where the forward is exchanged on the way.
         invariant = False if config.compile == "background" else config.invariant
@@ -342,8 +342,8 @@ class Engine:
         *,
         invariant: bool | None,
         pool: KVPool | None = None,
-    ) -> Target:
-        return Target(
+    ) -> ModelRunner:
+        return ModelRunner(
             model,
             kv_tokens=kv_tokens,
             max_context=max_context,

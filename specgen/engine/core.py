@@ -30,7 +30,7 @@ from specgen.lora.adapter import AdapterOptions
 from specgen.lora.cache import AdapterCache
 from specgen.model.fingerprint import kv_identity, model_name
 from specgen.model.profiling import row_seconds
-from specgen.model.runner import Compile, Target
+from specgen.model.runner import Compile, ModelRunner
 from specgen.model.segment import Segment
 from specgen.sampling.user_code import UserCodeRaised
 from specgen.tree import depths
@@ -75,7 +75,7 @@ class EngineCore:
 
     def __init__(
         self,
-        target: Target,
+        target: ModelRunner,
         drafters: Mapping[str, Drafter],
         *,
         max_running: int = 16,
@@ -139,7 +139,7 @@ class EngineCore:
         if self.prefix and self.prefix.tiers and self.prefix.tiers.disk is not None and (stored := self.stored()):
             stored.spill()
 
-    def retarget(self, target: Target) -> None:
+    def retarget(self, target: ModelRunner) -> None:
         """Go on with a new target over the same pool, whose model says something else: no KV of the old one is read
         again. While nothing runs."""
         if "adapted" in vars(self.target):
@@ -208,7 +208,7 @@ class EngineCore:
         if not self.busy and self.target.pool.open_tables:
             raise RuntimeError("KV pool: tables are open though no sequence is left")
 
-    def _ready(self, target: Target) -> None:
+    def _ready(self, target: ModelRunner) -> None:
         """Let a target answer what the drafters want of it, and compile it, before its first step."""
         target.watch(self.drafting.wanted.layers)
         target.compile(self._compile)

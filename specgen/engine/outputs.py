@@ -9,7 +9,7 @@ from itertools import accumulate
 from torch import Tensor
 
 from specgen.draft.features import Features
-from specgen.model.output import Scores
+from specgen.model.output import ForwardOutput
 from specgen.model.segment import Segment
 
 
@@ -40,7 +40,11 @@ class View:
 
 
 def views(
-    segments: Sequence[Segment], scores: Scores, top: tuple[Tensor, Tensor], drawn: list[int], layers: Sequence[int]
+    segments: Sequence[Segment],
+    scores: ForwardOutput,
+    top: tuple[Tensor, Tensor],
+    drawn: list[int],
+    layers: Sequence[int],
 ) -> list[View]:
     """A forward, taken apart. `top` and `drawn` are of the wanted rows of all segments."""
     wanted = [len(segment.logits) for segment in segments]

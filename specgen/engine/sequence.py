@@ -15,7 +15,7 @@ from specgen.engine.request import Request, StopRules
 from specgen.kv.lease import Lease
 from specgen.kv.pool import BlockTable
 from specgen.kv.radix_tree import CacheKey
-from specgen.model.segment import Segment, hung_rows
+from specgen.model.segment import Segment, tree_segment
 from specgen.sampling.constraint import Constrained
 from specgen.sampling.sampler import Sampler, logprob
 from specgen.sampling.verify import acceptance
@@ -96,7 +96,7 @@ class Sequence:
         weights = self.adapter.resident if self.adapter else None
         if chain < self.pending:
             return Segment(self.table, self.ids[start : start + chain], range(start, start + chain), adapter=weights)
-        return hung_rows(self.table, self.ids[start:], tree.tokens, tree.parents, weights)
+        return tree_segment(self.table, self.ids[start:], tree.tokens, tree.parents, weights)
 
     def walk(self, tree: TokenTree, logits: Tensor, argmax: Ids[int] | None) -> tuple[Acceptance, TextCursor, str]:
         """Verify `tree` given the logits [nodes + 1, vocab] of the root and each node; changes nothing.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specgen.kv.pool import KVPool
 from specgen.model.attention.cpu_plan import plan
-from specgen.model.attention.rowwise import Seen, seen_in_chain, seen_in_mask
+from specgen.model.attention.rowwise import VisibleKeys, visible_in_chain, visible_in_mask
 from specgen.model.segment import Segment
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Batch:
         self.gpu = gpu
         self.rows = sum(len(segment.tokens) for segment in segments)
         self._views: dict[tuple[int, Reach], tuple[slice | Tensor, Tensor | None]] = {}
-        self._seen: dict[tuple[int, Reach], tuple[slice | Tensor, list[Seen], int]] = {}
+        self._seen: dict[tuple[int, Reach], tuple[slice | Tensor, list[VisibleKeys], int]] = {}
 
     def view(self, index: int, reach: Reach) -> tuple[slice | Tensor, Tensor | None]:
         """Slots that segment `index` reads, and bool[rows, keys] of what each row sees; `None` = everything."""
@@ -80,7 +80,7 @@ class Batch:
             cached = self._views[index, reach] = segment.table.span(start, segment.end), mask
         return cached
 
-    def seen(self, index: int, reach: Reach) -> tuple[slice | Tensor, list[Seen], int]:
+    def seen(self, index: int, reach: Reach) -> tuple[slice | Tensor, list[VisibleKeys], int]:
         """Slots that segment `index` reads, what each row sees of them, and how many of them are committed."""
         cached = self._seen.get((index, reach))
         if cached is None:
@@ -132,14 +132,14 @@ def _first_seen(segment: Segment, reach: Reach) -> int:
     return min(segment.table.length, reach.oldest(earliest))
 
 
-def _seen_rows(segment: Segment, start: int, reach: Reach) -> list[Seen]:
+def _seen_rows(segment: Segment, start: int, reach: Reach) -> list[VisibleKeys]:
     prefix, rows = segment.table.length, len(segment.tokens)
     if segment.visible is None and list(segment.positions) == list(range(prefix, prefix + segment.tail)):
-        return seen_in_chain(start, segment.end, [reach.oldest(p) for p in segment.positions[-rows:]])
+        return visible_in_chain(start, segment.end, [reach.oldest(p) for p in segment.positions[-rows:]])
     mask = _mask(segment, start, reach)
     if mask is None:
         mask = torch.ones(1, segment.end - start, dtype=torch.bool)
-    return seen_in_mask(mask, prefix - start)
+    return visible_in_mask(mask, prefix - start)
 
 
 def _concatenated(spans: Sequence[slice | Tensor]) -> Tensor:

@@ -33,7 +33,7 @@ def model_digest(model: PreTrainedModel) -> str:
 def kv_identity(model: PreTrainedModel, pool: KVPool, *, arithmetic: str, settings: object = ()) -> str:
     """A digest that differs where a token's KV may differ in any bit. Reads every weight once.
 
-    settings: what else the model's answers depend on, such as the adapter that is active; see `Target.settings`.
+    settings: what else the model's answers depend on, such as the adapter that is active; see `ModelRunner.settings`.
 
     Versions and the kind of device are in it: they may round differently. Of the format counts what it makes of fixed
     vectors, so that a change of its code or of its calibration shows. Takes a page of the pool for a moment.

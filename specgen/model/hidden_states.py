@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from specgen.errors import InvalidRequest, UnsupportedModel
 
 
-class WatchedLayers:
+class HiddenStateTap:
     """Takes what the layers `layers` of `model` read, by hooks that stay.
 
     Counted as in transformers' `hidden_states`: 0 is the embeddings, i what layer i reads, the number of layers what

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class ForwardOutput:
     """logits: [wanted rows, vocab], segment by segment. hidden: [rows, width] per watched layer, of all rows."""
 
     logits: Tensor

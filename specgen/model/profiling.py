@@ -13,13 +13,13 @@ from specgen.model.lora_layers import routed_layers, rows_counted
 from specgen.model.segment import Segment
 
 if TYPE_CHECKING:
-    from specgen.model.runner import Target
+    from specgen.model.runner import ModelRunner
 
 # Numbers that a layer's input tells apart.
 _PREFIX, _ROWS, _WANTED = 6, 5, 2
 
 
-def row_seconds(target: Target, rows: int, context: int = 0) -> float:
+def row_seconds(target: ModelRunner, rows: int, context: int = 0) -> float:
     """Seconds of one forward over `rows` rows of one text behind `context` tokens, whatever their keys and values,
     measured now: the faster of two, after a first one."""
     with _uncounted(target), opened_tables(target, context + rows) as (table,):
@@ -32,7 +32,7 @@ def row_seconds(target: Target, rows: int, context: int = 0) -> float:
         return min(_timed(target, segment) for _ in range(2))
 
 
-def rows_seen(target: Target) -> dict[str, bool]:
+def rows_seen(target: ModelRunner) -> dict[str, bool]:
     """Whether a linear layer sees only the rows whose logits are wanted, of all that see one row for each of a step's
     or for each of those, by the layer's name. A target that runs nothing else meanwhile."""
     with (
@@ -49,14 +49,14 @@ def rows_seen(target: Target) -> dict[str, bool]:
     return {name: last for name, last in wanted.items() if last or seen[name] == {_ROWS}}
 
 
-def _timed(target: Target, segment: Segment) -> float:
+def _timed(target: ModelRunner, segment: Segment) -> float:
     started = time.perf_counter()
     target.forward([segment])
     return time.perf_counter() - started
 
 
 @contextmanager
-def _uncounted(target: Target) -> Iterator[None]:
+def _uncounted(target: ModelRunner) -> Iterator[None]:
     """Forwards in here are not among those that `target` counts."""
     before = target.forwards, target.rows
     try:
@@ -66,7 +66,7 @@ def _uncounted(target: Target) -> Iterator[None]:
 
 
 @contextmanager
-def _scratch_pool(target: Target) -> Iterator[None]:
+def _scratch_pool(target: ModelRunner) -> Iterator[None]:
     """Let `target` write to a small pool of its own."""
     pool, architecture = target.pool, target.architecture
     pages = -(-(_PREFIX + _ROWS) // PAGE_SIZE)

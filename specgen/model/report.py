@@ -9,7 +9,7 @@ import torch
 from specgen.kernels import cpu_backend as cpu_kernels
 from specgen.kernels import triton_backend as gpu_kernels
 from specgen.model.attention.interface import Seam
-from specgen.model.runner import Target
+from specgen.model.runner import ModelRunner
 
 _PLAIN = "plain torch"
 
@@ -23,7 +23,7 @@ class Choice:
     why: str
 
 
-def selection(target: Target) -> list[Choice]:
+def selection(target: ModelRunner) -> list[Choice]:
     """Device, back-end of each kernel, and what this model would be refused."""
     attention, why = _attention(target)
     gpu_top = gpu_kernels.available(target.device, target.architecture.dtype)
@@ -48,7 +48,7 @@ def _device(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-def _attention(target: Target) -> tuple[str, str]:
+def _attention(target: ModelRunner) -> tuple[str, str]:
     kind = target.pool.kind
     if target.kernel == "gpu":
         if reason := target.why_no_gpu(kind):
@@ -63,7 +63,7 @@ def _attention(target: Target) -> tuple[str, str]:
     return _PLAIN, _no_kernel(target) or "switched off, or not able to say what the model says"
 
 
-def _no_kernel(target: Target) -> str | None:
+def _no_kernel(target: ModelRunner) -> str | None:
     """Why no kernel can run where the target is."""
     if target.device.type != "cpu":
         return gpu_kernels.why_not(target.device, target.architecture.dtype)
@@ -72,7 +72,7 @@ def _no_kernel(target: Target) -> str | None:
     return cpu_kernels.why_not()
 
 
-def _why_invariant(target: Target) -> str:
+def _why_invariant(target: ModelRunner) -> str:
     if target.invariant:
         return "proven when it was loaded: a row has the same bits in any company"
     return "it costs more than it gives here, or was not asked for"

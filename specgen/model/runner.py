@@ -31,13 +31,13 @@ from specgen.model.checks.equivalence import choose_seam
 from specgen.model.checks.invariance import CHECK_PAGES, check_invariance
 from specgen.model.checks.quantisation import check_quantised, quantised_layers
 from specgen.model.forward.compiled import CompiledForward, compile_forward, in_background
-from specgen.model.hidden_states import WatchedLayers
+from specgen.model.hidden_states import HiddenStateTap
 from specgen.model.invariant_layers import InvariantLayers, mixes_experts
 from specgen.model.kv_calibration import centre_keys
 from specgen.model.kv_size import context_of, kv_size
 from specgen.model.lora_layers import AdaptedLayers, Kernel
 from specgen.model.model_state import ModelState
-from specgen.model.output import Scores
+from specgen.model.output import ForwardOutput
 from specgen.model.packed_linear import pack_linears
 from specgen.model.profiling import rows_seen
 from specgen.model.segment import Segment
@@ -45,7 +45,7 @@ from specgen.model.twin import runs_alone, twin, unwrapped
 
 if TYPE_CHECKING:
     from specgen.model.attention.triton import GpuForward
-    from specgen.model.forward.graphs import Executor
+    from specgen.model.forward.graphs import GraphForward
 
 log = Log("specgen.model")
 
@@ -54,7 +54,7 @@ Compile: TypeAlias = bool | Literal["background"]
 _SEAM_CHECK_PAGES = 2
 
 
-class Target:
+class ModelRunner:
     """A model that scores rows of many sequences in one forward.
 
     Loading proves that the packed forward says what the model says alone, on a small tree; a model for which it does
@@ -115,7 +115,7 @@ class Target:
         # The check compares with the model itself, so it keeps KV as it is; the real pool comes after.
         self.invariant = False
         self._layers: InvariantLayers | None = None
-        self._watched = WatchedLayers(model, ())
+        self._watched = HiddenStateTap(model, ())
         self._compiled: CompiledForward | None = None
         self._compiling: Future[CompiledForward] | None = None
         self._attention = PackedAttention(model, self.architecture.reaches, self.architecture.stores)
@@ -155,9 +155,9 @@ class Target:
         return self._state.portable(but=self._written)
 
     def watch(self, layers: Sequence[int]) -> None:
-        """From now on `score` answers the hidden states of these layers too; see `WatchedLayers`. Once, and before
+        """From now on `score` answers the hidden states of these layers too; see `HiddenStateTap`. Once, and before
         `compile`."""
-        self._watched = WatchedLayers(self.model, layers)
+        self._watched = HiddenStateTap(self.model, layers)
 
     def close(self) -> None:
         """Take back what transformers was told of; there are no more forwards. Doing so twice is harmless."""
@@ -168,7 +168,7 @@ class Target:
         return self.score(segments).logits
 
     @torch.inference_mode()
-    def score(self, segments: Sequence[Segment]) -> Scores:
+    def score(self, segments: Sequence[Segment]) -> ForwardOutput:
         """Score all rows in one forward and write their KV behind each segment's prefix.
 
         The tables must own the slots (`BlockTable.reserve`). Logits are float32 or the 16-bit floats of the model: an
@@ -182,11 +182,11 @@ class Target:
             return self._compiled(segments, tokens, positions)
         return self._forward(segments, tokens, positions)
 
-    def _forward(self, segments: Sequence[Segment], tokens: Sequence[int], positions: Sequence[int]) -> Scores:
+    def _forward(self, segments: Sequence[Segment], tokens: Sequence[int], positions: Sequence[int]) -> ForwardOutput:
         """The model's own code, layer by layer."""
         if self._gpu and self.why_no_gpu(self.pool.kind) is None:
 
-            def run(forward: GpuForward) -> Scores:
+            def run(forward: GpuForward) -> ForwardOutput:
                 batch = Batch(segments, self.pool, gpu=forward)
                 return self._run(batch, forward.ids, forward.positions, forward.wanted)
 
@@ -197,7 +197,7 @@ class Target:
         ids, position_ids = torch.tensor([[tokens], [positions]], device=self.device)
         return self._run(Batch(segments, self.pool, gathered=not direct, kernel=kernel), ids, position_ids, wanted)
 
-    def _run(self, batch: Batch, ids: Tensor, position_ids: Tensor, wanted: Tensor) -> Scores:
+    def _run(self, batch: Batch, ids: Tensor, position_ids: Tensor, wanted: Tensor) -> ForwardOutput:
         """ids, position_ids: [1, rows]. wanted: int64, the rows whose logits are."""
         adapted = any(segment.adapter for segment in batch.segments)
         dense = self.seam is Seam.DENSE
@@ -215,7 +215,7 @@ class Target:
                 **({"logits_to_keep": wanted} if self._keeps_logits else {}),
             ).logits[0]
         logits = logits if self._keeps_logits else logits[wanted]
-        return Scores(logits.float() if logits.dtype == torch.float64 else logits, self._watched.take())
+        return ForwardOutput(logits.float() if logits.dtype == torch.float64 else logits, self._watched.take())
 
     @cached_property
     def adapted(self) -> AdaptedLayers:
@@ -326,16 +326,16 @@ class Target:
         stores = self.architecture.stores
         return "cpu" if len(set(stores)) == len(stores) else None
 
-    def _gpu_executor(self, asked: bool | None) -> Executor | None:
+    def _gpu_executor(self, asked: bool | None) -> GraphForward | None:
         """The GPU kernels if they can run here. Raises UnsupportedModel where they are asked for and cannot."""
         if asked is False or not (asked or gpu.available(self.device, self.architecture.dtype)):
             return None
         if reason := gpu.why_not(self.device, self.architecture.dtype):
             raise UnsupportedModel(f"gpu_kernels=True cannot be kept: {reason}")
         from specgen.model.attention.triton import GpuKernels
-        from specgen.model.forward.graphs import Executor
+        from specgen.model.forward.graphs import GraphForward
 
-        return Executor(GpuKernels.on(self.device))
+        return GraphForward(GpuKernels.on(self.device))
 
     def why_no_gpu(self, kv_format: KVFormat) -> str | None:
         """Why the GPU kernels are not used, where they could run; `None` if they are."""
@@ -348,7 +348,7 @@ class Target:
         return None
 
     def why_no_graphs(self) -> str | None:
-        """Why forwards are not captured as graphs; `None` if they are, but those of `Executor` that are not."""
+        """Why forwards are not captured as graphs; `None` if they are, but those of `GraphForward` that are not."""
         if not self._gpu_graphs:
             return "gpu_graphs is False"
         if self._gpu is None:

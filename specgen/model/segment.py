@@ -53,7 +53,7 @@ class Segment:
         return self.table.length + self.tail
 
 
-def hung_rows(
+def tree_segment(
     table: BlockTable,
     chain: Sequence[int],
     tokens: Sequence[int],

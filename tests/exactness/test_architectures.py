@@ -14,8 +14,8 @@ from specgen.errors import UnsupportedModel
 from specgen.kv.pool import BlockTable
 from specgen.model.attention import interface as attention
 from specgen.model.batch import EVERYTHING, Reach
-from specgen.model.runner import Target
-from specgen.model.segment import Segment, hung_rows
+from specgen.model.runner import ModelRunner
+from specgen.model.segment import Segment, tree_segment
 from tests.support import decoding
 from tests.support import model_table as table
 from tests.support.architectures import KV_TOKENS, NEW_TOKENS, PROMPTS, REFUSED, SUPPORTED
@@ -34,16 +34,16 @@ class Case:
 
     name: str
     model: PreTrainedModel
-    target: Target
-    plain: Target
+    target: ModelRunner
+    plain: ModelRunner
     truths: list[list[int]]
 
 
 @pytest.fixture(scope="module", params=SUPPORTED)
 def case(request: pytest.FixtureRequest) -> Case:
     model = build(request.param)
-    target = Target(model, kv_tokens=KV_TOKENS)
-    plain = Target(model, kv_tokens=KV_TOKENS, cpu_kernels=False)
+    target = ModelRunner(model, kv_tokens=KV_TOKENS)
+    plain = ModelRunner(model, kv_tokens=KV_TOKENS, cpu_kernels=False)
     return Case(request.param, model, target, plain, [generate(model, prompt, NEW_TOKENS) for prompt in PROMPTS])
 
 
@@ -88,7 +88,7 @@ def test_the_docs_say_how_it_is_carried(case: Case, listed: Mapping[str, str]) -
 @pytest.mark.parametrize("case", EVERY_KIND, indirect=True)
 def test_a_wrong_mask_shows(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(decoding, "hung_rows", _all_visible)
+        patch.setattr(decoding, "tree_segment", _all_visible)
         assert decode(case.target, PROMPTS, case.truths) != case.truths
         assert decode(case.plain, PROMPTS, case.truths) != case.truths
     if set(case.target.architecture.reaches) != {EVERYTHING}:
@@ -103,14 +103,14 @@ def test_a_wrong_mask_shows(case: Case, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def _all_visible(table: BlockTable, chain: Sequence[int], tokens: Sequence[int], parents: Sequence[int]) -> Segment:
-    segment = hung_rows(table, chain, tokens, parents)
+    segment = tree_segment(table, chain, tokens, parents)
     return replace(segment, visible=torch.ones(len(segment.tokens), segment.tail, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_exact_is_refused_by_name(name: str, listed: Mapping[str, str]) -> None:
     with pytest.raises(UnsupportedModel) as refusal:
-        Target(build(name), kv_tokens=KV_TOKENS)
+        ModelRunner(build(name), kv_tokens=KV_TOKENS)
     message = str(refusal.value)
     assert REFUSED[name] in message
     assert message.startswith("model type '")
@@ -120,7 +120,7 @@ def test_what_cannot_be_exact_is_refused_by_name(name: str, listed: Mapping[str,
 
 def test_a_row_that_was_left_out_of_the_move_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
-    target = Target(model, kv_tokens=KV_TOKENS)
+    target = ModelRunner(model, kv_tokens=KV_TOKENS)
     truths = [generate(model, prompt, NEW_TOKENS) for prompt in PROMPTS]
     monkeypatch.setattr(target.pool, "move", lambda source, destination: None)
     assert decode(target, PROMPTS, truths) != truths
@@ -137,7 +137,7 @@ def test_a_window_that_the_kv_cache_does_not_tell_of_is_refused() -> None:
     model = build("qwen2")
     model.model.layers[1].self_attn.sliding_window = 4096
     with pytest.raises(UnsupportedModel, match=r"layer 1 .* looks back over 4096 tokens, but its KV cache says None"):
-        Target(model, kv_tokens=KV_TOKENS)
+        ModelRunner(model, kv_tokens=KV_TOKENS)
 
 
 def test_a_window_that_only_the_config_tells_of_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def test_a_window_that_only_the_config_tells_of_is_refused(monkeypatch: pytest.M
 
     monkeypatch.setattr(modeling_mistral, "DynamicCache", lambda config: DynamicCache())
     with pytest.raises(UnsupportedModel, match=r"layer 0 .* looks back over 8 tokens by its config and None by its"):
-        Target(build("mistral"), kv_tokens=KV_TOKENS)
+        ModelRunner(build("mistral"), kv_tokens=KV_TOKENS)
 
 
 def test_what_a_layer_asks_of_its_attention_is_never_ignored() -> None:
@@ -157,4 +157,4 @@ def test_what_a_layer_asks_of_its_attention_is_never_ignored() -> None:
 
     model.model.layers[2].self_attn.register_forward_pre_hook(ask, with_kwargs=True)
     with pytest.raises(UnsupportedModel, match="layer 2 .* asks its attention for attn_bias"):
-        Target(model, kv_tokens=KV_TOKENS)
+        ModelRunner(model, kv_tokens=KV_TOKENS)

@@ -15,7 +15,7 @@ from specgen import Engine, SamplingParams
 from specgen.errors import InvalidRequest, UnsupportedModel
 from specgen.kernels import triton_backend as gpu_kernels
 from specgen.kv.formats import FORMATS
-from specgen.model.runner import Target
+from specgen.model.runner import ModelRunner
 from specgen.types import Speculation
 from tests.support.adapters import save_adapter
 from tests.support.engines import watched
@@ -92,7 +92,7 @@ def texts(engine: Engine, count: int, tokens: int, **way: Any) -> list[tuple[int
     return [tuple(result.ids) for result in results]
 
 
-def check(family: str, kind: str, *, count: int = 3, tokens: int = 10) -> Target:
+def check(family: str, kind: str, *, count: int = 3, tokens: int = 10) -> ModelRunner:
     """Plain torch, one after another and without drafts, is the truth for the kernels, drafted and in a batch. Returns
     the target that ran through them."""
     with engine(family, kind, gpu=False) as plain:
@@ -111,7 +111,7 @@ def check(family: str, kind: str, *, count: int = 3, tokens: int = 10) -> Target
         return fast.target
 
 
-def check_replayed(tapes: Tapes, target: Target) -> None:
+def check_replayed(tapes: Tapes, target: ModelRunner) -> None:
     """Steps were replayed, and graphs look at nothing but the weights, the pool and the buffer."""
     assert target._gpu is not None
     assert target._gpu._buffer is not None
@@ -150,7 +150,7 @@ def test_a_step_launches_and_copies_no_more_than_it_says(monkeypatch: pytest.Mon
 def test_a_captured_step_is_one_copy_one_replay_and_one_copy_back(
     taped: Tapes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """See `Executor`. A size of one row was met, captured and replayed while the engine measured what rows cost."""
+    """See `GraphForward`. A size of one row was met, captured and replayed while the engine measured what rows cost."""
     copies = copied(monkeypatch)
     with engine("llama", "native", gpu=True) as fast:
         begin_three(fast)
@@ -273,6 +273,6 @@ def test_what_they_cannot_do_is_refused_by_name() -> None:
 def test_forwards_that_are_not_captured_are_so_by_name(
     family: str, options: dict[str, Any], why: str, taped: Tapes
 ) -> None:
-    target = Target(build(family).to(DEVICE), kv_tokens=64, **{"gpu_kernels": True, **options})
+    target = ModelRunner(build(family).to(DEVICE), kv_tokens=64, **{"gpu_kernels": True, **options})
     assert target.why_no_graphs() == why
     assert target._gpu is None or target._gpu._pool is None

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from specgen import DrafterFactory, Engine, Result, SamplingParams, hookimpl
 from specgen.draft.drafters.translation import draft_model
 from specgen.errors import AdapterRefused
-from specgen.model.runner import Target
+from specgen.model.runner import ModelRunner
 from specgen.plugins.manager import load_plugins
 from tests.support.adapters import ATTENTION, by_peft, save_adapter
 from tests.support.engines import watched
@@ -211,7 +211,7 @@ def test_rows_under_an_adapter_do_not_depend_on_their_neighbours(
     from specgen.model.segment import Segment
 
     half = copy.deepcopy(llama).to(torch.bfloat16)
-    target = Target(half, kv_tokens=512, invariant=True)
+    target = ModelRunner(half, kv_tokens=512, invariant=True)
     weights = [
         target.read_adapter(folder, max_rank=64, max_bytes=1 << 30).weights
         for folder in folders.values()

@@ -12,7 +12,7 @@ from specgen.kernels.cpu_backend import why_not
 from specgen.kv.formats import LayerShape
 from specgen.model.attention.cpu_plan import plan
 from specgen.model.batch import Reach
-from specgen.model.segment import Segment, hung_rows
+from specgen.model.segment import Segment, tree_segment
 from tests.support.attention import REACHES, SCALE, World, chain, later, tree
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no CPU kernels: {why_not()}")
@@ -92,7 +92,7 @@ def test_a_row_has_the_same_bits_in_any_company(
     # Row 7, then wrong ones (0, 1) beside 8, 9 below 8, wrong ones below both, 10 below 9, 11 below 10.
     order, parents = [0, 8, 1, 9, 2, 10, 11], [-1, -1, 0, 1, 2, 3, 5]
     other = chain(here.sequence(25), 3)
-    segments = [other, hung_rows(table, [1], [2] * len(order), parents)]
+    segments = [other, tree_segment(table, [1], [2] * len(order), parents)]
     new = [torch.cat(sides, dim=2) for sides in zip(here.new_rows(3), rows([7, *order]), strict=True)]
     found = here.kernel(segments, new, reach, 0.0, None)[3:]
     assert torch.equal(found[[0, 2, 4, 6, 7]], alone[7:])

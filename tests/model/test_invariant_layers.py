@@ -12,9 +12,9 @@ from specgen.errors import InvalidRequest, UnsupportedModel
 from specgen.kernels.blocks import in_blocks
 from specgen.kernels.cpu_backend import why_not
 from specgen.kv.formats import FORMATS
-from specgen.model.attention.rowwise import Seen, row_by_row, seen_in_chain, seen_in_mask
+from specgen.model.attention.rowwise import VisibleKeys, row_by_row, visible_in_chain, visible_in_mask
 from specgen.model.invariant_layers import InvariantLayers
-from specgen.model.runner import Target
+from specgen.model.runner import ModelRunner
 from tests.support.tiny import build
 
 KEPT = (
@@ -38,25 +38,25 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", KEPT)
 @pytest.mark.parametrize("kind", ["native", "k8v4"])
 def test_models_that_keep_it(name: str, kind: str) -> None:
-    assert Target(build(name), kv_tokens=64, kv_format=FORMATS[kind](), invariant=True).invariant
+    assert ModelRunner(build(name), kv_tokens=64, kv_format=FORMATS[kind](), invariant=True).invariant
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "deepseek_v3"])
 def test_models_that_keep_it_in_bfloat16(name: str) -> None:
-    assert Target(build(name).bfloat16(), kv_tokens=64, invariant=True).invariant
+    assert ModelRunner(build(name).bfloat16(), kv_tokens=64, invariant=True).invariant
 
 
 @pytest.mark.parametrize("name", OWN_ATTENTION)
 def test_models_that_attend_by_themselves_are_refused(name: str) -> None:
     with pytest.raises(UnsupportedModel, match=r"invariant=True cannot be kept: it computes attention itself"):
-        Target(build(name), kv_tokens=64, invariant=True)
+        ModelRunner(build(name), kv_tokens=64, invariant=True)
 
 
 @pytest.mark.parametrize("name", OWN_ATTENTION)
 def test_a_format_that_rounds_is_refused_where_it_would_not_be_exact(name: str) -> None:
     with pytest.raises(UnsupportedModel, match=r"kv_format='int8' is not exact: take 'native', or invariant=False"):
-        Target(build(name), kv_tokens=64, kv_format=FORMATS["int8"]())
-    assert not Target(build(name), kv_tokens=64, kv_format=FORMATS["int8"](), invariant=False).invariant
+        ModelRunner(build(name), kv_tokens=64, kv_format=FORMATS["int8"]())
+    assert not ModelRunner(build(name), kv_tokens=64, kv_format=FORMATS["int8"](), invariant=False).invariant
 
 
 def test_a_linear_layer_that_rounds_by_place_sees_one_row_at_a_time() -> None:
@@ -80,24 +80,24 @@ def test_any_layer_that_mixes_rows_is_named() -> None:
     model = build("llama")
     model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * (1 + 1e-6 * output.shape[1]))
     with pytest.raises(UnsupportedModel, match=r"model\.layers\.1\.mlp \(LlamaMLP\) rounds a row differently beside"):
-        Target(model, kv_tokens=64, invariant=True)
+        ModelRunner(model, kv_tokens=64, invariant=True)
 
 
 def test_it_is_on_by_itself_for_formats_that_round_below_float64() -> None:
     model = build("llama")
-    assert not Target(model, kv_tokens=64, cpu_kernels=False).invariant
-    assert Target(model, kv_tokens=64, kv_format=FORMATS["int4"]()).invariant
-    assert not Target(model, kv_tokens=64, kv_format=FORMATS["int4"](), invariant=False).invariant
-    assert not Target(model.double(), kv_tokens=64, kv_format=FORMATS["int4"]()).invariant
+    assert not ModelRunner(model, kv_tokens=64, cpu_kernels=False).invariant
+    assert ModelRunner(model, kv_tokens=64, kv_format=FORMATS["int4"]()).invariant
+    assert not ModelRunner(model, kv_tokens=64, kv_format=FORMATS["int4"](), invariant=False).invariant
+    assert not ModelRunner(model.double(), kv_tokens=64, kv_format=FORMATS["int4"]()).invariant
 
 
 @pytest.mark.skipif(why_not() is not None, reason=f"no CPU kernels: {why_not()}")
 def test_it_is_on_by_itself_where_kernels_make_it_cheap() -> None:
-    assert Target(build("llama"), kv_tokens=64).invariant
-    assert not Target(build("llama"), kv_tokens=64, invariant=False).invariant
+    assert ModelRunner(build("llama"), kv_tokens=64).invariant
+    assert not ModelRunner(build("llama"), kv_tokens=64, invariant=False).invariant
     mixing = build("llama")
     mixing.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * (1 + 1e-6 * output.shape[1]))
-    assert not Target(mixing, kv_tokens=64).invariant, "a model that cannot keep it runs all the same"
+    assert not ModelRunner(mixing, kv_tokens=64).invariant, "a model that cannot keep it runs all the same"
 
 
 def test_the_engine_passes_it_on() -> None:
@@ -134,13 +134,13 @@ def test_blocks_have_the_sizes_asked_for_and_no_other(rows: int) -> None:
 
 
 def test_rows_of_a_chain_see_all_before_them_within_their_reach() -> None:
-    assert seen_in_chain(0, 5, [0, 0]) == [Seen(0, 4), Seen(0, 5)]
-    assert seen_in_chain(2, 7, [1, 3, 4]) == [Seen(0, 3), Seen(1, 4), Seen(2, 5)]
+    assert visible_in_chain(0, 5, [0, 0]) == [VisibleKeys(0, 4), VisibleKeys(0, 5)]
+    assert visible_in_chain(2, 7, [1, 3, 4]) == [VisibleKeys(0, 3), VisibleKeys(1, 4), VisibleKeys(2, 5)]
 
 
 def test_rows_of_a_tree_see_a_run_of_the_prefix_and_their_ancestors() -> None:
     visible = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 1]], dtype=torch.bool)
-    first, second, third = seen_in_mask(visible, prefix=3)
+    first, second, third = visible_in_mask(visible, prefix=3)
     assert (first.first, first.stop) == (1, 4)
     assert (second.first, second.stop) == (2, 5)
     assert (third.first, third.stop) == (3, 4)
@@ -149,7 +149,7 @@ def test_rows_of_a_tree_see_a_run_of_the_prefix_and_their_ancestors() -> None:
 
 def test_rows_in_place_are_read_where_they_lie() -> None:
     visible = torch.tensor([[1, 1, 0], [1, 1, 1]], dtype=torch.bool)
-    assert seen_in_mask(visible, prefix=1) == [Seen(0, 2), Seen(0, 3)]
+    assert visible_in_mask(visible, prefix=1) == [VisibleKeys(0, 2), VisibleKeys(0, 3)]
 
 
 def test_each_row_attends_over_its_own_keys() -> None:
@@ -160,7 +160,7 @@ def test_each_row_attends_over_its_own_keys() -> None:
         calls.append((q.clone(), k.clone(), v.clone()))
         return q
 
-    seen = [Seen(1, 4, torch.tensor([1])), Seen(0, 5, torch.tensor([0, 1]))]
+    seen = [VisibleKeys(1, 4, torch.tensor([1])), VisibleKeys(0, 5, torch.tensor([0, 1]))]
     row_by_row(attend, query, key, value, seen, prefix=3)
     (_, first, _), (q, second, v) = calls
     assert torch.equal(first.transpose(0, 1), key[[1, 2, 4]])

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from specgen import Engine, InvalidRequest
 from specgen.model import runner as target_module
 from specgen.model.kv_size import KVSize, kv_size
-from specgen.model.runner import Target
+from specgen.model.runner import ModelRunner
 from tests.support.tiny import CONTEXT, build
 
 PLENTY = 1 << 40
@@ -82,7 +82,7 @@ def model() -> PreTrainedModel:
 
 
 def test_a_target_is_sized_by_what_is_available(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    token_bytes = Target(model, kv_tokens=64).pool.bytes_per_token
+    token_bytes = ModelRunner(model, kv_tokens=64).pool.bytes_per_token
     monkeypatch.setattr(target_module, "_free_memory", lambda device: 4 * 96 * token_bytes)
     with capture_logs() as logs, Engine(model, drafters=[]) as engine:
         assert (engine.context_length, engine.target.pool.capacity) == (96, 96)

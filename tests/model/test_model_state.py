@@ -21,7 +21,7 @@ from transformers.models.llama import modeling_llama
 import specgen
 from specgen import Engine, InvalidRequest, ModelChanged, RequestFailed, UnsupportedModel
 from specgen.api import engine as api
-from specgen.model.runner import Target
+from specgen.model.runner import ModelRunner
 from tests.support.tiny import VOCABULARY, build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -270,16 +270,16 @@ def test_a_config_that_is_read_at_run_time_is_part_of_the_model() -> None:
 
 
 @contextmanager
-def counted_targets() -> Iterator[list[Target]]:
-    made: list[Target] = []
-    make = Target.__init__
+def counted_targets() -> Iterator[list[ModelRunner]]:
+    made: list[ModelRunner] = []
+    make = ModelRunner.__init__
 
-    def counting(self: Target, *args: Any, **options: Any) -> None:
+    def counting(self: ModelRunner, *args: Any, **options: Any) -> None:
         made.append(self)
         make(self, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Target, "__init__", counting)
+        patch.setattr(ModelRunner, "__init__", counting)
         yield made
 
 
@@ -313,7 +313,7 @@ def test_state_costs_a_few_python_calls_for_each_module(monkeypatch: pytest.Monk
     sizes = []
     for layers in (3, 6, 9):
         model = build("llama", num_hidden_layers=layers)
-        target = Target(model, kv_tokens=64)
+        target = ModelRunner(model, kv_tokens=64)
         sizes.append(len(target._state._entries))
         assert len(target._state._entries) < 12 * len(list(model.modules())) + 100
     assert sizes[1] - sizes[0] == sizes[2] - sizes[1]
@@ -487,9 +487,9 @@ def _evaluated(engine: Engine) -> Engine:
 
 
 def test_a_model_of_other_sizes_needs_a_new_engine() -> None:
-    pool = Target(build("llama"), kv_tokens=64).pool
+    pool = ModelRunner(build("llama"), kv_tokens=64).pool
     with pytest.raises(UnsupportedModel, match="make a new engine"):
-        Target(build("gpt2"), pool=pool)
+        ModelRunner(build("gpt2"), pool=pool)
     model = build("llama")
     with Engine(model, **OPTIONS) as engine:
         model.resize_token_embeddings(VOCABULARY + 8)

@@ -11,7 +11,7 @@ from specgen.kernels import cpu_backend as cpu_kernels
 from specgen.kernels import triton_backend as gpu_kernels
 from specgen.kv.formats import FORMATS
 from specgen.model.report import selection
-from specgen.model.runner import Target
+from specgen.model.runner import ModelRunner
 from tests.support.tiny import build
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ needs_triton = pytest.mark.skipif(
     ],
 )
 def test_attention_is_named_with_its_reason(family: str, options: dict[str, Any], attention: str, why: str) -> None:
-    choices = {choice.part: choice for choice in selection(Target(build(family), kv_tokens=64, **options))}
+    choices = {choice.part: choice for choice in selection(ModelRunner(build(family), kv_tokens=64, **options))}
     assert choices["attention"].chosen == attention
     assert why in choices["attention"].why
     assert choices["device"].chosen == "cpu"

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from specgen.errors import InvalidRequest, OutOfPages, UnsupportedModel
 from specgen.kv.pool import PAGE_SIZE
 from specgen.model.attention.interface import Seam
-from specgen.model.runner import Target
-from specgen.model.segment import Segment, hung_rows
+from specgen.model.runner import ModelRunner
+from specgen.model.segment import Segment, tree_segment
 from tests.support.decoding import decode, generate, model_calls
 from tests.support.tiny import CONTEXT, VOCABULARY, WINDOW, build
 
@@ -25,11 +25,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def llama() -> Target:
-    return Target(build("llama"), kv_tokens=256)
+def llama() -> ModelRunner:
+    return ModelRunner(build("llama"), kv_tokens=256)
 
 
-def test_logits_come_for_wanted_rows_only_in_the_order_of_the_segments(llama: Target) -> None:
+def test_logits_come_for_wanted_rows_only_in_the_order_of_the_segments(llama: ModelRunner) -> None:
     first, second = llama.pool.open(), llama.pool.open()
     first.reserve(8)
     second.reserve(8)
@@ -44,13 +44,13 @@ def test_logits_come_for_wanted_rows_only_in_the_order_of_the_segments(llama: Ta
     torch.testing.assert_close(logits, alone[[1, 4, 0]], rtol=1e-4, atol=1e-4)
 
 
-def test_a_chunk_may_want_no_logits(llama: Target) -> None:
+def test_a_chunk_may_want_no_logits(llama: ModelRunner) -> None:
     table = llama.pool.open()
     table.reserve(5)
     assert llama.forward([Segment(table, PROMPT[:5], range(5))]).shape == (0, VOCABULARY)
 
 
-def test_the_check_at_load_counts_nothing_and_holds_nothing(llama: Target) -> None:
+def test_the_check_at_load_counts_nothing_and_holds_nothing(llama: ModelRunner) -> None:
     assert (llama.forwards, llama.rows) == (0, 0)
     assert llama.pool.free_pages == llama.pool.pages == 256 // PAGE_SIZE
     llama.pool.check()
@@ -58,12 +58,12 @@ def test_the_check_at_load_counts_nothing_and_holds_nothing(llama: Target) -> No
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_tree_may_grow_over_several_forwards_in_any_order(name: str) -> None:
-    target = Target(build(name), kv_tokens=256)
+    target = ModelRunner(build(name), kv_tokens=256)
     table = target.pool.open()
     table.reserve(64)
     target.forward([Segment(table, PROMPT[:-1], range(len(PROMPT) - 1))])
     table.commit(len(PROMPT) - 1)
-    whole = hung_rows(table, PROMPT[-1:], *TREE)
+    whole = tree_segment(table, PROMPT[-1:], *TREE)
     expected = target.forward([whole])
 
     assert whole.visible is not None
@@ -81,7 +81,7 @@ def test_a_tree_may_grow_over_several_forwards_in_any_order(name: str) -> None:
 
 def test_a_later_forward_may_start_with_its_deepest_row() -> None:
     """A window is counted from the shallowest row, wherever it stands."""
-    target = Target(build("mistral"), kv_tokens=256)
+    target = ModelRunner(build("mistral"), kv_tokens=256)
     table = target.pool.open()
     table.reserve(64)
     target.forward([Segment(table, PROMPT, range(len(PROMPT)))])
@@ -98,7 +98,7 @@ def test_a_later_forward_may_start_with_its_deepest_row() -> None:
     torch.testing.assert_close(shallow, alone, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_without_pages_are_an_error_not_a_guess(llama: Target) -> None:
+def test_rows_without_pages_are_an_error_not_a_guess(llama: ModelRunner) -> None:
     table = llama.pool.open()
     with pytest.raises(OutOfPages):
         table.reserve(257)
@@ -116,7 +116,7 @@ def test_the_model_is_left_as_it_was_found(name: str) -> None:
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     text = generate(model, PROMPT, 2 * WINDOW)
 
-    target = Target(model, kv_tokens=640)
+    target = ModelRunner(model, kv_tokens=640)
     assert decode(target, [PROMPT, PROMPT[:4]], [text, generate(model, PROMPT[:4], 2 * WINDOW)])[0] == text
 
     assert [config._attn_implementation for config in configs] == before
@@ -125,7 +125,7 @@ def test_the_model_is_left_as_it_was_found(name: str) -> None:
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
-def test_the_model_is_put_back_when_a_forward_fails(llama: Target) -> None:
+def test_the_model_is_put_back_when_a_forward_fails(llama: ModelRunner) -> None:
     table = llama.pool.open()
     table.reserve(1)
     before = llama.model.config._attn_implementation
@@ -134,8 +134,8 @@ def test_the_model_is_put_back_when_a_forward_fails(llama: Target) -> None:
     assert llama.model.config._attn_implementation == before
 
 
-def test_two_targets_may_share_a_model(llama: Target) -> None:
-    other = Target(llama.model, kv_tokens=640)
+def test_two_targets_may_share_a_model(llama: ModelRunner) -> None:
+    other = ModelRunner(llama.model, kv_tokens=640)
     text = generate(llama.model, PROMPT, 8)
     assert decode(other, [PROMPT], [text]) == [text]
     assert llama.pool.free_pages == llama.pool.pages
@@ -144,46 +144,46 @@ def test_two_targets_may_share_a_model(llama: Target) -> None:
 @pytest.mark.parametrize("name", ["llama", *KINDS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_data_types_load(name: str, dtype: torch.dtype) -> None:
-    target = Target(build(name).to(dtype), kv_tokens=256)
+    target = ModelRunner(build(name).to(dtype), kv_tokens=256)
     assert target.pool.stacks[0].dtype == dtype
 
 
 def test_the_context_ends_where_the_first_of_three_limits_is() -> None:
     model = build("llama")
-    assert Target(model).context_length == CONTEXT
-    assert Target(model, max_context=40).context_length == 40
-    assert Target(model, kv_tokens=64).context_length == 64
-    assert Target(model, max_context=10 * CONTEXT).context_length == CONTEXT
+    assert ModelRunner(model).context_length == CONTEXT
+    assert ModelRunner(model, max_context=40).context_length == 40
+    assert ModelRunner(model, kv_tokens=64).context_length == 64
+    assert ModelRunner(model, max_context=10 * CONTEXT).context_length == CONTEXT
 
 
 def test_longrope_models_stay_below_their_original_length() -> None:
     model = build("phi3 (LongRoPE)")
     assert model.config.max_position_embeddings == CONTEXT
-    assert Target(model).context_length == 96
+    assert ModelRunner(model).context_length == 96
 
 
 @pytest.mark.parametrize("option", ["kv_tokens", "max_context"])
 @pytest.mark.parametrize("size", [0, -5])
 def test_a_size_below_one_is_refused(option: str, size: int) -> None:
     with pytest.raises(InvalidRequest, match=rf"{option} is {size}; it must be at least 1"):
-        Target(build("llama"), **{option: size})
+        ModelRunner(build("llama"), **{option: size})
 
 
 def test_a_pool_is_rounded_up_to_pages_and_holds_two_at_least() -> None:
     model = build("llama")
-    assert Target(model, kv_tokens=1).pool.capacity == 2 * PAGE_SIZE
-    assert Target(model, kv_tokens=3 * PAGE_SIZE + 1).pool.capacity == 4 * PAGE_SIZE
+    assert ModelRunner(model, kv_tokens=1).pool.capacity == 2 * PAGE_SIZE
+    assert ModelRunner(model, kv_tokens=3 * PAGE_SIZE + 1).pool.capacity == 4 * PAGE_SIZE
 
 
 def test_a_model_that_cannot_run_at_all_is_refused_with_its_own_words() -> None:
     model = build("llama")
     model.model.layers[0].self_attn.q_proj = torch.nn.Linear(31, 32)
     with pytest.raises(UnsupportedModel, match=r"a forward over two tokens fails \(RuntimeError: .*shapes"):
-        Target(model)
+        ModelRunner(model)
 
 
 def test_shared_kv_takes_no_room_of_its_own() -> None:
-    shared = Target(build("gemma4_text (shared KV)"), kv_tokens=64).architecture
+    shared = ModelRunner(build("gemma4_text (shared KV)"), kv_tokens=64).architecture
     assert shared.stores == (0, 1, 2, 2, 1)
     assert len(shared.shapes) == 3
 
@@ -192,4 +192,4 @@ def test_a_subclass_of_a_known_model_is_known() -> None:
     config = build("llama").config
     base = type(AutoModelForCausalLM.from_config(config))
     mine = type("MyLlama", (base,), {"__module__": __name__})
-    assert Target(mine(config).eval(), kv_tokens=64).seam is Seam.DIRECT
+    assert ModelRunner(mine(config).eval(), kv_tokens=64).seam is Seam.DIRECT

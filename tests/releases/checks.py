@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, PreTrainedModel, RepetitionPenaltyLogit
 
 import specgen
 from specgen.errors import UnsupportedModel
-from specgen.model.runner import Target
+from specgen.model.runner import ModelRunner
 from tests.releases.environment import pinned
 from tests.support.architectures import KV_TOKENS, NEW_TOKENS, PROMPTS, SUPPORTED
 from tests.support.decoding import decode, generate
@@ -54,7 +54,7 @@ def test_a_model_is_exact_or_refused_by_name(name: str) -> None:
     if kind not in CONFIG_MAPPING:
         pytest.skip(f"transformers {version('transformers')} has no {kind}")
     model = build(name)
-    if isinstance(found := target_or_refusal(model), Target):
+    if isinstance(found := target_or_refusal(model), ModelRunner):
         truths = [generate(model, prompt, NEW_TOKENS) for prompt in PROMPTS]
         assert decode(found, PROMPTS, truths) == truths
     else:
@@ -64,10 +64,10 @@ def test_a_model_is_exact_or_refused_by_name(name: str) -> None:
         assert OLDER or name not in SUPPORTED, found
 
 
-def target_or_refusal(model: PreTrainedModel) -> Target | str:
+def target_or_refusal(model: PreTrainedModel) -> ModelRunner | str:
     """The model behind a packed forward, or why it is refused."""
     try:
-        return Target(model, kv_tokens=KV_TOKENS)
+        return ModelRunner(model, kv_tokens=KV_TOKENS)
     except UnsupportedModel as refusal:
         return str(refusal)
 

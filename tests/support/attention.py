@@ -13,7 +13,7 @@ from specgen.kernels.reference import tree_attention
 from specgen.kv.formats import NATIVE, KVFormat, LayerShape
 from specgen.kv.pool import PAGE_SIZE, BlockTable, KVPool
 from specgen.model.batch import Batch, Reach
-from specgen.model.segment import Segment, hung_rows
+from specgen.model.segment import Segment, tree_segment
 
 SCALE = 0.3
 REACHES = (Reach(), Reach(window=7), Reach(window=1), Reach(chunk=16))
@@ -93,7 +93,7 @@ def chain(table: BlockTable, rows: int) -> Segment:
 
 def tree(table: BlockTable, base: int, nodes: int) -> Segment:
     draw = random.Random(nodes)
-    return hung_rows(table, [1] * base, [2] * nodes, [draw.randrange(-1, node) for node in range(nodes)])
+    return tree_segment(table, [1] * base, [2] * nodes, [draw.randrange(-1, node) for node in range(nodes)])
 
 
 def later(table: BlockTable) -> Segment:

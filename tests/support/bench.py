@@ -21,7 +21,7 @@ from specgen import (
 from specgen.context.pipeline import ContextPipeline
 from specgen.engine.core import EngineCore
 from specgen.engine.request_builder import RequestBuilder
-from specgen.model.runner import Target
+from specgen.model.runner import ModelRunner
 from specgen.plugins.manager import load_plugins
 from specgen.sampling.constraint import Constraints, ConstraintSetup
 from tests.support.tiny import VOCABULARY
@@ -68,7 +68,7 @@ class Bench:
         max_prompt_rows: int = 512,
         compile: bool = False,
     ) -> None:
-        self.target = Target(model, kv_tokens=kv_tokens, max_context=max_context)
+        self.target = ModelRunner(model, kv_tokens=kv_tokens, max_context=max_context)
         # Without the prefix cache: rows are counted here, and every page must be free in the end.
         self.core = EngineCore(
             self.target,

@@ -1,4 +1,4 @@
-"""Greedy decoding over `Target` with trees that are partly right, and what transformers says alone."""
+"""Greedy decoding over `ModelRunner` with trees that are partly right, and what transformers says alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specgen.kv.pool import BlockTable
-from specgen.model.runner import Target
-from specgen.model.segment import Segment, hung_rows
+from specgen.model.runner import ModelRunner
+from specgen.model.segment import Segment, tree_segment
 from tests.support.tiny import VOCABULARY
 
 _CHUNK = 7
@@ -108,7 +108,7 @@ class Decoding:
         chain = pending[:_CHUNK]
         tree: Tree = noisy_tree(rng, self.truth[len(self.said) :]) if len(chain) == len(pending) else ([], [])
         self.table.reserve(self.table.length + len(chain) + len(tree[0]))
-        return hung_rows(self.table, chain, *tree), tree
+        return tree_segment(self.table, chain, *tree), tree
 
     def settle(self, chain: int, tree: Tree, logits: Tensor) -> None:
         """Walk the tree with the target's argmax and commit the path; rows of wrong guesses are forgotten."""
@@ -129,7 +129,7 @@ class Decoding:
         self.table.commit(chain, accepted)
 
 
-def decode(target: Target, prompts: Sequence[Sequence[int]], truths: Sequence[Sequence[int]]) -> list[list[int]]:
+def decode(target: ModelRunner, prompts: Sequence[Sequence[int]], truths: Sequence[Sequence[int]]) -> list[list[int]]:
     """Decode all prompts side by side over noisy trees; the first in consecutive pages, the others in scattered ones.
 
     Proves on the way that a step is one forward of the model over exactly the rows of its segments, and that all pages
@@ -175,7 +175,7 @@ def model_calls(model: PreTrainedModel) -> Iterator[list[int]]:
         handle.remove()
 
 
-def _scatter(target: Target) -> list[BlockTable]:
+def _scatter(target: ModelRunner) -> list[BlockTable]:
     """Take every second free page, so that no two of the others lie side by side; the caller releases the tables."""
     tables = []
     for _ in range(target.pool.free_pages):

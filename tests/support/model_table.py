@@ -9,7 +9,7 @@ from pathlib import Path
 from specgen.errors import UnsupportedModel
 from specgen.model.batch import Reach
 from specgen.model.checks.architecture import Architecture
-from specgen.model.runner import Target
+from specgen.model.runner import ModelRunner
 from tests.support.tiny import MODELS, build
 
 START = "<!-- architectures -->"
@@ -31,7 +31,7 @@ def listed() -> dict[str, str]:
     return {line.split(" | ")[0].removeprefix("| "): line for line in lines[len(_HEAD) :]}
 
 
-def exact(name: str, target: Target) -> str:
+def exact(name: str, target: ModelRunner) -> str:
     """The line of a model that a target carries."""
     return f"| {name} | {target.seam.value} | {_layers(target.architecture)} |"
 
@@ -44,7 +44,7 @@ def refused(name: str, refusal: UnsupportedModel) -> str:
 
 def _line(name: str) -> str:
     try:
-        return exact(name, Target(build(name), kv_tokens=64))
+        return exact(name, ModelRunner(build(name), kv_tokens=64))
     except UnsupportedModel as refusal:
         return refused(name, refusal)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from specgen.model.output import Scores
+from specgen.model.output import ForwardOutput
 
 _WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "unique_dim", "_unique2")
 
@@ -71,7 +71,7 @@ class Tapes:
     def __init__(self) -> None:
         self.kept: list[Tape] = []
 
-    def __call__(self, work: Callable[[], Scores]) -> tuple[Callable[[], None], Scores]:
+    def __call__(self, work: Callable[[], ForwardOutput]) -> tuple[Callable[[], None], ForwardOutput]:
         work()
         tape = Tape()
         kind: Any = type(importlib.import_module("specgen.kernels.triton.tree_attention")._attend)

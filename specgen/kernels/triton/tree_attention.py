@@ -70,7 +70,7 @@ def tile(head_bytes: int, *, wide: bool, warpgroups: bool = False) -> Tile:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class WorkItems:
     """A forward's work, for all layers that look back as far. int32 each.
 
     items: [items, len(ITEM)]; those with no rows do nothing. rows: [rows, len(ROW)]. places: pages and paths.
@@ -296,7 +296,7 @@ def _merge_spans(
 def tree_attention(
     query: Tensor,
     kept: Kept,
-    work: Work,
+    work: WorkItems,
     *,
     scale: float,
     softcap: float | None = None,

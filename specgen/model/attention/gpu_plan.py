@@ -27,7 +27,7 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class SplitPolicy:
     """How to cut. tile_rows: rows of a tile. programs: items that keep the GPU busy; more are not made by cutting along
     the keys. partials: the most partial sums that rows may leave, one per row and span."""
 
@@ -43,8 +43,8 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
-class Cuttings:
-    """What `Work` holds, on the host: items [n, 11], rows [rows, 7], int32. partials: how many there are."""
+class SplitPlan:
+    """What `WorkItems` holds, on the host: items [n, 11], rows [rows, 7], int32. partials: how many there are."""
 
     items: NDArray[np.int32]
     rows: NDArray[np.int32]
@@ -108,7 +108,7 @@ class Places:
         return place
 
 
-def cut(segments: Sequence[Segment], reach: Reach, how: Cut, places: Places, rows: int) -> Cuttings:
+def cut(segments: Sequence[Segment], reach: Reach, how: SplitPolicy, places: Places, rows: int) -> SplitPlan:
     """The work of a forward in layers that look back as far as `reach`.
 
     rows: of the whole forward; those behind the segments' belong to nobody, and come out as zeros.
@@ -123,7 +123,7 @@ def cut(segments: Sequence[Segment], reach: Reach, how: Cut, places: Places, row
 
 
 class _Cutter:
-    def __init__(self, how: Cut, rows: Ints) -> None:
+    def __init__(self, how: SplitPolicy, rows: Ints) -> None:
         self._how = how
         self._rows = rows
         self._whole: list[_Tile] = []
@@ -186,7 +186,7 @@ class _Cutter:
             else:
                 self._whole.append(replace(own, low=int(sight.first[row]), span=_span(edges, int(sight.first[row]))))
 
-    def finish(self, idle: range) -> Cuttings:
+    def finish(self, idle: range) -> SplitPlan:
         """All items. `idle`: where tiles of rows begin that belong to nobody."""
         room = self._how.programs // max(1, len(self._whole) + len(self._shared))
         pieces = [piece for tile in self._shared for piece in _pieces(tile, max(1, room))] + self._pieces
@@ -201,7 +201,7 @@ class _Cutter:
         for row in idle:
             rows = min(self._how.tile_rows, len(self._rows) - row)
             items.append(_item(_Tile(row, rows, 0, 0, 0, 0, 0), whole=True))
-        return Cuttings(np.array(items, dtype=np.int32), self._rows.astype(np.uint32).view(np.int32), self._partials)
+        return SplitPlan(np.array(items, dtype=np.int32), self._rows.astype(np.uint32).view(np.int32), self._partials)
 
     def _see(self, row: int, first: int, seen: int, bits: int) -> None:
         self._rows[row, :4] = first, seen, bits & 0xFFFFFFFF, bits >> 32

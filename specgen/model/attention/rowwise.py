@@ -17,7 +17,7 @@ _ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class VisibleKeys:
     """What a row sees: keys `[first, stop)`, once those of the tail at `tail` are laid behind the committed prefix.
 
     tail: int64[n], counted from the prefix's end; `None` where they lie there already.
@@ -28,19 +28,19 @@ class Seen:
     tail: Tensor | None = None
 
 
-def seen_in_chain(start: int, stop: int, oldest: Sequence[int]) -> list[Seen]:
+def visible_in_chain(start: int, stop: int, oldest: Sequence[int]) -> list[VisibleKeys]:
     """The last rows of `[start, stop)`, each of which sees all before it from its `oldest` position on."""
     count = len(oldest)
-    return [Seen(max(0, first - start), stop - start - (count - 1 - row)) for row, first in enumerate(oldest)]
+    return [VisibleKeys(max(0, first - start), stop - start - (count - 1 - row)) for row, first in enumerate(oldest)]
 
 
-def seen_in_mask(visible: Tensor, prefix: int) -> list[Seen]:
+def visible_in_mask(visible: Tensor, prefix: int) -> list[VisibleKeys]:
     """Read bool[rows, keys]. The first `prefix` keys are committed; a row sees them from some key on, or none."""
     rows = []
     for seen in visible:
         keys = seen.nonzero().flatten()
         tail = keys[keys >= prefix] - prefix
-        rows.append(Seen(prefix - int((keys < prefix).sum()), prefix + len(tail), tail))
+        rows.append(VisibleKeys(prefix - int((keys < prefix).sum()), prefix + len(tail), tail))
     if all(torch.equal(row.tail, torch.arange(len(row.tail))) for row in rows if row.tail is not None):
         return [replace(row, tail=None) for row in rows]
     return rows
@@ -51,7 +51,7 @@ def row_by_row(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    seen: Sequence[Seen],
+    seen: Sequence[VisibleKeys],
     prefix: int,
 ) -> Tensor:
     """`attend` for each row of query [rows, heads, key_dim] alone, over key and value [keys, kv_heads, dim].

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from specgen.kernels.triton.kv_splits import starts
 from specgen.kernels.triton.kv_write import kv_write
-from specgen.kernels.triton.tree_attention import Tile, Work, tile, tree_attention
+from specgen.kernels.triton.tree_attention import Tile, WorkItems, tile, tree_attention
 from specgen.kv.formats import LayerStore
 from specgen.kv.pool import KVPool
 from specgen.model.attention.cpu_plan import wanted_rows
-from specgen.model.attention.gpu_plan import Cut, Places, cut
+from specgen.model.attention.gpu_plan import Places, SplitPolicy, cut
 from specgen.model.attention.transfer import Array, Packed, filled, sent
 from specgen.model.batch import Reach
 from specgen.model.segment import Segment
@@ -73,10 +73,10 @@ class GpuKernels:
         chosen = tile(kind.head_bytes, wide=wide, warpgroups=self._warpgroups)
         return replace(chosen, lanes=max(chosen.lanes, 1 << (kind.group - 1).bit_length()))
 
-    def cut(self, kind: LayerKind, tile: Tile) -> Cut:
+    def cut(self, kind: LayerKind, tile: Tile) -> SplitPolicy:
         """How a forward's attention is cut in layers of a kind."""
         programs = max(1, self._programs // kind.kv_heads)
-        return Cut(tile.lanes // kind.group, programs, _PARTIALS, self.by_path)
+        return SplitPolicy(tile.lanes // kind.group, programs, _PARTIALS, self.by_path)
 
     @property
     def _warpgroups(self) -> bool:
@@ -114,7 +114,7 @@ class GpuForward:
         wanted = wanted_rows(segments)
         self.rows, self.wanted_rows = len(tokens), len(wanted)
         self.size = size or self.rows
-        self._works: dict[LayerKind, tuple[Work, Tile]] = {}
+        self._works: dict[LayerKind, tuple[WorkItems, Tile]] = {}
         self._message = self._cut(
             list(kernels.kinds),
             filled(tokens, self.size),
@@ -195,7 +195,7 @@ class GpuForward:
         *views, pages = message.packed.views(sent(message.packed.numbers, self._pool.device, into))
         others = len(views) - 2 * len(message.shares)
         for share, items, rows in zip(message.shares, views[others::2], views[others + 1 :: 2], strict=True):
-            self._works[share.kind] = Work(items, rows, pages, share.partials, self._pool.page_size), share.tile
+            self._works[share.kind] = WorkItems(items, rows, pages, share.partials, self._pool.page_size), share.tile
         return views[:others]
 
 

@@ -15,7 +15,7 @@ from specgen.kv.pool import PAGE_SIZE, KVPool
 from specgen.model.attention.interface import Seam
 from specgen.model.batch import EVERYTHING
 from specgen.model.checks.architecture import Architecture, first_layer, refuse
-from specgen.model.segment import Segment, hung_rows
+from specgen.model.segment import Segment, tree_segment
 
 # Thousandths of the vocabulary: ordinary tokens of any tokenizer, where special ones, which stand at both ends, make
 # a model's answer hang on the last bit of a rounding.
@@ -42,7 +42,7 @@ class PackedModel(Protocol):
     vocab_size: int
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
-        """Score all rows; see `Target.forward`."""
+        """Score all rows; see `ModelRunner.forward`."""
 
 
 def choose_seam(target: PackedModel) -> Seam:
@@ -123,7 +123,9 @@ def _packed_logits(target: PackedModel) -> Tensor:
             (_ids(_TREE, target.vocab_size), _PARENTS),
             ((), ()),
         ]
-        return target.forward([hung_rows(t, p[2:], *tree) for t, p, tree in zip(tables, prompts, trees, strict=True)])
+        return target.forward(
+            [tree_segment(t, p[2:], *tree) for t, p, tree in zip(tables, prompts, trees, strict=True)]
+        )
     finally:
         for table in tables:
             table.release()

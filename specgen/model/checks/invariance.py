@@ -13,7 +13,7 @@ from specgen.errors import UnsupportedModel
 from specgen.kv.pool import PAGE_SIZE, BlockTable
 from specgen.model.attention.interface import Seam
 from specgen.model.checks.equivalence import PackedModel
-from specgen.model.segment import Segment, hung_rows
+from specgen.model.segment import Segment, tree_segment
 
 _LENGTH = 24
 _COMPANY = 100
@@ -93,7 +93,7 @@ def _in_tree(target: PackedModel, ids: Sequence[int]) -> Tensor:
     with opened_tables(target, 2 * len(ids), 7) as (table, before):
         target.forward([_chunk(table, ids[:-5])])
         table.commit(len(ids) - 5)
-        segments = [_chunk(before, _ids(target, 7, first=5)), hung_rows(table, ids[-5:-3], tree, parents)]
+        segments = [_chunk(before, _ids(target, 7, first=5)), tree_segment(table, ids[-5:-3], tree, parents)]
         segments[1] = replace(segments[1], logits=range(len(segments[1].tokens)))
         logits = target.forward(segments)[7:]
         return logits[[0, 1, 3, 6, 8]]

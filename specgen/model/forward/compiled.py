@@ -37,8 +37,8 @@ from specgen.model.checks.architecture import Architecture
 from specgen.model.checks.equivalence import difference
 from specgen.model.checks.invariance import CHECK_PAGES, check_invariance
 from specgen.model.forward.inductor_pass import OwnProducts
-from specgen.model.hidden_states import WatchedLayers
-from specgen.model.output import Scores
+from specgen.model.hidden_states import HiddenStateTap
+from specgen.model.output import ForwardOutput
 from specgen.model.segment import Segment
 
 log = Log("specgen.model")
@@ -61,14 +61,14 @@ class CompiledForward:
     """A compiled forward of `model`, which nobody else may run. Not thread-safe.
 
     pool: where keys and values are; may be replaced by another of the same shapes.
-    layers: those whose hidden states are wanted too; see `WatchedLayers`.
+    layers: those whose hidden states are wanted too; see `HiddenStateTap`.
     """
 
     def __init__(
         self, model: PreTrainedModel, architecture: Architecture, pool: KVPool, layers: Sequence[int] = ()
     ) -> None:
         self.model = model
-        self._watched = WatchedLayers(model, layers)
+        self._watched = HiddenStateTap(model, layers)
         self.pool = pool
         self._stores = architecture.stores
         self._cache_keyword = cache_keyword(model)
@@ -77,13 +77,13 @@ class CompiledForward:
         self._graph = _compiled(self._run)
         self._warm_up()
 
-    def __call__(self, segments: Sequence[Segment], tokens: Sequence[int], positions: Sequence[int]) -> Scores:
+    def __call__(self, segments: Sequence[Segment], tokens: Sequence[int], positions: Sequence[int]) -> ForwardOutput:
         """Score all rows and write their KV."""
         wanted = wanted_rows(segments)
         filled = [*tokens, *[0] * (_LEAST - len(tokens))], [*positions, *[0] * (_LEAST - len(positions))]
         ids, position_ids = torch.tensor(filled)[:, None]
         logits, *hidden = self._graph(ids, position_ids, plan(segments), torch.tensor(_filled(wanted)))
-        return Scores(logits[: len(wanted)], tuple(states[: len(tokens)] for states in hidden))
+        return ForwardOutput(logits[: len(wanted)], tuple(states[: len(tokens)] for states in hidden))
 
     def _run(self, ids: Tensor, position_ids: Tensor, plan: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
         batch = PlannedBatch(self.pool, plan, position_ids)

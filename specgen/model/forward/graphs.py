@@ -19,7 +19,7 @@ from specgen._base.log import Log
 from specgen.kernels.triton.tree_attention import Tile
 from specgen.kv.pool import KVPool
 from specgen.model.attention.triton import GpuForward, GpuKernels
-from specgen.model.output import Scores
+from specgen.model.output import ForwardOutput
 from specgen.model.segment import Segment
 
 log = Log("specgen.model")
@@ -31,7 +31,7 @@ _MOST_GRAPHS = 2 * len(SIZES)
 _TABLES = 1 << 16
 _SHARERS = 16
 
-Run: TypeAlias = Callable[[GpuForward], Scores]
+RunForward: TypeAlias = Callable[[GpuForward], ForwardOutput]
 Replay: TypeAlias = Callable[[], object]
 Key: TypeAlias = tuple[int, tuple[Tile, ...]]
 
@@ -39,7 +39,7 @@ Key: TypeAlias = tuple[int, tuple[Tile, ...]]
 class Capture(Protocol):
     """A way to capture work on a device."""
 
-    def __call__(self, work: Callable[[], Scores]) -> tuple[Replay, Scores]:
+    def __call__(self, work: Callable[[], ForwardOutput]) -> tuple[Replay, ForwardOutput]:
         """What does all launches of `work` again, and the tensors that then hold its answer. `work` runs before, as
         often as it takes to warm up; its answer counts from the first replay on."""
 
@@ -52,7 +52,7 @@ class CudaCapture:
         self._memory = torch.cuda.graph_pool_handle()
         self._aside = torch.cuda.Stream(device)
 
-    def __call__(self, work: Callable[[], Scores]) -> tuple[Replay, Scores]:
+    def __call__(self, work: Callable[[], ForwardOutput]) -> tuple[Replay, ForwardOutput]:
         """See `Capture`. Raises what `work` raises, and RuntimeError where it waits for the device."""
         self._aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._aside):
@@ -72,10 +72,10 @@ def capture_on(device: torch.device) -> Capture | None:
 
 class _Graph(NamedTuple):
     replay: Replay
-    answer: Scores
+    answer: ForwardOutput
 
 
-class Executor:
+class GraphForward:
     """Runs the forwards of one target through the GPU kernels.
 
     Bounds of a step, whatever the number of sequences and rows.
@@ -109,14 +109,14 @@ class Executor:
         """From now on capture forwards over `pool`, where that can be."""
         self._pool = pool
 
-    def __call__(self, segments: Sequence[Segment], pool: KVPool, run: Run) -> Scores:
+    def __call__(self, segments: Sequence[Segment], pool: KVPool, run: RunForward) -> ForwardOutput:
         """What `run` answers for these segments; it is called with the forward, and at times not at all."""
         adapted = any(segment.adapter for segment in segments)
         if pool is self._pool and not adapted and (scores := self._replayed(segments, pool, run)):
             return scores
         return run(self.kernels.forward(segments, pool))
 
-    def _replayed(self, segments: Sequence[Segment], pool: KVPool, run: Run) -> Scores | None:
+    def _replayed(self, segments: Sequence[Segment], pool: KVPool, run: RunForward) -> ForwardOutput | None:
         """By a graph, if there is one for the step or it is time for one."""
         rows = sum(len(segment.tokens) for segment in segments)
         if rows > SIZES[-1]:
@@ -142,9 +142,9 @@ class Executor:
         graph.replay()
         # The next replay writes over the graph's own.
         logits, hidden = graph.answer.logits, graph.answer.hidden
-        return Scores(logits[: forward.wanted_rows].clone(), tuple(states[:rows].clone() for states in hidden))
+        return ForwardOutput(logits[: forward.wanted_rows].clone(), tuple(states[:rows].clone() for states in hidden))
 
-    def _captured(self, capture: Capture, key: Key, work: Callable[[], Scores]) -> _Graph | None:
+    def _captured(self, capture: Capture, key: Key, work: Callable[[], ForwardOutput]) -> _Graph | None:
         """A new graph; `None` if `work` cannot be captured, and then nothing is any more."""
         while len(self._graphs) >= _MOST_GRAPHS:
             self._graphs.popitem(last=False)

@@ -17,14 +17,14 @@ from torch import Tensor
 from specgen.kv.formats import FORMATS, LayerShape
 from specgen.kv.pool import BlockTable
 from specgen.model.batch import Reach
-from specgen.model.segment import Segment, hung_rows
+from specgen.model.segment import Segment, tree_segment
 from tests.support.attention import REACHES, SCALE, World, chain, later, tree
 
 pytest.importorskip("triton")
 
 from specgen.kernels.triton.kv_splits import start_of, starts
-from specgen.kernels.triton.tree_attention import ITEM, Tile, Work, tree_attention
-from specgen.model.attention.gpu_plan import Cut, Cuttings, Places, cut
+from specgen.kernels.triton.tree_attention import ITEM, Tile, WorkItems, tree_attention
+from specgen.model.attention.gpu_plan import Places, SplitPlan, SplitPolicy, cut
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TILE = Tile(lanes=16, keys=64, warps=4, stages=3)
@@ -34,8 +34,8 @@ NEAR_BY_CODES = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
 # Heads, heads that share a key, key and value numbers: a group that does not divide a tile; Llama's; odd numbers; a
 # group wider than half a tile; single numbers; wide heads.
 SHAPES = ((6, 2, 64, 64), (8, 2, 128, 128), (4, 2, 40, 24), (14, 1, 32, 80), (3, 1, 5, 3), (2, 1, 256, 192))
-ALONE = Cut(tile_rows=4, programs=0, partials=0)
-SPLIT = Cut(tile_rows=4, programs=64, partials=4096)
+ALONE = SplitPolicy(tile_rows=4, programs=0, partials=0)
+SPLIT = SplitPolicy(tile_rows=4, programs=64, partials=4096)
 BY_PATH = replace(SPLIT, by_path=True)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,19 +43,19 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @dataclass
 class GpuWorld(World):
-    cut: Cut = SPLIT
+    cut: SplitPolicy = SPLIT
     device: torch.device = DEVICE
-    cuttings: list[Cuttings] = field(default_factory=list)
+    split_plan: list[SplitPlan] = field(default_factory=list)
 
-    def work(self, segments: Sequence[Segment], reach: Reach, rows: int) -> Work:
+    def work(self, segments: Sequence[Segment], reach: Reach, rows: int) -> WorkItems:
         places = Places()
         how = replace(self.cut, tile_rows=TILE.lanes // (self.heads // self.shape.kv_heads))
         found = cut(segments, reach, how, places, rows)
         assert len(found.items) <= how.most_items(rows)
-        self.cuttings.append(found)
+        self.split_plan.append(found)
         numbers = torch.tensor([*places.numbers, 0], dtype=torch.int32)
         items, table = (torch.from_numpy(side) for side in (found.items, found.rows))
-        return Work(*(t.to(DEVICE) for t in (items, table, numbers)), found.partials, self.page_size)
+        return WorkItems(*(t.to(DEVICE) for t in (items, table, numbers)), found.partials, self.page_size)
 
     def kernel(
         self,
@@ -112,7 +112,7 @@ def check(
 
 @pytest.mark.parametrize("how", [ALONE, SPLIT, BY_PATH], ids=["alone", "split", "by path"])
 @pytest.mark.parametrize("reach", REACHES, ids=str)
-def test_every_row_sees_its_own_path(reach: Reach, how: Cut) -> None:
+def test_every_row_sees_its_own_path(reach: Reach, how: SplitPolicy) -> None:
     here = world(SHAPES[0], cut=how)
     check(here, several(here), reach)
 
@@ -139,7 +139,7 @@ def test_every_format(sizes: tuple[int, int, int, int], kind: str, dtype: torch.
 
 @pytest.mark.parametrize(("softcap", "sinks"), [(5.0, False), (0.0, True), (5.0, True)])
 @pytest.mark.parametrize("how", [ALONE, SPLIT], ids=["alone", "split"])
-def test_soft_caps_and_sinks(softcap: float, sinks: bool, how: Cut) -> None:
+def test_soft_caps_and_sinks(softcap: float, sinks: bool, how: SplitPolicy) -> None:
     here = world(SHAPES[2], cut=how)
     check(here, several(here), Reach(window=9), softcap, sinks=sinks)
 
@@ -164,10 +164,10 @@ def test_many_sequences(count: int) -> None:
 
 
 @pytest.mark.parametrize("how", [ALONE, SPLIT, BY_PATH], ids=["alone", "split", "by path"])
-def test_contexts_longer_than_a_span(how: Cut) -> None:
+def test_contexts_longer_than_a_span(how: SplitPolicy) -> None:
     here = world(SHAPES[2], cut=how, pages=128)
     check(here, [chain(here.sequence(601), 2), tree(here.sequence(510), 1, 5), chain(here.sequence(255), 3)])
-    (found,) = here.cuttings
+    (found,) = here.split_plan
     assert bool(found.partials) == (how is not ALONE)
     assert found.items[:, 9].max() >= 1
     assert (found.items[:, 10] == 1).all() == (how is ALONE)
@@ -180,7 +180,7 @@ def test_every_kind_of_item_is_cut() -> None:
     for name, how in {"alone": ALONE, "split": SPLIT, "by path": BY_PATH}.items():
         here = world(SHAPES[0], cut=how)
         here.work([*several(here), chain(here.sequence(300), 1)], REACHES[0], 40)
-        items = here.cuttings[-1].items
+        items = here.split_plan[-1].items
         never = items[:, fields["turn"]].max()
         kinds[name] = {
             "bits": bool((items[:, fields["shared"]] < never).any()),
@@ -224,7 +224,7 @@ def test_rows_of_no_sequence_are_zero() -> None:
 def test_an_ancestor_too_far_behind_is_an_error() -> None:
     here = world(SHAPES[2], pages=128)
     table = here.sequence(3, room=128)
-    wide = hung_rows(table, [1], [2] * 70, [-1] * 69 + [0])
+    wide = tree_segment(table, [1], [2] * 70, [-1] * 69 + [0])
     with pytest.raises(ValueError, match="row 65 has an ancestor more than 64 rows behind"):
         here.work([wide], Reach(), 71)
 
@@ -251,7 +251,7 @@ def test_a_row_has_the_same_bits_in_any_company(reach: Reach, kind: str, dtype: 
         one_by_one.append(here.kernel([chain(table, 1)], rows([row]), reach))
         table.commit(1)
     alone = torch.cat(one_by_one)
-    assert here.cuttings[-1].partials or reach.window
+    assert here.split_plan[-1].partials or reach.window
     for how in (ALONE, SPLIT):
         here.cut = how
         assert torch.equal(here.kernel([chain(fresh(), count)], rows(range(count)), reach), alone)
@@ -262,7 +262,7 @@ def test_a_row_has_the_same_bits_in_any_company(reach: Reach, kind: str, dtype: 
     # Row 4, then wrong ones (0, 1) beside 5, 6 below 5, wrong ones below both, 7 below 6, 8 below 7.
     order, parents = [0, 5, 1, 6, 2, 7, 8], [-1, -1, 0, 1, 2, 3, 5]
     other = chain(here.sequence(25), 3)
-    segments = [other, hung_rows(table, [1], [2] * len(order), parents)]
+    segments = [other, tree_segment(table, [1], [2] * len(order), parents)]
     mixed = [torch.cat(sides, dim=2) for sides in zip(here.new_rows(3), rows([4, *order]), strict=True)]
     found = here.kernel(segments, mixed, reach)[3:]
     assert torch.equal(found[[0, 2, 4, 6, 7]], alone[4:9])

@@ -22,7 +22,7 @@ from specgen.errors import InvalidRequest
 from specgen.kernels.cpu_backend import why_not
 from specgen.model.forward import compiled
 from specgen.model.forward.compiled import compile_rows
-from specgen.model.runner import Target
+from specgen.model.runner import ModelRunner
 from tests.support.architectures import REFUSED
 from tests.support.tiny import MODELS, build
 
@@ -231,7 +231,7 @@ def test_a_function_that_cannot_be_compiled_is_given_back(capsys: pytest.Capture
 def test_a_compiled_forward_that_says_something_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     run = compiled.CompiledForward._run
     monkeypatch.setattr(compiled.CompiledForward, "_run", lambda self, *inputs: (run(self, *inputs)[0] * 1.1,))
-    target = Target(build("llama"), kv_tokens=64)
+    target = ModelRunner(build("llama"), kv_tokens=64)
     target.compile(True)
     assert not target.compiled
 

@@ -11,7 +11,7 @@ import torch
 
 from specgen.kv.formats import LayerShape
 from specgen.kv.pool import KVPool
-from specgen.model.output import Scores
+from specgen.model.output import ForwardOutput
 from specgen.model.segment import Segment
 from tests.support.attention import chain
 from tests.support.tape import Tapes
@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 
 from specgen.model.attention.triton import GpuForward, GpuKernels
 from specgen.model.forward import graphs as module
-from specgen.model.forward.graphs import SIZES, Executor
+from specgen.model.forward.graphs import SIZES, GraphForward
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ class Here:
 
     def __init__(self) -> None:
         self.pool = KVPool([LayerShape(1, 4, 4)], 64, dtype=torch.float32, device=CPU)
-        self.executor = Executor(GpuKernels.on(CPU))
+        self.executor = GraphForward(GpuKernels.on(CPU))
         self.executor.capture_over(self.pool)
         self.runs = 0
 
@@ -59,10 +59,10 @@ class Here:
             segment.table.release()
         return self.tapes.replays > before
 
-    def run(self, forward: GpuForward) -> Scores:
+    def run(self, forward: GpuForward) -> ForwardOutput:
         self.runs += 1
         ids = forward.ids[0]
-        return Scores(ids[forward.wanted][:, None], (ids,))
+        return ForwardOutput(ids[forward.wanted][:, None], (ids,))
 
 
 @pytest.fixture
