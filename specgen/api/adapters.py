@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from specgen._base.openmp import release_workers
 from specgen._base.torch_state import plain_torch
 from specgen.engine.core import EngineCore
-from specgen.engine.thread import Runner
+from specgen.engine.thread import EngineThread
 from specgen.errors import AdapterRefused, UnknownName, UnsupportedModel
 from specgen.lora.adapter import Adapter, AdapterOptions
 from specgen.lora.cache import DRAFT, TARGET, AdapterReport
@@ -47,7 +47,7 @@ class EngineAdapters:
     """
 
     def __init__(
-        self, core: EngineCore, options: AdapterOptions, drafts: Sequence[ModelRunner], runner: Runner
+        self, core: EngineCore, options: AdapterOptions, drafts: Sequence[ModelRunner], runner: EngineThread
     ) -> None:
         self._core = core
         self._cache = core.adapters

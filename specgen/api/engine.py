@@ -28,7 +28,7 @@ from specgen.engine.core import Counters, EngineCore, Load
 from specgen.engine.request_builder import Prepared, RequestBuilder, model_ends, with_options
 from specgen.engine.response_cache import ResponseCache
 from specgen.engine.stream import Stream, gather
-from specgen.engine.thread import Runner
+from specgen.engine.thread import EngineThread
 from specgen.errors import ModelChanged, UnsupportedModel
 from specgen.kv.offload.persistence import CacheOptions
 from specgen.kv.pool import KVPool
@@ -95,7 +95,7 @@ class Engine:
             adapters=self.config.adapters,
         )
         self.responses = ResponseCache(self.config.response_cache_bytes, self.config.response_cache_seconds)
-        self._runner = Runner(self._core, self.plugins, self.responses)
+        self._runner = EngineThread(self._core, self.plugins, self.responses)
         self.adapters = EngineAdapters(self._core, self.config.adapters, self._draft_targets, self._runner)
         self._builder = RequestBuilder(
             tokenizer,

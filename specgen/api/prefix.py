@@ -7,7 +7,7 @@ from pathlib import Path
 
 from specgen.engine.core import EngineCore
 from specgen.engine.request_builder import RequestBuilder
-from specgen.engine.thread import Runner
+from specgen.engine.thread import EngineThread
 from specgen.errors import InvalidRequest
 from specgen.kv.lease import Pin
 from specgen.kv.offload.persistence import StoredPrefixes
@@ -51,7 +51,7 @@ class PinnedPrefix:
     the prompt is pinned now.
     """
 
-    def __init__(self, runner: Runner, pin: Pin) -> None:
+    def __init__(self, runner: EngineThread, pin: Pin) -> None:
         self._runner = runner
         self._pin = pin
 
@@ -77,7 +77,7 @@ class EnginePrefix:
     Raises InvalidRequest when the engine was built with prefix_cache=False.
     """
 
-    def __init__(self, core: EngineCore, runner: Runner, builder: RequestBuilder) -> None:
+    def __init__(self, core: EngineCore, runner: EngineThread, builder: RequestBuilder) -> None:
         self._core = core
         self._runner = runner
         self._builder = builder

@@ -28,7 +28,7 @@ _SMOOTHING = 0.1
 
 
 @dataclass(slots=True)
-class _Active:
+class _DrafterState:
     """One drafter in one sequence. Of the last step: its tree, which of its nodes others offered too, and the seconds
     that it took.
 
@@ -64,7 +64,7 @@ class Drafts:
     speculation: Speculation
     constraint: Constrained | None = None
     most: int = MAX_TREE_NODES
-    active: dict[str, _Active] = field(default_factory=dict)
+    active: dict[str, _DrafterState] = field(default_factory=dict)
     unopened: dict[str, DrafterStats] = field(default_factory=dict)
 
     def stats(self) -> dict[str, DrafterStats]:
@@ -116,7 +116,9 @@ class Drafting:
                 drafts.unopened[name] = DrafterStats(disabled=repr(error))
                 continue
             known = learned[name]
-            drafts.active[name] = _Active(session, Calibration(known.calibration), Pace(known.experience), len(prompt))
+            drafts.active[name] = _DrafterState(
+                session, Calibration(known.calibration), Pace(known.experience), len(prompt)
+            )
         return drafts
 
     def forget(self, adapter: str) -> None:

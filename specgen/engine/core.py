@@ -15,10 +15,10 @@ from specgen._base.log import Log
 from specgen.draft.budget import RowCost
 from specgen.draft.drafter import Drafter, DraftHints
 from specgen.draft.manager import Drafting
-from specgen.engine.outputs import View, views
+from specgen.engine.outputs import SequenceOutput, views
 from specgen.engine.prefill_budget import PrefillBudget
-from specgen.engine.request import Request, Sample
-from specgen.engine.scheduler import NotPlanned, Scheduler, Turn
+from specgen.engine.request import Request, SampleSpec
+from specgen.engine.scheduler import NotPlanned, ScheduledSequence, Scheduler
 from specgen.engine.sequence import Sequence
 from specgen.errors import AdapterRefused, OutOfPages, RequestCancelled
 from specgen.kernels import triton_backend as gpu_kernels
@@ -152,7 +152,7 @@ class EngineCore:
         if self.prefix and self.prefix.tiers and (stored := self.stored()):
             self.prefix.tiers.describe = stored.header
 
-    def add(self, request: Request, samples: Many[Sample]) -> None:
+    def add(self, request: Request, samples: Many[SampleSpec]) -> None:
         """Queue one sequence per sample; none where one cannot be made."""
         with ExitStack() as undo:
             sequences = [self._sequence(request, index, sample, undo) for index, sample in enumerate(samples)]
@@ -213,7 +213,7 @@ class EngineCore:
         target.watch(self.drafting.wanted.layers)
         target.compile(self._compile)
 
-    def _sequence(self, request: Request, index: int, sample: Sample, undo: ExitStack) -> Sequence:
+    def _sequence(self, request: Request, index: int, sample: SampleSpec, undo: ExitStack) -> Sequence:
         """A sequence to be queued; `undo` gives back what was opened for it."""
         drafts = self.drafting.open(request.ids, _hints(request), request.speculation, sample.constraint)
         undo.callback(self.drafting.close, drafts)
@@ -248,7 +248,7 @@ class EngineCore:
         more = row_seconds(self.target, 1, context) - self.drafting.cost.seconds(1)
         self.drafting.cost.context_seconds = max(0.0, more) / max(1, context)
 
-    def _plan(self) -> list[Turn]:
+    def _plan(self) -> list[ScheduledSequence]:
         """The turns of the step, side by side where they run under one adapter, whose rows are one product then."""
         try:
             if self.target.take_compiled():
@@ -261,7 +261,7 @@ class EngineCore:
             raise NotPlanned from error
         return turns
 
-    def _propose(self, turns: Many[Turn]) -> list[TokenTree]:
+    def _propose(self, turns: Many[ScheduledSequence]) -> list[TokenTree]:
         """The tree of each turn, as far as there are pages for it; empty where the prompt is not through."""
         drawing = [turn.sequence for turn in turns if turn.complete]
         try:
@@ -279,7 +279,7 @@ class EngineCore:
             self.drafting.forget_offers([sequence.drafts for sequence in drawing])
             return [EMPTY_TREE] * len(turns)
 
-    def _draws(self, turns: Many[Turn], trees: Many[TokenTree]) -> list[Draw]:
+    def _draws(self, turns: Many[ScheduledSequence], trees: Many[TokenTree]) -> list[Draw]:
         """What a GPU can draw of the rows whose logits are wanted, whichever of them the walks will come to."""
         draws: list[Draw] = []
         row = 0
@@ -298,12 +298,12 @@ class EngineCore:
         """Whether warped rows are drawn by a kernel."""
         return gpu_kernels.available(self.target.device, self.target.architecture.dtype)
 
-    def _is_drawn(self, sequence: Sequence, view: View) -> bool:
+    def _is_drawn(self, sequence: Sequence, view: SequenceOutput) -> bool:
         """Whether the view holds the draws of all rows; of one with no token left the sampler has to complain."""
         sampler = sequence.sampler
         return sampler.is_argmax or (sampler.warp is not None and self._draws_at_once and min(view.drawn) >= 0)
 
-    def _score(self, segments: Many[Segment], draws: Many[Draw]) -> list[View]:
+    def _score(self, segments: Many[Segment], draws: Many[Draw]) -> list[SequenceOutput]:
         """One forward, and per segment its view of it."""
         started = time.perf_counter()
         scores = self.target.score(segments)
@@ -324,7 +324,7 @@ class EngineCore:
             self._prefill.observe(rows, context, seconds)
         self.drafting.cost.observe(rows, seconds, context)
 
-    def _settle(self, turn: Turn, tree: TokenTree, view: View) -> list[StepOutput]:
+    def _settle(self, turn: ScheduledSequence, tree: TokenTree, view: SequenceOutput) -> list[StepOutput]:
         """Walk and commit one turn. A sequence for which anything raises ends with the error; the others go on."""
         sequence = turn.sequence
         outputs: list[StepOutput] = []
@@ -343,14 +343,14 @@ class EngineCore:
             outputs.append(sequence.end(Finish("error", error=error)))
         return [self._close(sequence, output) if output.result else output for output in outputs]
 
-    def _read(self, turn: Turn, view: View) -> None:
+    def _read(self, turn: ScheduledSequence, view: SequenceOutput) -> None:
         """Take in a part of a prompt, behind which nothing is drawn."""
         sequence = turn.sequence
         if self.drafting.wants(sequence.drafts):
             self.drafting.observe(sequence.drafts, view.features(turn.chain))
         sequence.table.commit(turn.chain)
 
-    def _commit(self, turn: Turn, tree: TokenTree, view: View) -> StepOutput:
+    def _commit(self, turn: ScheduledSequence, tree: TokenTree, view: SequenceOutput) -> StepOutput:
         """Walk a tree and take in what was accepted of it."""
         sequence = turn.sequence
         walked = sequence.walk(tree, view.logits, view.drawn if self._is_drawn(sequence, view) else None)
@@ -438,7 +438,7 @@ def _hints(request: Request) -> DraftHints:
     return DraftHints(request.prediction, salt, request.adapter)
 
 
-def _housed(turn: Turn, tree: TokenTree) -> TokenTree:
+def _housed(turn: ScheduledSequence, tree: TokenTree) -> TokenTree:
     """The tree if the pool has room for its rows, else none: drafting never takes a page that a sequence needs."""
     table = turn.sequence.table
     try:

@@ -31,7 +31,7 @@ class Decoder(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class TextCursor:
+class IncrementalDetokenizer:
     """Where the text of one sequence stands. Frozen: `advance` answers a new one, so a walk can be thrown away.
 
     min_tokens: so many tokens are taken in before stop strings are looked for; one may begin in theirs, not end there.
@@ -57,7 +57,7 @@ class TextCursor:
     held: str = ""
 
     @classmethod
-    def after(cls, prompt: Sequence[int], decoder: Decoder | None, **options: object) -> TextCursor:
+    def after(cls, prompt: Sequence[int], decoder: Decoder | None, **options: object) -> IncrementalDetokenizer:
         """The cursor behind a prompt, whose last ids decide how the first new one is spelt."""
         cursor = cls(decoder, **options)  # type: ignore[arg-type]
         if decoder is None:
@@ -72,7 +72,7 @@ class TextCursor:
         half = len(pending) + len(text) - len(shown)
         return replace(cursor, window=recent, shown=shown, pending=pending, prompt_half=half)
 
-    def advance(self, tokens: Sequence[int]) -> tuple[TextCursor, str, str | None]:
+    def advance(self, tokens: Sequence[int]) -> tuple[IncrementalDetokenizer, str, str | None]:
         """Take `tokens` in: the new cursor, the text that may be shown now, and the stop string that is complete.
 
         With several tokens the stop string may lie anywhere in them; the text ends before it, or with it if
@@ -94,7 +94,7 @@ class TextCursor:
         rest = self._decode(self.window)[len(self.shown) :] + REPLACEMENT * len(self.pending)
         return self.held + self._without_half(rest)[0]
 
-    def _read(self, token: int) -> tuple[TextCursor, str]:
+    def _read(self, token: int) -> tuple[IncrementalDetokenizer, str]:
         """Behind one more token, and the text that is clear now."""
         if (self.pending or self.unclear) and self._is_skipped(token):
             return self, ""
@@ -126,7 +126,7 @@ class TextCursor:
         said = text[min(broken, self.prompt_half) :]
         return said, 0 if said else self.prompt_half - broken
 
-    def _search(self, text: str) -> tuple[TextCursor, str, str | None]:
+    def _search(self, text: str) -> tuple[IncrementalDetokenizer, str, str | None]:
         """Look for stop strings that `text` makes complete behind what is held."""
         held = self.held + text
         if self.min_tokens:

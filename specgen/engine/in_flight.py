@@ -11,7 +11,7 @@ from specgen.types import Result, StepOutput
 
 
 @dataclass(slots=True)
-class Run:
+class SharedRun:
     """A request that runs, for itself and for those that joined it.
 
     listeners: ids of the requests that get its outputs; the run goes on while there is one, be it its own or not.
@@ -42,14 +42,14 @@ class Run:
         return replace(output, request_id=request_id, result=result)
 
 
-class Runs:
+class InFlight:
     """The runs that others may join, in front of the cache of finished answers."""
 
     def __init__(self, responses: ResponseCache) -> None:
         self._responses = responses
-        self._by_key: dict[ResponseKey, Run] = {}
-        self._by_request: dict[str, Run] = {}
-        self._by_listener: dict[str, Run] = {}
+        self._by_key: dict[ResponseKey, SharedRun] = {}
+        self._by_request: dict[str, SharedRun] = {}
+        self._by_listener: dict[str, SharedRun] = {}
 
     def answer(self, request: Request, key: ResponseKey) -> list[StepOutput] | None:
         """What is known of a request's answer already, the rest of which it will hear; None if it has to run."""
@@ -65,10 +65,10 @@ class Runs:
     def begin(self, request: Request, key: ResponseKey) -> None:
         """A request runs from now on; those with the same key may join it."""
         self._responses.count_run(shared=False)
-        run = Run(request, key, [request.id])
+        run = SharedRun(request, key, [request.id])
         self._by_key[key] = self._by_request[request.id] = self._by_listener[request.id] = run
 
-    def heard_by(self, request_id: str) -> Run | None:
+    def heard_by(self, request_id: str) -> SharedRun | None:
         """The run that a request listens to, if it is one that others may join."""
         return self._by_listener.get(request_id)
 
@@ -91,7 +91,7 @@ class Runs:
             self._end(run)
         return (run.output_for(output, listener) for listener in listeners)
 
-    def _end(self, run: Run) -> None:
+    def _end(self, run: SharedRun) -> None:
         del self._by_key[run.key], self._by_request[run.request.id]
         for listener in run.listeners:
             del self._by_listener[listener]

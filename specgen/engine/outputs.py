@@ -14,7 +14,7 @@ from specgen.model.segment import Segment
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class SequenceOutput:
     """The part of a forward that belongs to one segment. `logits`, `drawn` and `top` are of its wanted rows, `hidden`
     of all of them.
 
@@ -45,14 +45,14 @@ def views(
     top: tuple[Tensor, Tensor],
     drawn: list[int],
     layers: Sequence[int],
-) -> list[View]:
+) -> list[SequenceOutput]:
     """A forward, taken apart. `top` and `drawn` are of the wanted rows of all segments."""
     wanted = [len(segment.logits) for segment in segments]
     rows = [len(segment.tokens) for segment in segments]
     ends = list(accumulate(wanted))
     hidden = [states.split(rows) for states in scores.hidden]
     return [
-        View(
+        SequenceOutput(
             segment,
             logits,
             drawn[end - len(logits) : end],

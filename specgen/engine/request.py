@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specgen.engine.detokenizer import TextCursor
+from specgen.engine.detokenizer import IncrementalDetokenizer
 from specgen.lora.adapter import Adapter
 from specgen.sampling.constraint import Constrained
 from specgen.sampling.params import SamplingParams
@@ -44,7 +44,7 @@ class StopRules:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class SampleSpec:
     """How one sequence of a request draws, ends and speaks; made by whoever builds the request.
 
     constraint: what holds the sequence to a grammar; its mask is among the sampler's processors.
@@ -52,5 +52,5 @@ class Sample:
 
     sampler: Sampler
     stops: StopRules
-    cursor: TextCursor
+    cursor: IncrementalDetokenizer
     constraint: Constrained | None = None

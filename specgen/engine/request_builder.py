@@ -16,8 +16,8 @@ from specgen.context.length_bound import check_fits
 from specgen.context.pipeline import ContextPipeline
 from specgen.context.stage import Context
 from specgen.draft.manager import Drafting
-from specgen.engine.detokenizer import TextCursor
-from specgen.engine.request import Request, Sample, StopRules
+from specgen.engine.detokenizer import IncrementalDetokenizer
+from specgen.engine.request import Request, SampleSpec, StopRules
 from specgen.errors import InvalidRequest, SpecgenError, UnknownName
 from specgen.lora.adapter import Adapter
 from specgen.sampling.constraint import Constrained, Constraints, Matcher
@@ -28,7 +28,7 @@ from specgen.types import LogitsProcessor, LogitsProcessorFactory, Prompt, Specu
 
 FunctionT = TypeVar("FunctionT")
 
-Prepared: TypeAlias = tuple[Request, list[Sample]]
+Prepared: TypeAlias = tuple[Request, list[SampleSpec]]
 """A request that was checked and tokenised, and how each of its samples draws. It can be run once."""
 
 
@@ -86,7 +86,7 @@ class RequestBuilder:
         check_ids(ids, self.vocab_size, "prompt")
         return ids
 
-    def _sample(self, request: Request, index: int, matcher: Matcher | None, *, copies: bool) -> Sample:
+    def _sample(self, request: Request, index: int, matcher: Matcher | None, *, copies: bool) -> SampleSpec:
         params = request.params
         ends = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
@@ -110,7 +110,7 @@ class RequestBuilder:
             greedy=not params.temperature,
             keys=PositionKeys(request.seed, index),
         )
-        cursor = TextCursor.after(
+        cursor = IncrementalDetokenizer.after(
             request.ids,
             self.tokenizer,
             stop=params.stop,
@@ -121,7 +121,7 @@ class RequestBuilder:
         prompt = len(request.ids)
         longest, shortest = prompt + min(room, params.max_tokens or room), prompt + (params.min_tokens or 0)
         criteria = tuple(UserCode(_own(c, "stopping_criteria", copies=copies)) for c in params.stopping_criteria)
-        return Sample(sampler, StopRules(ends, longest, shortest, criteria), cursor, constraint)
+        return SampleSpec(sampler, StopRules(ends, longest, shortest, criteria), cursor, constraint)
 
     def _check_text_needs(self, params: SamplingParams) -> None:
         for name in ("stop", "bad_words"):

@@ -46,7 +46,7 @@ def _concerning(
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class ScheduledSequence:
     """One sequence's part in a step: its next `chain` pending tokens; `complete` if they are all that is pending."""
 
     sequence: Sequence
@@ -54,7 +54,7 @@ class Turn:
     complete: bool
 
     @classmethod
-    def of(cls, sequence: Sequence, chain: int) -> Turn:
+    def of(cls, sequence: Sequence, chain: int) -> ScheduledSequence:
         """The turn of a sequence as it stands now. It draws in this step if the turn is complete."""
         return cls(sequence, chain, chain == sequence.pending)
 
@@ -99,21 +99,21 @@ class Scheduler:
             self.waiting.remove(sequence)
         self._retire(sequence)
 
-    def plan(self) -> list[Turn]:
+    def plan(self) -> list[ScheduledSequence]:
         """The turns of the next step; every one owns the pages for its chain. None when nobody can run.
 
         Raises NotPlanned for a sequence that can be made no room.
         """
         decoding = sum(sequence.pending == 1 for sequence in self.running)
         room = self._prefill.rows(decoding, sum(sequence.table.length for sequence in self.running))
-        turns: dict[Sequence, Turn] = {}
+        turns: dict[Sequence, ScheduledSequence] = {}
         preemptions = self.preemptions
         for sequence in list(self.running):
             chain = 1 if sequence.pending == 1 else min(sequence.pending, room)
             if not chain or sequence not in self.running or not self._reserve(sequence, chain, turns):
                 continue
             room -= chain if sequence.pending > 1 else 0
-            turns[sequence] = Turn.of(sequence, chain)
+            turns[sequence] = ScheduledSequence.of(sequence, chain)
         # Who was preempted just now would only be so again.
         if preemptions == self.preemptions:
             for sequence in self._admissible():
@@ -121,7 +121,7 @@ class Scheduler:
                     break
                 chain = min(sequence.pending, room)
                 room -= chain
-                turns[sequence] = Turn.of(sequence, chain)
+                turns[sequence] = ScheduledSequence.of(sequence, chain)
         return list(turns.values())
 
     def publish(self, sequence: Sequence, *, tail: bool) -> None:
@@ -217,7 +217,7 @@ class Scheduler:
             sequence.table.release()
 
     @_concerning
-    def _reserve(self, sequence: Sequence, chain: int, turns: Mapping[Sequence, Turn]) -> bool:
+    def _reserve(self, sequence: Sequence, chain: int, turns: Mapping[Sequence, ScheduledSequence]) -> bool:
         """Pages for the chain: free ones, then what drafts left unused, then those of whoever was admitted last.
 
         False when that was the sequence itself.
@@ -235,7 +235,7 @@ class Scheduler:
         sequence.table.reserve(needed)
         return True
 
-    def _reclaim(self, turns: Mapping[Sequence, Turn]) -> None:
+    def _reclaim(self, turns: Mapping[Sequence, ScheduledSequence]) -> None:
         """Take back pages that neither committed tokens nor the chains of this step need."""
         for sequence in self.running:
             chain = turns[sequence].chain if sequence in turns else 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specgen._base.log import Log
 from specgen.draft.manager import Drafts
-from specgen.engine.detokenizer import TextCursor
+from specgen.engine.detokenizer import IncrementalDetokenizer
 from specgen.engine.request import Request, StopRules
 from specgen.kv.lease import Lease
 from specgen.kv.pool import BlockTable
@@ -43,7 +43,7 @@ class Sequence:
         *,
         sampler: Sampler,
         stops: StopRules,
-        cursor: TextCursor,
+        cursor: IncrementalDetokenizer,
         constraint: Constrained | None,
         drafts: Drafts,
         table: BlockTable,
@@ -98,7 +98,9 @@ class Sequence:
             return Segment(self.table, self.ids[start : start + chain], range(start, start + chain), adapter=weights)
         return tree_segment(self.table, self.ids[start:], tree.tokens, tree.parents, weights)
 
-    def walk(self, tree: TokenTree, logits: Tensor, argmax: Ids[int] | None) -> tuple[Acceptance, TextCursor, str]:
+    def walk(
+        self, tree: TokenTree, logits: Tensor, argmax: Ids[int] | None
+    ) -> tuple[Acceptance, IncrementalDetokenizer, str]:
         """Verify `tree` given the logits [nodes + 1, vocab] of the root and each node; changes nothing.
 
         argmax: the argmax of each row where that is the draw. Returns what to commit: see `commit`.
@@ -110,7 +112,9 @@ class Sequence:
         accepted = acceptance(tree, scan.draw, score)
         return accepted, *scan.text(accepted.finish)
 
-    def commit(self, chain: int, drafted: int, accepted: Acceptance, cursor: TextCursor, text: str) -> StepOutput:
+    def commit(
+        self, chain: int, drafted: int, accepted: Acceptance, cursor: IncrementalDetokenizer, text: str
+    ) -> StepOutput:
         """Take in a walk over `chain` pending rows and a tree of `drafted` nodes: ids, KV rows, text, end."""
         self.table.commit(chain, [chain + node for node in accepted.nodes])
         self.ids.extend(accepted.committed)
@@ -185,7 +189,7 @@ class _Scan:
     argmax: Ids[int] | None
     path: list[int] = field(default_factory=list)
     shown: list[str] = field(default_factory=list)
-    cursor: TextCursor | None = None
+    cursor: IncrementalDetokenizer | None = None
 
     def draw(self, node: int) -> tuple[int, Finish | None]:
         """Draw the token of `node`'s row and see whether the sequence ends with it."""
@@ -220,7 +224,7 @@ class _Scan:
         self.shown.append(text)
         return string
 
-    def text(self, finish: Finish | None) -> tuple[TextCursor, str]:
+    def text(self, finish: Finish | None) -> tuple[IncrementalDetokenizer, str]:
         """The cursor behind the path and the text to show for it. End ids never show."""
         if not self.sequence.cursor.stop:
             ended = finish is not None and finish.reason == "stop" and finish.stop is not None

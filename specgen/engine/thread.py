@@ -19,8 +19,8 @@ import torch
 from specgen._base.log import Log
 from specgen._base.openmp import release_workers
 from specgen.engine.core import EngineCore, cancelled
-from specgen.engine.in_flight import Runs
-from specgen.engine.request import Request, Sample
+from specgen.engine.in_flight import InFlight
+from specgen.engine.request import Request, SampleSpec
 from specgen.engine.response_cache import ResponseCache, ResponseKey, response_key
 from specgen.engine.scheduler import NotPlanned
 from specgen.engine.sequence import Sequence as Running
@@ -40,7 +40,7 @@ T = TypeVar("T")
 _this_thread = threading.local()
 """`runner`: whose thread it is, on an engine's."""
 _waits = threading.Lock()
-_open: weakref.WeakSet[Runner] = weakref.WeakSet()
+_open: weakref.WeakSet[EngineThread] = weakref.WeakSet()
 # A child has none of the workers that the forking thread keeps, and would wait for them.
 os.register_at_fork(before=release_workers)
 
@@ -52,7 +52,7 @@ class Observers(Protocol):
         """Call every observer of `hook`. Never raises."""
 
 
-class Runner:
+class EngineThread:
     """Runs an `EngineCore` on a daemon thread that starts when something is asked of it and ends when nothing was for a
     while, so that an engine nobody holds can be collected.
 
@@ -66,14 +66,14 @@ class Runner:
         self._core = core
         self._observers = observers
         self._shares = responses.enabled
-        self._runs = Runs(responses)
+        self._runs = InFlight(responses)
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._streams: weakref.WeakValueDictionary[str, Stream] = weakref.WeakValueDictionary()
         self._answers: weakref.WeakSet[Future[Any]] = weakref.WeakSet()
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
-        self._waits_for: Runner | None = None
+        self._waits_for: EngineThread | None = None
         self._closed = self._core_closed = False
         self._unplanned = 0
         _open.add(self)
@@ -83,7 +83,7 @@ class Runner:
         self.failed_steps = 0
         """How many steps have failed in a row, the last one included."""
 
-    def submit(self, *built: tuple[Request, Sequence[Sample]], computed: bool = False) -> list[Stream]:
+    def submit(self, *built: tuple[Request, Sequence[SampleSpec]], computed: bool = False) -> list[Stream]:
         """Queue requests, all in time for the same step; a stream ends when all samples of its request are finished.
 
         computed: whether they have to run, though the answer may be known.
@@ -166,12 +166,12 @@ class Runner:
         """Around what waits for this engine. Raises WouldDeadlock where the engine waits for the calling thread: on its
         own, and on that of another engine that this one is waiting for. Raises EngineClosed in a forked child."""
         self.check_process()
-        here: Runner | None = getattr(_this_thread, "runner", None)
+        here: EngineThread | None = getattr(_this_thread, "runner", None)
         if here is None:
             yield
             return
         with _waits:
-            other: Runner | None = self
+            other: EngineThread | None = self
             while other is not None:
                 if other is here:
                     raise WouldDeadlock(
@@ -312,10 +312,12 @@ class Runner:
                 torch.accelerator.empty_cache()
             return self._core.step(drafting=False)
 
-    def _key(self, request: Request, samples: Sequence[Sample]) -> ResponseKey | None:
+    def _key(self, request: Request, samples: Sequence[SampleSpec]) -> ResponseKey | None:
         return response_key(request, self._core.key(request), samples[0].stops) if self._shares else None
 
-    def _accept(self, built: Sequence[tuple[Request, Sequence[Sample]]], keys: Sequence[ResponseKey | None]) -> None:
+    def _accept(
+        self, built: Sequence[tuple[Request, Sequence[SampleSpec]]], keys: Sequence[ResponseKey | None]
+    ) -> None:
         for (request, samples), key in zip(built, keys, strict=True):
             try:
                 known = self._begin(request, samples, key)
@@ -327,7 +329,7 @@ class Runner:
             self._observers.notify("on_request", request=request)
             self._deliver(known)
 
-    def _begin(self, request: Request, samples: Sequence[Sample], key: ResponseKey | None) -> Sequence[StepOutput]:
+    def _begin(self, request: Request, samples: Sequence[SampleSpec], key: ResponseKey | None) -> Sequence[StepOutput]:
         """What is known of a request's answer already; nothing when it is queued to run."""
         known = self._runs.answer(request, key) if key is not None else None
         if known is not None:

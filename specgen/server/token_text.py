@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from specgen.engine.detokenizer import TextCursor
+from specgen.engine.detokenizer import IncrementalDetokenizer
 from specgen.engine.request import Request
 from specgen.server.protocol.responses import ChatLogprobs, StepTrace, TokenLogprob, TopLogprob, TracedNode, TracedToken
 from specgen.types import Logprob, Prompt, Result, StepOutput
@@ -109,7 +109,7 @@ class Spelling:
 
     def __init__(self, texts: Texts, request: Request) -> None:
         skip = request.params.skip_special_tokens
-        self._cursor = TextCursor.after(request.ids, texts.tokenizer, skip_special=skip)
+        self._cursor = IncrementalDetokenizer.after(request.ids, texts.tokenizer, skip_special=skip)
         self._may_stop = bool(request.params.stop)
         self._spelt = 0
         self._shown = 0
@@ -136,7 +136,7 @@ class Tracer:
     def __init__(self, texts: Texts, request: Request) -> None:
         skip = request.params.skip_special_tokens
         self._texts = texts
-        self._cursor = TextCursor.after(request.ids, texts.tokenizer, skip_special=skip)
+        self._cursor = IncrementalDetokenizer.after(request.ids, texts.tokenizer, skip_special=skip)
 
     def trace(self, output: StepOutput) -> StepTrace:
         """Who guessed the tokens of an output, and the tree of its step."""

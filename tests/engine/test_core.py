@@ -39,8 +39,8 @@ from specgen.draft.drafters.prediction import Prediction
 from specgen.draft.drafters.prompt_lookup import PromptLookup
 from specgen.draft.features import Wanted
 from specgen.draft.merge import Merged
-from specgen.engine.outputs import View
-from specgen.engine.scheduler import Scheduler, Turn
+from specgen.engine.outputs import SequenceOutput
+from specgen.engine.scheduler import ScheduledSequence, Scheduler
 from specgen.kv.pool import BlockTable
 from specgen.model.runner import ModelRunner
 from specgen.sampling.sampler import PositionKeys, gumbel_argmax, processors
@@ -389,7 +389,7 @@ def test_a_turn_stays_what_it_was_when_it_was_planned(model: PreTrainedModel, mo
     bench = Bench(model, max_prompt_rows=16)
     plan, turns = bench.core.scheduler.plan, []
 
-    def noted() -> list[Turn]:
+    def noted() -> list[ScheduledSequence]:
         planned = plan()
         turns.extend(planned)
         return planned
@@ -756,7 +756,7 @@ class Watchful(Scripted):
 @pytest.mark.parametrize(
     ("owner", "name", "call", "said"),
     # One that ends is not published: all that it leaves is.
-    [(BlockTable, "commit", 2, 0), (View, "features", 2, 0), (Scheduler, "publish", 1, 1)],
+    [(BlockTable, "commit", 2, 0), (SequenceOutput, "features", 2, 0), (Scheduler, "publish", 1, 1)],
 )
 def test_what_fails_while_one_sequence_is_settled_is_its_own_end_only(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int, said: int

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders
 from transformers import AddedToken, ByT5Tokenizer, PreTrainedTokenizerBase
 
-from specgen.engine.detokenizer import TextCursor
+from specgen.engine.detokenizer import IncrementalDetokenizer
 from specgen.server.token_text import Spelling, Texts
 from specgen.types import Logprob
 from tests.support.tokenizers import byte_level, sentence_piece, word_piece
@@ -89,7 +89,7 @@ def tokens(draw: st.DrawFn, tokenizer: Any, most: int) -> list[int]:
     return [token for block in draw(st.lists(st.one_of(one, part, part, again), max_size=most)) for token in block]
 
 
-def read(cursor: TextCursor, blocks: Sequence[Sequence[int]]) -> str:
+def read(cursor: IncrementalDetokenizer, blocks: Sequence[Sequence[int]]) -> str:
     said = ""
     for block in blocks:
         cursor, text, _ = cursor.advance(block)
@@ -114,10 +114,12 @@ def test_any_steps_give_the_text_that_the_ids_decode_to(name: str, data: st.Data
     skip = data.draw(st.booleans())
     cuts = sorted(data.draw(st.sets(st.integers(0, len(ids)))) | {0, len(ids)})
     blocks = [ids[start:end] for start, end in pairwise(cuts)]
-    cursor = TextCursor.after(prompt, tokenizer, skip_special=skip)
+    cursor = IncrementalDetokenizer.after(prompt, tokenizer, skip_special=skip)
     text = read(cursor, [[token] for token in ids])
     assert read(cursor, blocks) == text
-    never = TextCursor.after(prompt, tokenizer, skip_special=skip, stop=("\x01\x02", "\ufffd\x03"), min_tokens=3)
+    never = IncrementalDetokenizer.after(
+        prompt, tokenizer, skip_special=skip, stop=("\x01\x02", "\ufffd\x03"), min_tokens=3
+    )
     assert read(never, blocks) == text
     assert is_behind(text, decoded(tokenizer, prompt, skip), decoded(tokenizer, [*prompt, *ids], skip))
 
@@ -128,13 +130,13 @@ def test_any_steps_give_the_text_that_the_ids_decode_to(name: str, data: st.Data
 def test_a_stop_string_cuts_the_text_at_its_first_end(name: str, data: st.DataObject) -> None:
     tokenizer = tokenizer_of(name)
     prompt, ids = data.draw(tokens(tokenizer, 3)), data.draw(tokens(tokenizer, 8))
-    text = read(TextCursor.after(prompt, tokenizer), [ids]).rstrip(HALF)
+    text = read(IncrementalDetokenizer.after(prompt, tokenizer), [ids]).rstrip(HALF)
     if not text:
         return
     at = data.draw(st.integers(0, len(text) - 1))
     stop = text[at : at + data.draw(st.integers(1, 3))]
     cut = sorted({0, data.draw(st.integers(0, len(ids))), len(ids)})
-    cursor, said = TextCursor.after(prompt, tokenizer, stop=(stop,)), ""
+    cursor, said = IncrementalDetokenizer.after(prompt, tokenizer, stop=(stop,)), ""
     for start, end in pairwise(cut):
         cursor, more, found = cursor.advance(ids[start:end])
         said += more
@@ -159,7 +161,7 @@ def test_a_token_costs_the_same_however_long_the_text_is(name: str) -> None:
 
     words = tokenizer.encode("the quick brown 日", add_special_tokens=False)
     for repeated in (words, words[-1:], words[-2:-1], [tokenizer.eos_token_id], [len(tokenizer) - 1]):
-        cursor = TextCursor.after(words[:3], Counted())
+        cursor = IncrementalDetokenizer.after(words[:3], Counted())
         asked.clear()
         for token in repeated * (300 // len(repeated)):
             cursor, _, _ = cursor.advance([token])
@@ -182,7 +184,7 @@ def test_the_servers_places_of_tokens_are_places_in_the_text(name: str, data: st
 
     Asked.ids = prompt  # type: ignore[attr-defined]
     spelling = Spelling(Texts(tokenizer), Asked)  # type: ignore[arg-type]
-    cursor, said, places = TextCursor.after(prompt, tokenizer), "", []
+    cursor, said, places = IncrementalDetokenizer.after(prompt, tokenizer), "", []
     for token in ids:
         places.append(len(said))
         cursor, text, _ = cursor.advance([token])
@@ -195,7 +197,9 @@ def test_the_servers_places_of_tokens_are_places_in_the_text(name: str, data: st
 def test_the_server_spells_a_token_as_the_text_does(name: str) -> None:
     tokenizer = tokenizer_of(name)
     texts = Texts(tokenizer)
-    cursor = TextCursor.after(tokenizer.encode("a", add_special_tokens=False), tokenizer, skip_special=False)
+    cursor = IncrementalDetokenizer.after(
+        tokenizer.encode("a", add_special_tokens=False), tokenizer, skip_special=False
+    )
     for token in range(len(tokenizer)):
         assert texts.text(token) == read(cursor, [[token]])
         if HALF not in texts.text(token):
