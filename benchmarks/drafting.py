@@ -270,7 +270,7 @@ def _options(args: argparse.Namespace, names: Sequence[str], prompts: Sequence[P
         "drafters": chosen,
         "compile": not args.eager,
         "kv_tokens": sum((rooms * max(args.batches))[: max(args.batches)]),
-        "max_running": max(args.batches),
+        "max_num_seqs": max(args.batches),
         "prefix_cache": False,
     }
 

@@ -132,19 +132,19 @@ def measure(args: argparse.Namespace) -> Found:
     model, tokenizer = harness.load(args.model, args.dtype)
     prompts = harness.read_prompts(args.prompts, tokenizer, args.limit)
     found = Found()
-    common = {"kv_tokens": _KV_TOKENS, "max_running": _TOGETHER}
+    common = {"kv_tokens": _KV_TOKENS, "max_num_seqs": _TOGETHER}
     with ExitStack() as stack:
 
         def engine(**options: Any) -> Engine:
             return stack.enter_context(Engine(model, tokenizer, **common, **options))
 
-        eager = engine(invariant=True)
-        compiled = engine(invariant=True, compile=True)
-        torch_only = engine(invariant=False, cpu_kernels=False)
+        eager = engine(batch_invariant=True)
+        compiled = engine(batch_invariant=True, compile=True)
+        torch_only = engine(batch_invariant=False, cpu_kernels=False)
         system, quick = (COMPILED, compiled) if compiled.target.compiled else (EAGER, eager)
         compare(found, system, quick, model, prompts, args.tokens)
         compare(found, TORCH, torch_only, model, prompts, args.tokens)
-        careless, careful = engine(invariant=False), engine(invariant=True, cpu_kernels=False)
+        careless, careful = engine(batch_invariant=False), engine(batch_invariant=True, cpu_kernels=False)
         for rows in _ROWS:
             found.costs[f"{EAGER}, {rows} rows"] = cost(eager, careless, rows, args.rounds) - 1
             found.costs[f"{TORCH}, {rows} rows"] = cost(careful, torch_only, rows, args.rounds) - 1

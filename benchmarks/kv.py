@@ -82,7 +82,7 @@ def read_texts(model: PreTrainedModel, tokenizer: Any, kind: str, texts: Sequenc
         kv_tokens=max(map(len, texts)),
         kv_format=FORMATS[kind](),
         calibration=calibration_ids(tokenizer),
-        invariant=False,
+        batch_invariant=False,
     )
     losses, best = [], []
     for ids in texts:
@@ -113,7 +113,7 @@ def qualities(args: argparse.Namespace) -> dict[str, Quality]:
 
 def bytes_ratio(model: PreTrainedModel, kind: str) -> tuple[int, float]:
     """Bytes of a token, and over those of bfloat16."""
-    shapes = ModelRunner(model, kv_tokens=1, invariant=False).architecture.shapes
+    shapes = ModelRunner(model, kv_tokens=1, batch_invariant=False).architecture.shapes
     taken = FORMATS[kind]().bytes_per_token(shapes, torch.bfloat16)
     return taken, taken / NATIVE.bytes_per_token(shapes, torch.bfloat16)
 
@@ -137,7 +137,7 @@ def decoding(args: argparse.Namespace, model: PreTrainedModel, tokenizer: Any) -
     prompts = [p for p in harness.read_prompts(args.prompts, tokenizer) if p.category in REPEAT]
     with ExitStack() as stack:
         options: dict[str, dict[str, Any]] = {name: {"kv_format": name} for name in FORMATS}
-        options[INVARIANT] = {"invariant": True}
+        options[INVARIANT] = {"batch_invariant": True}
         # The prefix cache would answer the prompts of a second round.
         runs = {
             name: partial(

@@ -17,8 +17,8 @@ from specgen.types import Speculation
 _LEAST = {
     "max_context": 1,
     "kv_tokens": 1,
-    "max_running": 1,
-    "max_prompt_rows": 1,
+    "max_num_seqs": 1,
+    "max_prefill_tokens": 1,
     "prefix_cache_bytes": 0,
     "host_cache_bytes": 0,
     "disk_cache_bytes": 0,
@@ -63,15 +63,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     may be a step of the code, unless the model computes in float64. False forbids it: texts may then differ by what is
     drafted. With True a model that cannot do it is refused by name.
     compile: compile the model's forward: True while the engine is built, "background" while it serves already, which
-    cannot be had with invariant=True, since the compiled forward rounds differently. What was compiled is kept in the
+    cannot be had with batch_invariant=True, since the compiled forward rounds differently. What was compiled is kept in the
     cache folder. A forward that cannot be compiled runs as it is, with a line in the log.
     cpu_kernels: False computes in plain torch what specgen's kernels for CPUs do.
     gpu_kernels: likewise for GPUs; None takes them where there is one and triton, True refuses to run without.
     gpu_graphs: False launches every kernel of a step through them by itself; by default a GPU replays steps as graphs.
     constraint_seconds: how long the constraint of a request may be compiled; then the request is refused.
-    max_running: sequences in one forward. max_prompt_rows: prompt tokens in one forward.
+    max_num_seqs: sequences in one forward. max_prefill_tokens: prompt tokens in one forward.
     inter_token_seconds: while others decode, a step reads no more of a prompt than it is expected to be through with in
-    so long, so that streams go on; a few tokens at least. None: max_prompt_rows alone.
+    so long, so that streams go on; a few tokens at least. None: max_prefill_tokens alone.
     adapters: where LoRA adapters may lie and how many bytes they may take; see `AdapterOptions`.
 
     Raises InvalidRequest naming the field.
@@ -92,14 +92,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     disk_cache_bytes: int = _DISK_BYTES
     response_cache_bytes: int = 0
     response_cache_seconds: float = _RESPONSE_SECONDS
-    invariant: bool | None = None
+    batch_invariant: bool | None = None
     compile: bool | Literal["background"] = False
     cpu_kernels: bool = True
     gpu_kernels: bool | None = None
     gpu_graphs: bool = True
     constraint_seconds: float = 5.0
-    max_running: int = 16
-    max_prompt_rows: int = 512
+    max_num_seqs: int = 16
+    max_prefill_tokens: int = 512
     inter_token_seconds: float | None = _INTER_TOKEN_SECONDS
     adapters: AdapterOptions = AdapterOptions()
 
@@ -154,12 +154,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise InvalidRequest(message, param=name)
 
     def _check_choices(self) -> None:
-        if not isinstance(self.invariant, bool | None):
-            raise InvalidRequest(f"invariant is {self.invariant!r}; choices: True, False, None", param="invariant")
+        if not isinstance(self.batch_invariant, bool | None):
+            raise InvalidRequest(
+                f"invariant is {self.batch_invariant!r}; choices: True, False, None", param="batch_invariant"
+            )
         if not isinstance(self.compile, bool) and self.compile != "background":
             message = f"compile is {self.compile!r}; choices: True, False, 'background'"
             raise InvalidRequest(message, param="compile")
-        if self.compile == "background" and self.invariant:
+        if self.compile == "background" and self.batch_invariant:
             message = "compile is 'background' and invariant is True: bits would change when the compiled forward comes"
             raise InvalidRequest(f"{message}; take compile=True", param="compile")
         for name in _FLAGS:

@@ -548,8 +548,8 @@ ENGINES: dict[str, tuple[dict[str, Any], type[Exception], str | None, str]] = {
     "no room": ({"kv_tokens": 0}, InvalidRequest, "kv_tokens", "kv_tokens is 0; it must be a whole number, at least 1"),
     "room as text": ({"kv_tokens": "1G"}, InvalidRequest, "kv_tokens", "kv_tokens is '1G'; it must be a whole"),
     "no context": ({"max_context": 0}, InvalidRequest, "max_context", "max_context is 0"),
-    "a true number": ({"max_running": True}, InvalidRequest, "max_running", "max_running is True"),
-    "no prompt rows": ({"max_prompt_rows": -5}, InvalidRequest, "max_prompt_rows", "max_prompt_rows is -5"),
+    "a true number": ({"max_num_seqs": True}, InvalidRequest, "max_num_seqs", "max_num_seqs is True"),
+    "no prompt rows": ({"max_prefill_tokens": -5}, InvalidRequest, "max_prefill_tokens", "max_prefill_tokens is -5"),
     "odd speculation": ({"speculation": "fast"}, InvalidRequest, "speculation", "speculation is 'fast'; choices:"),
     "speculation with nobody": (
         {"speculation": {"drafters": ["echo"]}},
@@ -621,8 +621,8 @@ def test_an_engine_that_cannot_be_is_refused_when_it_is_built(model: PreTrainedM
 
 def test_a_config_and_keywords_at_once_are_refused(model: PreTrainedModel) -> None:
     """Misspelt ones too."""
-    with pytest.raises(InvalidRequest, match="^give config or keywords, not both: max_running, nonsense$") as caught:
-        Engine(model, config=EngineConfig(kv_tokens=512), max_running=2, nonsense=3)
+    with pytest.raises(InvalidRequest, match="^give config or keywords, not both: max_num_seqs, nonsense$") as caught:
+        Engine(model, config=EngineConfig(kv_tokens=512), max_num_seqs=2, nonsense=3)
     assert caught.value.param == "config"
     with pytest.raises(InvalidRequest, match="^config is {'kv_tokens': 512}; it must be EngineConfig, or keywords$"):
         Engine(model, config={"kv_tokens": 512})  # type: ignore[arg-type]

@@ -176,7 +176,7 @@ def decoding(
     generator = torch.Generator().manual_seed(0)
     plain = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
     ours = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-    with Engine(made, kv_tokens=max(_BATCHES) * (prompt + tokens + 128), max_running=max(_BATCHES)) as engine:
+    with Engine(made, kv_tokens=max(_BATCHES) * (prompt + tokens + 128), max_num_seqs=max(_BATCHES)) as engine:
         for batch in _BATCHES:
             ids = torch.randint(3, shape.vocab - 1, (batch, prompt), generator=generator)
             there = ids.to(device)

@@ -87,8 +87,8 @@ class Engine:
         self._core = EngineCore(
             self.target,
             self._drafters(),
-            max_running=self.config.max_running,
-            max_prompt_rows=self.config.max_prompt_rows,
+            max_num_seqs=self.config.max_num_seqs,
+            max_prefill_tokens=self.config.max_prefill_tokens,
             inter_token_seconds=self.config.inter_token_seconds,
             prefix_cache=_cache_options(self.config),
             compile=self.config.compile,
@@ -321,7 +321,7 @@ class Engine:
             source = load_model(source, dtype=self.target.model.dtype, device=self.target.device)
         context = min(self.context_length, context_limit(source) or self.context_length)
         # What a drafter rounds changes no text.
-        drafter = self._target(source, tokenizer, self.target.pool.capacity, context, invariant=False)
+        drafter = self._target(source, tokenizer, self.target.pool.capacity, context, batch_invariant=False)
         drafter.compile(self.config.compile)
         self._draft_targets.append(drafter)
         return drafter, tokenizer
@@ -329,9 +329,9 @@ class Engine:
     def _own_target(self, pool: KVPool | None = None) -> ModelRunner:
         config = self.config
         # Not by itself where the forward is exchanged on the way.
-        invariant = False if config.compile == "background" else config.invariant
+        batch_invariant = False if config.compile == "background" else config.batch_invariant
         sizes = (config.kv_tokens, config.max_context)
-        return self._target(self._model, self.tokenizer, *sizes, invariant=invariant, pool=pool)
+        return self._target(self._model, self.tokenizer, *sizes, batch_invariant=batch_invariant, pool=pool)
 
     def _target(
         self,
@@ -340,7 +340,7 @@ class Engine:
         kv_tokens: int | None,
         max_context: int | None,
         *,
-        invariant: bool | None,
+        batch_invariant: bool | None,
         pool: KVPool | None = None,
     ) -> ModelRunner:
         return ModelRunner(
@@ -349,7 +349,7 @@ class Engine:
             max_context=max_context,
             kv_format=self.plugins.collect("kv_formats")[self.config.kv_format](),
             calibration=calibration_ids(tokenizer),
-            invariant=invariant,
+            batch_invariant=batch_invariant,
             cpu_kernels=self.config.cpu_kernels,
             gpu_kernels=self.config.gpu_kernels,
             gpu_graphs=self.config.gpu_graphs,

@@ -64,7 +64,7 @@ def serve(
     max_context: options.MaxContext = None,
     kv_tokens: options.KVTokens = None,
     kv_format: options.KVFormatName = None,
-    max_running: Annotated[
+    max_num_seqs: Annotated[
         int | None, typer.Option(metavar="N", help="Sequences that run at once. Default: 16.")
     ] = None,
     gguf_file: options.GgufFile = None,
@@ -81,7 +81,7 @@ def serve(
         "max_context": max_context,
         "kv_tokens": kv_tokens,
         "kv_format": kv_format,
-        "max_running": max_running,
+        "max_num_seqs": max_num_seqs,
     }
     flags = {
         "host": host,

@@ -78,8 +78,8 @@ class EngineCore:
         target: ModelRunner,
         drafters: Mapping[str, Drafter],
         *,
-        max_running: int = 16,
-        max_prompt_rows: int = 512,
+        max_num_seqs: int = 16,
+        max_prefill_tokens: int = 512,
         inter_token_seconds: float | None = None,
         prefix_cache: CacheOptions | None = _DEFAULT_CACHE,
         compile: Compile = False,
@@ -95,10 +95,10 @@ class EngineCore:
             self.prefix = open_cache(
                 target.pool, prefix_cache, identity=lambda: self._identity, token_seconds=self._token_seconds
             )
-        self._prefill = PrefillBudget(max_prompt_rows, inter_token_seconds, lambda: self.drafting.cost)
+        self._prefill = PrefillBudget(max_prefill_tokens, inter_token_seconds, lambda: self.drafting.cost)
         self.adapters = AdapterCache(adapters, target.device)
         self.scheduler = Scheduler(
-            target.pool, self.prefix, self.adapters, max_running=max_running, prefill=self._prefill
+            target.pool, self.prefix, self.adapters, max_num_seqs=max_num_seqs, prefill=self._prefill
         )
         self.counters = Counters()
         self._awaits_nobody = False

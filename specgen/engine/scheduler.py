@@ -63,7 +63,7 @@ class Scheduler:
     """Sequences wait in order of arrival, those whose pages were taken before all others. They run in order of
     admission: one that comes back stands behind those that stayed. Those that run are served first, in that order.
 
-    max_running: sequences in one forward. prefill: prompt tokens in one forward, over all sequences, so that a long
+    max_num_seqs: sequences in one forward. prefill: prompt tokens in one forward, over all sequences, so that a long
     prompt does not hold up running streams. awaits_adapter: whether the last plan left out a sequence whose
     adapter is not there.
     """
@@ -74,13 +74,13 @@ class Scheduler:
         prefix: PrefixCache | None,
         adapters: AdapterCache,
         *,
-        max_running: int,
+        max_num_seqs: int,
         prefill: PrefillBudget,
     ) -> None:
         self._pool = pool
         self._prefix = prefix
         self._adapters = adapters
-        self._max_running = max_running
+        self._max_running = max_num_seqs
         self._prefill = prefill
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []

@@ -2,7 +2,7 @@
 
 A matrix product over k rows may round a row differently from a product over one, so drafting, batch-mates and chunks
 show in the last bits; where two tokens are nearly even, or where a KV format rounds to codes, they show in the text.
-With `invariant=True` a row is computed alike in any company:
+With `batch_invariant=True` a row is computed alike in any company:
 
 Linear layers work in blocks of sizes that were seen to give the same bits: which ones, each layer's shape is asked at
 load. Activation functions and rotary angles are computed in blocks of one size, since the end of a tensor, where no
@@ -65,7 +65,7 @@ class InvariantLayers:
                     sizes[kind] = _sizes_alike(module)
                 if not sizes[kind]:
                     reason = f"{name} ({type(module).__name__}) rounds a row by its place among others"
-                    raise UnsupportedModel(f"invariant=True cannot be kept: {reason}; take invariant=False")
+                    raise UnsupportedModel(f"batch_invariant=True cannot be kept: {reason}; take batch_invariant=False")
                 self._forwards.append((module, partial(_in_blocks, module.forward, sizes[kind])))
             elif (forward := _pointwise(module)) is not None:
                 self._forwards.append((module, forward))

@@ -38,7 +38,7 @@ def selection(target: ModelRunner) -> list[Choice]:
         Choice("KV", target.pool.kind.name, f"{target.pool.bytes_per_token} bytes a token, written by: {attention}"),
         Choice("likeliest tokens", likeliest, _no_kernel(target) or "one pass over the logits"),
         Choice("moved rows", moved, "a GPU's memory" if gpu_top else "one copy a stack"),
-        Choice("rows invariant", "yes" if target.invariant else "no", _why_invariant(target)),
+        Choice("rows invariant", "yes" if target.batch_invariant else "no", _why_invariant(target)),
         Choice("graphs", "no" if eager else "yes", eager or "all steps but large ones and those under an adapter"),
         Choice("compile=True", "no" if compiled else "possible", compiled or "the CPU kernels carry the forward"),
     ]
@@ -73,6 +73,6 @@ def _no_kernel(target: ModelRunner) -> str | None:
 
 
 def _why_invariant(target: ModelRunner) -> str:
-    if target.invariant:
+    if target.batch_invariant:
         return "proven when it was loaded: a row has the same bits in any company"
     return "it costs more than it gives here, or was not asked for"

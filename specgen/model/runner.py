@@ -84,7 +84,7 @@ class ModelRunner:
         max_context: int | None = None,
         kv_format: KVFormat = NATIVE,
         calibration: Sequence[int] = (),
-        invariant: bool | None = None,
+        batch_invariant: bool | None = None,
         cpu_kernels: bool = True,
         gpu_kernels: bool | None = None,
         gpu_graphs: bool = True,
@@ -113,7 +113,7 @@ class ModelRunner:
         self._cache_keyword = cache_keyword(model)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         # The check compares with the model itself, so it keeps KV as it is; the real pool comes after.
-        self.invariant = False
+        self.batch_invariant = False
         self._layers: InvariantLayers | None = None
         self._watched = HiddenStateTap(model, ())
         self._compiled: CompiledForward | None = None
@@ -124,7 +124,7 @@ class ModelRunner:
         self.seam = self._choose_seam()
         if gpu_kernels and (reason := self.why_no_gpu(kv_format)):
             raise UnsupportedModel(f"gpu_kernels=True cannot be kept: {reason}; take gpu_kernels=None")
-        self._make_invariant(kv_format, invariant)
+        self._make_invariant(kv_format, batch_invariant)
         if pool is None:
             sizes = kv_size(
                 limit=context_limit(model),
@@ -230,9 +230,11 @@ class ModelRunner:
             kernel = "cpu"
         if self._compiled or self._compiling:
             raise UnsupportedModel("a compiled forward takes no adapters; build the engine with compile=False")
-        if self.invariant and not kernel:
+        if self.batch_invariant and not kernel:
             reason = "without kernels an adapter's sums depend on the rows beside them"
-            raise UnsupportedModel(f"invariant=True cannot be kept under adapters: {reason}; take invariant=False")
+            raise UnsupportedModel(
+                f"batch_invariant=True cannot be kept under adapters: {reason}; take batch_invariant=False"
+            )
         return AdaptedLayers(self.model, rows_seen(self), kernel=kernel)
 
     def read_adapter(self, folder: Path, *, max_rank: int, max_bytes: int) -> AdapterFiles:
@@ -254,7 +256,12 @@ class ModelRunner:
     def arithmetic(self) -> str:
         """Names the ways in which rows are computed that may differ in a bit."""
         cpu, gpu = self._kernel == "cpu", self._kernel == "gpu"
-        chosen = {"invariant": self.invariant, "kernels": cpu, "gpu-kernels": gpu, "compiled": self.compiled}
+        chosen = {
+            "batch_invariant": self.batch_invariant,
+            "kernels": cpu,
+            "gpu-kernels": gpu,
+            "compiled": self.compiled,
+        }
         return " ".join(name for name, on in chosen.items() if on)
 
     def take_compiled(self, *, wait: bool = False) -> bool:
@@ -275,7 +282,12 @@ class ModelRunner:
         nothing. Where it cannot be done they go on as they are, and the log says why."""
         if not how:
             return
-        given, invariant, architecture, layers = self._given, self.invariant, self.architecture, self._watched.layers
+        given, batch_invariant, architecture, layers = (
+            self._given,
+            self.batch_invariant,
+            self.architecture,
+            self._watched.layers,
+        )
         if reason := self.why_not_compiled():
             log.warning("forwards are not compiled", model=given.config.model_type, reason=reason)
             return
@@ -284,7 +296,7 @@ class ModelRunner:
         def work() -> CompiledForward:
             packed = twin(given).eval()
             pack_linears(packed)
-            return compile_forward(packed, alone, architecture, layers=layers, invariant=invariant)
+            return compile_forward(packed, alone, architecture, layers=layers, batch_invariant=batch_invariant)
 
         self._compiling = in_background(work)
         if how is True:
@@ -303,8 +315,8 @@ class ModelRunner:
             return "cpu_kernels is False"
         if self._kernel != "cpu":
             return "the attention kernel does not say what the model says, or cannot take its data type"
-        if self.invariant and (layer := next(quantised_layers(self.model), None)):
-            return f"{layer[0]} is quantised, and compiled it would round a row by its neighbours: take invariant=False"
+        if self.batch_invariant and (layer := next(quantised_layers(self.model), None)):
+            return f"{layer[0]} is quantised, and compiled it would round a row by its neighbours: take batch_invariant=False"
         return None if self._keeps_logits else "the model cannot be asked for the logits of single rows"
 
     def _choose_seam(self) -> Seam:
@@ -367,22 +379,22 @@ class ModelRunner:
             return
         try:
             self._layers = InvariantLayers(self.model)
-            self._attention.invariant = True
+            self._attention.batch_invariant = True
             if self._gpu:
                 self._gpu.kernels.by_path = True
             self._check_invariance(kv_format, asked=asked is True)
-            self.invariant = True
+            self.batch_invariant = True
         except UnsupportedModel:
             if asked or rounds:
                 raise
-            self._layers, self._attention.invariant = None, False
+            self._layers, self._attention.batch_invariant = None, False
             if self._gpu:
                 self._gpu.kernels.by_path = False
 
     def _check_invariance(self, kv_format: KVFormat, *, asked: bool) -> None:
         """With KV as it is, where a difference cannot hide behind rounding, and as it will be kept."""
         instead = "load it without" if asked else f"without it kv_format={kv_format.name!r} is not exact: take 'native'"
-        instead += ", or invariant=False, and drafting may change the last bits, and so at times the text"
+        instead += ", or batch_invariant=False, and drafting may change the last bits, and so at times the text"
         for kind in dict.fromkeys((NATIVE, kv_format)):
             self.pool = self._make_pool(CHECK_PAGES, kind)
             check_invariance(self, instead)

@@ -44,14 +44,14 @@ class Place:
 
 
 class Gate:
-    """Counts sequences in the server. `max_running` of them are the engine's, `max_queued` more may wait.
+    """Counts sequences in the server. `max_num_seqs` of them are the engine's, `max_queued` more may wait.
 
     preparing: those of them that the engine does not have yet, with bodies of so many bytes. A text to be tokenised
     counts as one sequence.
     """
 
-    def __init__(self, config: ServerConfig, max_running: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._most = max_running + config.max_queued
+    def __init__(self, config: ServerConfig, max_num_seqs: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most = max_num_seqs + config.max_queued
         self._most_per_key = config.key_sequences
         self._most_bytes = _MOST_BODIES * config.body_bytes
         self._most_seconds = config.max_waiting_seconds
@@ -60,7 +60,7 @@ class Gate:
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
         self._empty = asyncio.Event()
         self._empty.set()
-        self._pace = Pace(max_running, clock)
+        self._pace = Pace(max_num_seqs, clock)
         self.bytes = 0
         self.is_draining = False
         self.sequences = 0

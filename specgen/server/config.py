@@ -31,7 +31,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     Keys. api_keys: who may ask; none means everybody. admin_key: who may load adapters; None means nobody.
 
-    Limits. max_queued: sequences that may wait beside the `max_running` of the engine; more are answered 429, and each
+    Limits. max_queued: sequences that may wait beside the `max_num_seqs` of the engine; more are answered 429, and each
     of a request's n counts. key_sequences: most sequences of one key at once. key_rate: requests of one key, such as
     "100/minute". body_bytes: largest body. max_n, max_prompts: sequences and prompts of one request.
     max_waiting_seconds: how long a request may wait before the engine begins with it; then, or where the queue is known

@@ -88,7 +88,7 @@ class Jobs:
 
     def __init__(self, engine: Engine, config: ServerConfig) -> None:
         self.engine = engine
-        self.gate = Gate(config, engine.config.max_running)
+        self.gate = Gate(config, engine.config.max_num_seqs)
         self._config = config
         self._jobs: set[Job] = set()
         self._accounting: set[asyncio.Task[None]] = set()

@@ -440,7 +440,7 @@ def test_two_hundred_requests_while_adapters_come_and_go(
     opened: Callable[..., Engine], root: Path, truth: dict[str, Any]
 ) -> None:
     size = opened().adapters.load("it", root / "0").bytes
-    engine = opened(adapters={"device_bytes": 4 * size, "host_bytes": 5 * size}, max_running=8, kv_tokens=4096)
+    engine = opened(adapters={"device_bytes": 4 * size, "host_bytes": 5 * size}, max_num_seqs=8, kv_tokens=4096)
     names = [f"n{i}" for i in range(6)]
     means = {}
     for i, name in enumerate(names):

@@ -309,7 +309,7 @@ def test_a_traced_stream_tells_who_guessed_what(engine: Engine) -> None:
 
 
 def test_load_tells_who_runs_and_who_waits(model: PreTrainedModel) -> None:
-    with Engine(model, kv_tokens=512, max_running=1) as engine:
+    with Engine(model, kv_tokens=512, max_num_seqs=1) as engine:
         assert (engine.load.running, engine.load.waiting, engine.load.used_pages) == (0, 0, 0)
         streams = [engine.stream(PROMPT, max_tokens=100, processors=[Slow(0.01)]) for _ in range(3)]
         next(streams[0])
@@ -431,7 +431,7 @@ def test_a_step_that_fails_fails_those_who_ran_and_nobody_else(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when memory runs out: what waits is served, and so is what comes later."""
-    with Engine(model, kv_tokens=1024, max_running=1) as engine:
+    with Engine(model, kv_tokens=1024, max_num_seqs=1) as engine:
         score, calls = engine.target.score, []
 
         def fails_once(segments: Any) -> Any:

@@ -112,7 +112,7 @@ def test_samples_share_the_prompt(length: int, opened: Callable[..., Engine]) ->
 
 def test_prompts_that_begin_alike_are_read_once_though_they_come_at_once(opened: Callable[..., Engine]) -> None:
     """In chunks, too."""
-    engine = opened(max_prompt_rows=16, speculation="off")
+    engine = opened(max_prefill_tokens=16, speculation="off")
     long = [(n * n) % 90 + 3 for n in range(110)]
     engine.generate([long, [*long[:32], 7]], max_tokens=1)
     assert engine.target.rows == 110 + 1

@@ -150,7 +150,7 @@ def test_the_settings_shown_are_settings() -> None:
 
     (shown,) = blocks((ROOT / "specgen" / "server" / "README.md").read_text(), "toml")
     found = msgspec.convert(tomllib.loads(shown), ServerConfig)
-    assert EngineConfig.of(found.engine).max_running == 32
+    assert EngineConfig.of(found.engine).max_num_seqs == 32
 
 
 def test_the_plugin_shown_drafts_what_it_promises(smollm: Any, smollm_tokenizer: Any) -> None:

@@ -86,7 +86,7 @@ def check(model: PreTrainedModel, session: CuriousSession) -> set[int]:
 def test_drafters_see_what_transformers_says(family: str) -> None:
     model = build(family)
     curious = Curious(Wanted(LAYERS, SUCCESSORS))
-    bench = Bench(model, {"curious": curious, "echo": echoes(0.7)}, max_prompt_rows=3)
+    bench = Bench(model, {"curious": curious, "echo": echoes(0.7)}, max_prefill_tokens=3)
     for prompt in PROMPTS[:4]:
         said = bench.alone(prompt, max_tokens=12, speculation="off").ids
         bench.add(prompt, max_tokens=12, prediction=said, speculation={"adaptive": False})

@@ -349,7 +349,7 @@ def test_a_request_bounds_its_trees(model: PreTrainedModel, most: int, adaptive:
 
 def test_a_long_prompt_is_read_in_chunks_while_others_speak(model: PreTrainedModel) -> None:
     """No forward reads more prompt than allowed, and every running stream gets its token in every step."""
-    bench = Bench(model, {"bush": Scripted(lambda ids: BUSH)}, max_prompt_rows=16)
+    bench = Bench(model, {"bush": Scripted(lambda ids: BUSH)}, max_prefill_tokens=16)
     streams = [bench.add(PROMPTS[number], max_tokens=40, speculation=EAGER) for number in (0, 1)]
     bench.step()
     long = [token % VOCABULARY for token in range(3, 103)]
@@ -369,7 +369,7 @@ def test_a_long_prompt_is_read_in_chunks_while_others_speak(model: PreTrainedMod
 
 def test_prompts_share_the_room_for_prompts(model: PreTrainedModel) -> None:
     """In order of arrival; who finds none left waits."""
-    bench = Bench(model, max_prompt_rows=16)
+    bench = Bench(model, max_prefill_tokens=16)
     names = [bench.add(PROMPTS[number], max_tokens=3) for number in (2, 2, 0)]
     rows = bench.target.rows
     first: dict[str, int] = {}
@@ -386,7 +386,7 @@ def test_prompts_share_the_room_for_prompts(model: PreTrainedModel) -> None:
 
 def test_a_turn_stays_what_it_was_when_it_was_planned(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is committed of it afterwards."""
-    bench = Bench(model, max_prompt_rows=16)
+    bench = Bench(model, max_prefill_tokens=16)
     plan, turns = bench.core.scheduler.plan, []
 
     def noted() -> list[ScheduledSequence]:
@@ -401,7 +401,7 @@ def test_a_turn_stays_what_it_was_when_it_was_planned(model: PreTrainedModel, mo
 
 
 def test_no_more_run_than_allowed(model: PreTrainedModel) -> None:
-    bench = Bench(model, max_running=3)
+    bench = Bench(model, max_num_seqs=3)
     names = [bench.add(PROMPTS[number], max_tokens=4) for number in range(8)]
     while bench.core.busy:
         assert len(bench.step()) <= 3
@@ -470,7 +470,7 @@ def test_where_pages_run_out_texts_go_on_without_drafts(model: PreTrainedModel) 
 def test_a_cancelled_request_gives_everything_back_at_once(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
     """Waiting, reading its prompt, or speaking; its other samples go with it, its neighbour stays."""
     drafter = drafted_by(smaller)
-    bench = Bench(model, {"draft-model": drafter}, max_prompt_rows=8, max_running=3)
+    bench = Bench(model, {"draft-model": drafter}, max_prefill_tokens=8, max_num_seqs=3)
     stays = bench.add(PROMPTS[0], max_tokens=20)
     bench.step()
     leaves = bench.add(PROMPTS[2], max_tokens=20, n=3)
@@ -789,7 +789,7 @@ def test_what_fails_while_one_sequence_is_settled_is_its_own_end_only(
 
 
 def test_a_prompt_that_cannot_be_read_on_ends_alone(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench(model, max_prompt_rows=16)
+    bench = Bench(model, max_prefill_tokens=16)
     stays = bench.add(PROMPTS[0], max_tokens=12)
     bench.step()
     breaks = bench.add(PROMPTS[2], max_tokens=12)

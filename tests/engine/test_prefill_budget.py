@@ -120,7 +120,7 @@ def beside(model: PreTrainedModel, clock: None) -> Callable[..., tuple[list[int]
     """A long prompt that comes while another text is written: rows of its steps, and both texts."""
 
     def run(cost: RowCost, **options: object) -> tuple[list[int], list[list[int]]]:
-        with Engine(model, drafters=[], kv_tokens=1024, invariant=False, prefix_cache=False, **options) as engine:
+        with Engine(model, drafters=[], kv_tokens=1024, batch_invariant=False, prefix_cache=False, **options) as engine:
             rows = prompt_rows(engine, cost)
             with engine.stream([7, 8, 9], max_tokens=60, temperature=0, ignore_eos=True) as first:
                 next(iter(first))

@@ -248,10 +248,10 @@ def test_each_sample_and_each_prompt_has_its_own_place_in_the_grammar(engine: En
     [
         {"kv_format": "int8"},
         {"kv_format": "k8v4", "prefix_cache": False},
-        {"kv_tokens": 192, "max_prompt_rows": 3},
-        {"invariant": True},
+        {"kv_tokens": 192, "max_prefill_tokens": 3},
+        {"batch_invariant": True},
     ],
-    ids=["int8", "k8v4", "few pages", "invariant"],
+    ids=["int8", "k8v4", "few pages", "batch_invariant"],
 )
 def test_with_kv_formats_prefixes_and_preemption(options: dict[str, Any]) -> None:
     """KV that rounds has other truths: those without drafts, alone and cold."""

@@ -122,7 +122,7 @@ def small_prompts() -> list[list[int]]:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_tiny_models_with_invariant_rows(name: str) -> None:
-    with Engine(build(name), kv_tokens=640, invariant=True, prefix_cache=False) as engine:
+    with Engine(build(name), kv_tokens=640, batch_invariant=True, prefix_cache=False) as engine:
         for way in (GREEDY, SEEDED):
             check(engine, small_prompts(), 12, way)
 
@@ -137,16 +137,16 @@ def test_tiny_models_wherever_kv_comes_from(name: str, kind: str, tmp_path: Path
 @pytest.mark.parametrize("kind", ROUNDING)
 def test_tiny_models_in_float64_need_no_more_than_that(kind: str) -> None:
     with Engine(build("llama").double(), kv_tokens=640, kv_format=kind, prefix_cache=False) as engine:
-        assert not engine.target.invariant
+        assert not engine.target.batch_invariant
         check(engine, small_prompts(), 24, GREEDY)
 
 
 @pytest.mark.parametrize("kind", ["native", "int4"])
 def test_prompts_in_chunks_and_warm_prefixes(kind: str) -> None:
     prompts = small_prompts()
-    with Engine(build("llama"), kv_tokens=640, kv_format=kind, invariant=True, prefix_cache=False) as engine:
+    with Engine(build("llama"), kv_tokens=640, kv_format=kind, batch_invariant=True, prefix_cache=False) as engine:
         truth = texts(engine, prompts, 24, speculation=OFF, **GREEDY)
-    with Engine(build("llama"), kv_tokens=640, kv_format=kind, invariant=True, max_prompt_rows=5) as engine:
+    with Engine(build("llama"), kv_tokens=640, kv_format=kind, batch_invariant=True, max_prefill_tokens=5) as engine:
         assert texts(engine, prompts, 24, speculation=ON, **GREEDY) == truth
         warm = [[*prompt, *text[:20]] for prompt, text in zip(prompts, truth, strict=True)]
         assert texts(engine, warm, 4, speculation=ON, **GREEDY) == [text[20:] for text in truth]
@@ -185,7 +185,7 @@ def test_smollm(smollm: PreTrainedModel, kind: str, tmp_path: Path, monkeypatch:
 def test_smollm_long(smollm: PreTrainedModel, kind: str, tmp_path: Path) -> None:
     with Engine(smollm, kv_tokens=2048, kv_format=kind) as engine:
         # For native KV it is on where the kernels make it cheap.
-        assert engine.target.invariant == (kind != "native" or why_not() is None)
+        assert engine.target.batch_invariant == (kind != "native" or why_not() is None)
         for way in (GREEDY, SEEDED):
             check(engine, PROMPTS, 64, way)
     check_memory(smollm, kind, PROMPTS, 24, tmp_path, kv_tokens=192)
@@ -193,7 +193,7 @@ def test_smollm_long(smollm: PreTrainedModel, kind: str, tmp_path: Path) -> None
 
 def test_smollm_in_bfloat16(demo_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(demo_path, dtype=torch.bfloat16).eval()
-    with Engine(model, kv_tokens=640, invariant=True, prefix_cache=False) as engine:
+    with Engine(model, kv_tokens=640, batch_invariant=True, prefix_cache=False) as engine:
         check(engine, PROMPTS[:2], 8, GREEDY)
 
 
@@ -202,5 +202,5 @@ def test_smollm_in_bfloat16(demo_path: Path) -> None:
 @pytest.mark.parametrize("way", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 def test_smollm_long_in_bfloat16(demo_path: Path, kind: str, way: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_pretrained(demo_path, dtype=torch.bfloat16).eval()
-    with Engine(model, kv_tokens=1024, kv_format=kind, invariant=True) as engine:
+    with Engine(model, kv_tokens=1024, kv_format=kind, batch_invariant=True) as engine:
         check(engine, PROMPTS, 96, way)

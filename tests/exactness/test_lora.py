@@ -166,7 +166,7 @@ def test_seeded_texts_are_those_of_the_merged_model(
         assert alone.ids == result.ids, name
 
 
-@pytest.mark.parametrize("options", [{"kv_format": "int8"}, {"max_prompt_rows": 3}, {"cpu_kernels": False}])
+@pytest.mark.parametrize("options", [{"kv_format": "int8"}, {"max_prefill_tokens": 3}, {"cpu_kernels": False}])
 def test_adapters_go_with_other_settings(opened: Callable[..., Engine], options: dict[str, Any]) -> None:
     together_engine, alone_engine = opened(**options), opened(**options)
     names = ["small", None, "wide", "dora", "mlp"]
@@ -211,7 +211,7 @@ def test_rows_under_an_adapter_do_not_depend_on_their_neighbours(
     from specgen.model.segment import Segment
 
     half = copy.deepcopy(llama).to(torch.bfloat16)
-    target = ModelRunner(half, kv_tokens=512, invariant=True)
+    target = ModelRunner(half, kv_tokens=512, batch_invariant=True)
     weights = [
         target.read_adapter(folder, max_rank=64, max_bytes=1 << 30).weights
         for folder in folders.values()

@@ -62,7 +62,7 @@ def open_engine(
     drafters: dict[str, Any] = {"prompt-lookup": {}, "recycling": {}, "echo-0": {}, "echo-50": {}, "echo-100": {}}
     if draft is not None:
         drafters["draft-model"] = {"model": draft, "depth": 3, "width": 2}
-    return Engine(model, tokenizer, plugins=plugins, drafters=drafters, kv_tokens=KV_TOKENS, max_running=RUNNING)
+    return Engine(model, tokenizer, plugins=plugins, drafters=drafters, kv_tokens=KV_TOKENS, max_num_seqs=RUNNING)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_bfloat16_is_kept_or_counted(
         engine.check()
     assert any(result.stats.num_draft_tokens for result in on)
     same = sum(result.ids == plain.ids for result, plain in zip(on, off, strict=True))
-    assert same == len(jobs) or not engine.target.invariant
+    assert same == len(jobs) or not engine.target.batch_invariant
     as_transformers = sum(result.ids == bench.truth(job) for result, job in zip(on, jobs, strict=True))
     record_property("identical with drafts on and off", f"{same} of {len(jobs)}")
     record_property("identical with drafts and by transformers", f"{as_transformers} of {len(jobs)}")

@@ -1,4 +1,4 @@
-"""`invariant=True`: a row's bits do not depend on its neighbours, or the model is refused by name."""
+"""`batch_invariant=True`: a row's bits do not depend on its neighbours, or the model is refused by name."""
 
 from __future__ import annotations
 
@@ -38,25 +38,29 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", KEPT)
 @pytest.mark.parametrize("kind", ["native", "k8v4"])
 def test_models_that_keep_it(name: str, kind: str) -> None:
-    assert ModelRunner(build(name), kv_tokens=64, kv_format=FORMATS[kind](), invariant=True).invariant
+    assert ModelRunner(build(name), kv_tokens=64, kv_format=FORMATS[kind](), batch_invariant=True).batch_invariant
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "deepseek_v3"])
 def test_models_that_keep_it_in_bfloat16(name: str) -> None:
-    assert ModelRunner(build(name).bfloat16(), kv_tokens=64, invariant=True).invariant
+    assert ModelRunner(build(name).bfloat16(), kv_tokens=64, batch_invariant=True).batch_invariant
 
 
 @pytest.mark.parametrize("name", OWN_ATTENTION)
 def test_models_that_attend_by_themselves_are_refused(name: str) -> None:
-    with pytest.raises(UnsupportedModel, match=r"invariant=True cannot be kept: it computes attention itself"):
-        ModelRunner(build(name), kv_tokens=64, invariant=True)
+    with pytest.raises(UnsupportedModel, match=r"batch_invariant=True cannot be kept: it computes attention itself"):
+        ModelRunner(build(name), kv_tokens=64, batch_invariant=True)
 
 
 @pytest.mark.parametrize("name", OWN_ATTENTION)
 def test_a_format_that_rounds_is_refused_where_it_would_not_be_exact(name: str) -> None:
-    with pytest.raises(UnsupportedModel, match=r"kv_format='int8' is not exact: take 'native', or invariant=False"):
+    with pytest.raises(
+        UnsupportedModel, match=r"kv_format='int8' is not exact: take 'native', or batch_invariant=False"
+    ):
         ModelRunner(build(name), kv_tokens=64, kv_format=FORMATS["int8"]())
-    assert not ModelRunner(build(name), kv_tokens=64, kv_format=FORMATS["int8"](), invariant=False).invariant
+    assert not ModelRunner(
+        build(name), kv_tokens=64, kv_format=FORMATS["int8"](), batch_invariant=False
+    ).batch_invariant
 
 
 def test_a_linear_layer_that_rounds_by_place_sees_one_row_at_a_time() -> None:
@@ -80,31 +84,31 @@ def test_any_layer_that_mixes_rows_is_named() -> None:
     model = build("llama")
     model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * (1 + 1e-6 * output.shape[1]))
     with pytest.raises(UnsupportedModel, match=r"model\.layers\.1\.mlp \(LlamaMLP\) rounds a row differently beside"):
-        ModelRunner(model, kv_tokens=64, invariant=True)
+        ModelRunner(model, kv_tokens=64, batch_invariant=True)
 
 
 def test_it_is_on_by_itself_for_formats_that_round_below_float64() -> None:
     model = build("llama")
-    assert not ModelRunner(model, kv_tokens=64, cpu_kernels=False).invariant
-    assert ModelRunner(model, kv_tokens=64, kv_format=FORMATS["int4"]()).invariant
-    assert not ModelRunner(model, kv_tokens=64, kv_format=FORMATS["int4"](), invariant=False).invariant
-    assert not ModelRunner(model.double(), kv_tokens=64, kv_format=FORMATS["int4"]()).invariant
+    assert not ModelRunner(model, kv_tokens=64, cpu_kernels=False).batch_invariant
+    assert ModelRunner(model, kv_tokens=64, kv_format=FORMATS["int4"]()).batch_invariant
+    assert not ModelRunner(model, kv_tokens=64, kv_format=FORMATS["int4"](), batch_invariant=False).batch_invariant
+    assert not ModelRunner(model.double(), kv_tokens=64, kv_format=FORMATS["int4"]()).batch_invariant
 
 
 @pytest.mark.skipif(why_not() is not None, reason=f"no CPU kernels: {why_not()}")
 def test_it_is_on_by_itself_where_kernels_make_it_cheap() -> None:
-    assert ModelRunner(build("llama"), kv_tokens=64).invariant
-    assert not ModelRunner(build("llama"), kv_tokens=64, invariant=False).invariant
+    assert ModelRunner(build("llama"), kv_tokens=64).batch_invariant
+    assert not ModelRunner(build("llama"), kv_tokens=64, batch_invariant=False).batch_invariant
     mixing = build("llama")
     mixing.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * (1 + 1e-6 * output.shape[1]))
-    assert not ModelRunner(mixing, kv_tokens=64).invariant, "a model that cannot keep it runs all the same"
+    assert not ModelRunner(mixing, kv_tokens=64).batch_invariant, "a model that cannot keep it runs all the same"
 
 
 def test_the_engine_passes_it_on() -> None:
-    with Engine(build("llama"), kv_tokens=64, invariant=True) as engine:
-        assert engine.target.invariant
+    with Engine(build("llama"), kv_tokens=64, batch_invariant=True) as engine:
+        assert engine.target.batch_invariant
     with pytest.raises(InvalidRequest, match=r"invariant is 'yes'; choices: True, False, None"):
-        Engine(build("llama"), invariant="yes")
+        Engine(build("llama"), batch_invariant="yes")
 
 
 def test_forwards_are_put_back_as_they_were() -> None:
@@ -172,7 +176,7 @@ def test_each_row_attends_over_its_own_keys() -> None:
 def test_native_text_is_the_same_with_and_without(smollm: PreTrainedModel) -> None:
     prompt = list(range(300, 330))
     texts = []
-    for invariant in (False, True):
-        with Engine(smollm, kv_tokens=256, invariant=invariant) as engine:
+    for batch_invariant in (False, True):
+        with Engine(smollm, kv_tokens=256, batch_invariant=batch_invariant) as engine:
             texts.append(engine.generate(prompt, temperature=0, max_tokens=12).ids)
     assert texts[0] == texts[1]

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # Longer than two pages, so that a prefix cache that was not forgotten would answer.
 PROMPT = [(7 * place * place + 3 * place + 5) % 90 + 3 for place in range(40)]
 NEW = 8
-OPTIONS: dict[str, Any] = {"kv_tokens": 512, "drafters": {}, "invariant": False}
+OPTIONS: dict[str, Any] = {"kv_tokens": 512, "drafters": {}, "batch_invariant": False}
 
 Undo = Callable[[], Any]
 GLOBAL_SCALE = torch.linspace(0.3, 2.0, VOCABULARY)

@@ -354,7 +354,7 @@ def texts(model: PreTrainedModel, length: int, temperature: float) -> dict[Path,
 
 def sampled(model: PreTrainedModel, speculation: Speculation, seeds: range, temperature: float) -> list[Result]:
     """Three tokens for each of 128 samples of each seed, by the engine's own loop."""
-    bench = Bench(model, {"bushy": Bushy()}, max_running=64)
+    bench = Bench(model, {"bushy": Bushy()}, max_num_seqs=64)
     params = {"temperature": temperature, "allowed_token_ids": ALLOWED, "max_tokens": 3, "n": 128}
     for seed in seeds:
         bench.add(PROMPT, seed=seed, speculation=speculation, **params)

@@ -28,7 +28,7 @@ SHORT: dict[str, Any] = {"messages": HELLO, "max_tokens": 2, "temperature": 0}
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 WAITING = 'specgen:num_requests_waiting{model_name="tiny"}'
 ROOM = 16
-"""`max_running` by default."""
+"""`max_num_seqs` by default."""
 
 
 async def post(world: World, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, str]]:
@@ -184,7 +184,7 @@ async def test_what_is_compiled_without_end_holds_up_only_its_like() -> None:
 
 async def test_waiting_has_an_end_and_running_is_not_waiting() -> None:
     long = {**SHORT, "max_tokens": 150, **SLOW}
-    with engine(max_running=1) as own:
+    with engine(max_num_seqs=1) as own:
         async with serving(own, max_waiting_seconds=0.4) as world:
             async with asking(world, CHAT, long) as first:
                 await until(lambda: own.load.running)

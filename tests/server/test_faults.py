@@ -485,7 +485,7 @@ async def test_cancelling_some_leaves_others_as_they_are_alone(world: World) -> 
 
 async def test_a_full_queue_is_told_before_anything_heavy(shared_engine: Any) -> None:
     """n counts as n; who was let in is served."""
-    room = shared_engine.config.max_running
+    room = shared_engine.config.max_num_seqs
     async with serving(shared_engine, max_queued=0) as world:
         calls = 0
         prepare = shared_engine.prepare
@@ -532,7 +532,7 @@ async def test_a_key_has_its_share_and_its_rate(shared_engine: Any) -> None:
 
 async def test_what_never_fits_is_not_worth_another_try(shared_engine: Any) -> None:
     """More sequences than an idle server takes: 400, with what there is room for."""
-    most = shared_engine.config.max_running + 3
+    most = shared_engine.config.max_num_seqs + 3
     async with serving(shared_engine, key_sequences=4, max_queued=3, max_n=64) as world:
         with pytest.raises(openai.BadRequestError, match="5 sequences.* at most 4 at once with one key") as caught:
             await world.client().chat.completions.create(**SHORT, n=5)
@@ -606,7 +606,7 @@ async def test_what_was_generated_for_a_client_that_left_is_counted(world: World
 
 async def test_a_step_without_memory_fails_those_who_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     """With 503, so that they come again; health says so when it goes on."""
-    with engine(max_running=1) as own, capture_logs():
+    with engine(max_num_seqs=1) as own, capture_logs():
         score, failing = own.target.score, True
 
         def fails(segments: Any) -> Any:

@@ -162,9 +162,9 @@ def test_settings_come_from_file_environment_and_flags(tmp_path: Path) -> None:
     file = tmp_path / "server.toml"
     file.write_text('port = 1\nhost = "file"\nmax_queued = 7\n[engine]\nkv_format = "int8"\nmax_running = 3\n')
     environment = {"SPECGEN_SERVER_PORT": "2", "SPECGEN_SERVER_API_KEYS": '["a", "b"]', "OTHER": "x"}
-    found = ServerConfig.load(file, environment, {"port": 3, "host": None, "engine": {"max_running": 5}})
+    found = ServerConfig.load(file, environment, {"port": 3, "host": None, "engine": {"max_num_seqs": 5}})
     assert (found.port, found.host, found.max_queued, found.api_keys) == (3, "file", 7, ("a", "b"))
-    assert found.engine == {"kv_format": "int8", "max_running": 5}
+    assert found.engine == {"kv_format": "int8", "max_num_seqs": 5}
     assert ServerConfig.load(None, environment).port == 2
     (tmp_path / "server.json").write_text('{"port": 9}')
     assert ServerConfig.load(tmp_path / "server.json", {}).port == 9

@@ -64,8 +64,8 @@ class Bench:
         tokenizer: Any = None,
         kv_tokens: int = 2048,
         max_context: int | None = None,
-        max_running: int = 16,
-        max_prompt_rows: int = 512,
+        max_num_seqs: int = 16,
+        max_prefill_tokens: int = 512,
         compile: bool = False,
     ) -> None:
         self.target = ModelRunner(model, kv_tokens=kv_tokens, max_context=max_context)
@@ -73,8 +73,8 @@ class Bench:
         self.core = EngineCore(
             self.target,
             drafters or {},
-            max_running=max_running,
-            max_prompt_rows=max_prompt_rows,
+            max_num_seqs=max_num_seqs,
+            max_prefill_tokens=max_prefill_tokens,
             prefix_cache=None,
             compile=compile,
         )

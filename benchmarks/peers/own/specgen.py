@@ -27,7 +27,7 @@ class Peer:
             dtype=options["dtype"],
             compile=options["compile"],
             kv_tokens=options["kv_tokens"],
-            max_running=options["streams"],
+            max_num_seqs=options["streams"],
             prefix_cache=False,
             **({} if options["drafters"] is None else {"drafters": options["drafters"]}),
         )

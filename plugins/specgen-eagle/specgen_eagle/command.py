@@ -32,7 +32,7 @@ def distill(
     chosen = SMOKE if smoke else read_recipe(recipe) if recipe else Recipe()
     tokens = chosen.corpus.batch * (chosen.corpus.turn_tokens + chosen.corpus.answer_tokens + 512)
     with (
-        Engine.from_pretrained(model, dtype=dtype, max_running=chosen.corpus.batch, kv_tokens=tokens) as engine,
+        Engine.from_pretrained(model, dtype=dtype, max_num_seqs=chosen.corpus.batch, kv_tokens=tokens) as engine,
         Progress() as progress,
     ):
         tasks: dict[str, int] = {}

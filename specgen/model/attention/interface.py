@@ -105,7 +105,7 @@ class PackedAttention:
         reaches: Sequence[Reach],
         stores: Sequence[int | None],
     ) -> None:
-        self.invariant = False
+        self.batch_invariant = False
         self._configs = tuple(_nested(model.config))
         self._reaches = reaches
         self._stores = stores
@@ -171,7 +171,7 @@ class PackedAttention:
             given = [t[0, :, column : column + segment.end].transpose(0, 1) for t in (key, value)]
             mine = queries[row : row + len(segment.tokens)]
             row, column = row + len(segment.tokens), column + segment.end
-            if self.invariant:
+            if self.batch_invariant:
                 span, seen, prefix = batch.seen(index, reach)
                 # Contiguous: a row's keys lie alike whatever made them.
                 keys, values = (t.contiguous() for t in given) if batch.gathered else store.read(span)

@@ -42,7 +42,7 @@ def check_invariance(target: PackedModel, instead: str) -> None:
 
 def _refusal(target: PackedModel, reason: str, instead: str) -> UnsupportedModel:
     kind = target.model.config.model_type
-    return UnsupportedModel(f"model type {kind!r}: invariant=True cannot be kept: {reason}; {instead}")
+    return UnsupportedModel(f"model type {kind!r}: batch_invariant=True cannot be kept: {reason}; {instead}")
 
 
 def _ids(target: PackedModel, count: int, first: int = 1) -> list[int]:

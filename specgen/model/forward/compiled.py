@@ -221,7 +221,7 @@ def compile_forward(
     architecture: Architecture,
     *,
     layers: Sequence[int],
-    invariant: bool,
+    batch_invariant: bool,
 ) -> CompiledForward:
     """Compile `model` and prove that it says what `alone` says, the same weights run by transformers.
 
@@ -238,7 +238,7 @@ def compile_forward(
     trial = _Trial(compiled, alone, architecture, architecture.vocab_size, pool)
     if reason := difference(trial):
         raise UnsupportedModel(f"compiled, {reason}")
-    if invariant:
+    if batch_invariant:
         check_invariance(trial, "take compile=False")
     log.info("forward compiled", seconds=round(time.perf_counter() - started, 1))
     return compiled

@@ -121,7 +121,7 @@ def test_weights_alone_pass_in_half_precision(tmp_path: Path) -> None:
 def test_what_compiled_would_not_be_invariant_is_not_compiled(tmp_path: Path) -> None:
     target = ModelRunner(quantised(tmp_path, WEIGHTS_ALONE["int8"]()), kv_tokens=64)
     target.compile(True)
-    assert target.invariant
+    assert target.batch_invariant
     assert not target.compiled
     assert "q_proj is quantised, and compiled" in str(target.why_not_compiled())
     assert ModelRunner(build("llama"), kv_tokens=64).why_not_compiled() is None

@@ -134,7 +134,7 @@ def test_drafts_and_company_change_nothing_in_bfloat16() -> None:
     model = build("llama").bfloat16()
     with Engine(model, compile=True, **OPTIONS) as engine:
         assert engine.target.compiled
-        assert engine.target.invariant
+        assert engine.target.batch_invariant
         alone = texts(engine, batch=False, speculation="off")
         assert texts(engine, speculation={"adaptive": False}) == alone
 
@@ -159,7 +159,7 @@ def test_it_comes_while_the_engine_serves() -> None:
     with Engine(model, **OPTIONS) as plain:
         expected = texts(plain)
     with Engine(model, compile="background", **OPTIONS) as engine:
-        assert not engine.target.invariant
+        assert not engine.target.batch_invariant
         deadline = time.monotonic() + 120
         while not engine.target.compiled and time.monotonic() < deadline:
             assert texts(engine) == expected
@@ -259,7 +259,7 @@ def test_a_cache_folder_that_cannot_be_written_is_no_reason_to_fail(
 def test_the_log_says_why_not(
     name: str, options: dict[str, Any], reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Engine(build(name), compile=True, invariant=False, **options, **OPTIONS) as engine:
+    with Engine(build(name), compile=True, batch_invariant=False, **options, **OPTIONS) as engine:
         assert not engine.target.compiled
     assert reason in capsys.readouterr().err
 
@@ -269,8 +269,8 @@ def test_the_log_says_why_not(
     [
         ({"compile": "yes"}, "compile is 'yes'; choices: True, False, 'background'"),
         ({"compile": 1}, "compile is 1; choices"),
-        ({"compile": "background", "invariant": True}, "take compile=True"),
-        ({"compile": "background", "kv_format": "int8", "invariant": True}, "take compile=True"),
+        ({"compile": "background", "batch_invariant": True}, "take compile=True"),
+        ({"compile": "background", "kv_format": "int8", "batch_invariant": True}, "take compile=True"),
         ({"cpu_kernels": "no"}, "cpu_kernels is 'no'; choices: True, False"),
     ],
 )
