@@ -86,7 +86,7 @@ class _Pause:
         return resting
 
 
-class Experience:
+class DrafterHistory:
     """A drafter's answers over all sequences: what is expected of it in a new one, and whether that may ask.
 
     An answer's tokens vary around its sequence's mean (`noise`, their variance), and around the mean of all (`spread`).
@@ -140,7 +140,7 @@ class Experience:
             self.noise += ((gained - last) ** 2 / 2 - self.noise) / max(1.0, self.means.weight - 1.0)
 
 
-class Pace:
+class DrafterBackoff:
     """Whether a drafter that costs time is worth asking in one sequence, with back-off where it is not.
 
     What an answer brings is counted in tokens, what it costs in seconds: what a token is worth changes from step to
@@ -150,7 +150,7 @@ class Pace:
     drafter is asked while what is expected, and some of the doubt about it, reach the cost.
     """
 
-    def __init__(self, everyone: Experience) -> None:
+    def __init__(self, everyone: DrafterHistory) -> None:
         self._everyone = everyone
         self._means = replace(everyone.means, weight=min(everyone.means.weight, everyone.likeness))
         self._answers = 0

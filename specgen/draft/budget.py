@@ -113,14 +113,14 @@ _BINS = 12
 _PRIOR_WEIGHT = 4.0
 
 
-class Calibration:
+class AcceptanceModel:
     """How often a drafter's node of a given confidence is right given that its parent is.
 
     Nodes that other drafters offer too are counted apart from those that this one offers alone. `parent` is the
     calibration over all sequences, which this one refines; it learns from every trial as well.
     """
 
-    def __init__(self, parent: Calibration | None = None) -> None:
+    def __init__(self, parent: AcceptanceModel | None = None) -> None:
         self._parent = parent
         self._tallies = [[_Tally() for _ in range(_BINS + 1)] for _ in (False, True)]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from operator import index
 
 from specgen._base.log import Log
-from specgen.draft.backoff import Experience, Pace
-from specgen.draft.budget import Calibration, RowCost, likeliest, worthwhile
+from specgen.draft.backoff import DrafterBackoff, DrafterHistory
+from specgen.draft.budget import AcceptanceModel, RowCost, likeliest, worthwhile
 from specgen.draft.drafter import Drafter, DraftHints, DraftSession
 from specgen.draft.features import Features, Wanted
 from specgen.draft.merge import Merged
@@ -36,8 +36,8 @@ class _DrafterState:
     """
 
     session: DraftSession
-    calibration: Calibration
-    pace: Pace
+    calibration: AcceptanceModel
+    pace: DrafterBackoff
     unread: int
     stats: DrafterStats = DrafterStats()
     offer: TokenTree = EMPTY_TREE
@@ -49,13 +49,13 @@ class _DrafterState:
 class _Learned:
     """What is known of a drafter over all sequences under one adapter, or under none."""
 
-    calibration: Calibration = field(default_factory=Calibration)
-    experience: Experience = field(default_factory=Experience)
+    calibration: AcceptanceModel = field(default_factory=AcceptanceModel)
+    experience: DrafterHistory = field(default_factory=DrafterHistory)
 
 
 @dataclass(slots=True)
-class Drafts:
-    """The drafting side of one sequence. Owned by the sequence, changed by `Drafting` alone.
+class DraftState:
+    """The drafting side of one sequence. Owned by the sequence, changed by `DraftManager` alone.
 
     most: nodes that each drafter is asked for. Nodes that are never verified cost time to draft, merge and weigh, so
     where the budget decides, this follows what it took of late, with room to grow.
@@ -72,7 +72,7 @@ class Drafts:
         return self.unopened | {name: active.stats for name, active in self.active.items()}
 
 
-class Drafting:
+class DraftManager:
     """The drafters of one engine, in their order, and what was learned about them."""
 
     def __init__(self, drafters: Mapping[str, Drafter], vocab_size: int) -> None:
@@ -98,11 +98,11 @@ class Drafting:
         hints: DraftHints,
         speculation: Speculation,
         constraint: Constrained | None = None,
-    ) -> Drafts:
+    ) -> DraftState:
         """Sessions of all drafters that the request allows. What `constraint` forbids counts as never offered."""
         if constraint is not None:
             hints = replace(hints, forced=constraint.forced)
-        drafts = Drafts(speculation, constraint, speculation.max_nodes)
+        drafts = DraftState(speculation, constraint, speculation.max_nodes)
         if speculation.adaptive:
             drafts.most = min(drafts.most, _FIRST_ASKED)
         if not speculation.max_nodes:
@@ -117,7 +117,7 @@ class Drafting:
                 continue
             known = learned[name]
             drafts.active[name] = _DrafterState(
-                session, Calibration(known.calibration), Pace(known.experience), len(prompt)
+                session, AcceptanceModel(known.calibration), DrafterBackoff(known.experience), len(prompt)
             )
         return drafts
 
@@ -129,7 +129,7 @@ class Drafting:
         return self._learned.setdefault(adapter, {name: _Learned() for name in self.drafters})
 
     def propose(
-        self, sequences: Sequence[Drafts], deepest: Sequence[int], base_rows: int, context: int = 0
+        self, sequences: Sequence[DraftState], deepest: Sequence[int], base_rows: int, context: int = 0
     ) -> list[TokenTree]:
         """The tree to verify for each sequence, at most `deepest[i]` deep, when `base_rows` rows run anyway, hung under
         `context` tokens in all."""
@@ -147,7 +147,7 @@ class Drafting:
         _share(spent - asking, sequences)
         return [select(tree, nodes) for tree, nodes in zip(trees, chosen, strict=True)]
 
-    def forget_offers(self, sequences: Sequence[Drafts]) -> None:
+    def forget_offers(self, sequences: Sequence[DraftState]) -> None:
         """Go on as if nothing had been proposed in this step."""
         for drafts in sequences:
             for active in drafts.active.values():
@@ -158,7 +158,7 @@ class Drafting:
         return (self.cost.seconds(sequences) + self.cost.reading(context, base_rows)) / sequences
 
     def _choose(
-        self, sequences: Sequence[Drafts], trees: Sequence[TokenTree], base_rows: int, context: int, spent: float
+        self, sequences: Sequence[DraftState], trees: Sequence[TokenTree], base_rows: int, context: int, spent: float
     ) -> list[list[int]]:
         """Of each tree the nodes to verify, when drafting took `spent` seconds; learns what they are expected to bring
         and what their rows take."""
@@ -178,7 +178,7 @@ class Drafting:
         self._row_seconds = (self.cost.seconds(rows + taken) - self.cost.seconds(rows)) / max(1, taken)
         return [[*all_of, *nodes] for all_of, nodes in zip(fixed, chosen, strict=True)]
 
-    def guessers(self, drafts: Drafts, verified: TokenTree) -> tuple[tuple[str, ...], ...]:
+    def guessers(self, drafts: DraftState, verified: TokenTree) -> tuple[tuple[str, ...], ...]:
         """For each node of the tree of this step, who offered it. To be asked before `commit`."""
         names: list[list[str]] = [[] for _ in verified.tokens]
         for name, active in drafts.active.items():
@@ -186,7 +186,7 @@ class Drafting:
                 names[node].append(name)
         return tuple(map(tuple, names))
 
-    def commit(self, drafts: Drafts, verified: TokenTree, committed: Sequence[int]) -> None:
+    def commit(self, drafts: DraftState, verified: TokenTree, committed: Sequence[int]) -> None:
         """Tell the sessions what was committed, and learn what their offers were worth."""
         nodes: dict[str, list[int]] = {name: [] for name in drafts.active}
         accepted = dict.fromkeys(drafts.active, 0)
@@ -216,7 +216,7 @@ class Drafting:
             except BaseException as error:  # a drafter is someone else's code: the request goes on without it
                 self._disable(name, [drafts], repr(error))
 
-    def _learn_pace(self, drafts: Drafts, nodes: Mapping[str, Sequence[int]], accepted: Mapping[str, int]) -> None:
+    def _learn_pace(self, drafts: DraftState, nodes: Mapping[str, Sequence[int]], accepted: Mapping[str, int]) -> None:
         """Whoever was asked earns the tokens and pays for the rows that no cheaper drafter had: the others would have
         come without it. Requests that draft whatever it costs tell nothing of that.
 
@@ -232,11 +232,11 @@ class Drafting:
             had = max(had, accepted[name])
             verified.update(nodes[name])
 
-    def wants(self, drafts: Drafts) -> bool:
+    def wants(self, drafts: DraftState) -> bool:
         """Whether anyone in this sequence would look at features."""
         return any(self._watching(drafts))
 
-    def observe(self, drafts: Drafts, features: Features) -> None:
+    def observe(self, drafts: DraftState, features: Features) -> None:
         """Show the sessions what the target's forward said; what it shows is not to be changed."""
         for name in self._watching(drafts):
             try:
@@ -244,13 +244,13 @@ class Drafting:
             except BaseException as error:  # a drafter is someone else's code: the request goes on without it
                 self._disable(name, [drafts], repr(error))
 
-    def _watching(self, drafts: Drafts) -> Iterator[str]:
+    def _watching(self, drafts: DraftState) -> Iterator[str]:
         """The sequence's drafters that look at features."""
         for name in self._curious:
             if name in drafts.active and not drafts.active[name].stats.disabled:
                 yield name
 
-    def close(self, drafts: Drafts) -> None:
+    def close(self, drafts: DraftState) -> None:
         """Close all sessions; what was learned stays."""
         for name, active in drafts.active.items():
             try:
@@ -258,7 +258,7 @@ class Drafting:
             except BaseException as error:  # the sequence is done; nothing of it may be held up
                 log.warning("drafter cannot close a session", drafter=name, error=repr(error))
 
-    def _ask(self, name: str, drafter: Drafter, sequences: Sequence[Drafts]) -> float:
+    def _ask(self, name: str, drafter: Drafter, sequences: Sequence[DraftState]) -> float:
         """Let a drafter draft for all that are to ask it; the seconds that it took."""
         asked = [
             drafts
@@ -286,7 +286,9 @@ class Drafting:
             active.stats = replace(active.stats, asked=active.stats.asked + 1)
         return seconds
 
-    def _answers(self, name: str, drafter: Drafter, asked: Sequence[Drafts]) -> Iterator[tuple[Drafts, TokenTree]]:
+    def _answers(
+        self, name: str, drafter: Drafter, asked: Sequence[DraftState]
+    ) -> Iterator[tuple[DraftState, TokenTree]]:
         """The trees that can be used, as far as constraints allow. Who raises or offers another is switched off."""
         limits = [drafts.most for drafts in asked]
         try:
@@ -304,7 +306,7 @@ class Drafting:
             else:
                 yield drafts, drafts.constraint.prune(tree) if drafts.constraint and tree else tree
 
-    def _merged(self, drafts: Drafts) -> TokenTree:
+    def _merged(self, drafts: DraftState) -> TokenTree:
         offers = [active for active in drafts.active.values() if active.offer]
         if not offers:
             return EMPTY_TREE
@@ -313,13 +315,13 @@ class Drafting:
             active.shared = merged.shared(number)
         return merged.tree([active.calibration.calibrated(active.offer, active.shared) for active in offers])
 
-    def _disable(self, name: str, sequences: Sequence[Drafts], reason: str) -> None:
+    def _disable(self, name: str, sequences: Sequence[DraftState], reason: str) -> None:
         log.warning("drafter switched off", drafter=name, requests=len(sequences), reason=reason)
         for drafts in sequences:
             drafts.active[name].stats = replace(drafts.active[name].stats, disabled=reason)
 
 
-def _share(seconds: float, sequences: Sequence[Drafts]) -> None:
+def _share(seconds: float, sequences: Sequence[DraftState]) -> None:
     """Charge what merging and choosing took to the drafters that were asked, by the nodes that they offered."""
     asked = [active for drafts in sequences for active in drafts.active.values() if active.offer]
     nodes = sum(len(active.offer) for active in asked)

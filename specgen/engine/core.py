@@ -14,7 +14,7 @@ import torch
 from specgen._base.log import Log
 from specgen.draft.budget import RowCost
 from specgen.draft.drafter import Drafter, DraftHints
-from specgen.draft.manager import Drafting
+from specgen.draft.manager import DraftManager
 from specgen.engine.outputs import SequenceOutput, views
 from specgen.engine.prefill_budget import PrefillBudget
 from specgen.engine.request import Request, SampleSpec
@@ -87,7 +87,7 @@ class EngineCore:
     ) -> None:
         self.target = target
         self._key = CacheKey(model_name(target.model), target.pool.kind.name)
-        self.drafting = Drafting(drafters, target.vocab_size)
+        self.drafting = DraftManager(drafters, target.vocab_size)
         self._compile: Compile = compile
         self._ready(target)
         self.prefix = None

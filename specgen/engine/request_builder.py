@@ -15,7 +15,7 @@ from specgen._base.torch_state import plain_torch
 from specgen.context.length_bound import check_fits
 from specgen.context.pipeline import ContextPipeline
 from specgen.context.stage import Context
-from specgen.draft.manager import Drafting
+from specgen.draft.manager import DraftManager
 from specgen.engine.detokenizer import IncrementalDetokenizer
 from specgen.engine.request import Request, SampleSpec, StopRules
 from specgen.errors import InvalidRequest, SpecgenError, UnknownName
@@ -46,7 +46,7 @@ class RequestBuilder:
     context_length: int
     device: torch.device
     pipeline: ContextPipeline
-    drafting: Drafting
+    drafting: DraftManager
     plugin_processors: Mapping[str, LogitsProcessorFactory]
     constraints: Constraints
     adapter_named: Callable[[str], Adapter]

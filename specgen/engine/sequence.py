@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specgen._base.log import Log
-from specgen.draft.manager import Drafts
+from specgen.draft.manager import DraftState
 from specgen.engine.detokenizer import IncrementalDetokenizer
 from specgen.engine.request import Request, StopRules
 from specgen.kv.lease import Lease
@@ -45,7 +45,7 @@ class Sequence:
         stops: StopRules,
         cursor: IncrementalDetokenizer,
         constraint: Constrained | None,
-        drafts: Drafts,
+        drafts: DraftState,
         table: BlockTable,
         key: CacheKey,
     ) -> None:

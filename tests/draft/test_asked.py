@@ -8,7 +8,7 @@ import pytest
 
 from specgen import Drafter, DraftHints, DraftSession, Speculation, TokenTree
 from specgen.draft.budget import RowCost
-from specgen.draft.manager import Drafting, Drafts
+from specgen.draft.manager import DraftManager, DraftState
 from specgen.tree import chain
 from specgen.types import EMPTY_TREE
 
@@ -31,12 +31,12 @@ class Listening(Drafter, DraftSession):
         pass
 
 
-def opened(listening: Listening, **fields: object) -> tuple[Drafting, Drafts]:
-    drafting = Drafting({"listening": listening}, 64)
+def opened(listening: Listening, **fields: object) -> tuple[DraftManager, DraftState]:
+    drafting = DraftManager({"listening": listening}, 64)
     return drafting, drafting.open((1,), DraftHints(), Speculation(**fields))  # type: ignore[arg-type]
 
 
-def step(drafting: Drafting, drafts: Drafts, verified: int) -> None:
+def step(drafting: DraftManager, drafts: DraftState, verified: int) -> None:
     """As if the budget had taken so many nodes, all of them right."""
     drafting.propose([drafts], [99], base_rows=1)
     drafting.commit(drafts, chain(range(verified), 0.9) if verified else EMPTY_TREE, [*range(verified), 63])

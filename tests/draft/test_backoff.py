@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from specgen.draft.backoff import Experience, Pace
+from specgen.draft.backoff import DrafterBackoff, DrafterHistory
 
 STEPS = 60
 
@@ -17,9 +17,9 @@ def brought(rng: random.Random, mean: float) -> int:
     return count
 
 
-def asked(everyone: Experience, rng: random.Random, mean: float, cost: float) -> float:
+def asked(everyone: DrafterHistory, rng: random.Random, mean: float, cost: float) -> float:
     """Share of a sequence's steps in which the drafter is asked."""
-    pace, count = Pace(everyone), 0
+    pace, count = DrafterBackoff(everyone), 0
     for _ in range(STEPS):
         if pace.ready(1.0):
             count += 1
@@ -29,14 +29,14 @@ def asked(everyone: Experience, rng: random.Random, mean: float, cost: float) ->
 
 def test_noise_does_not_stop_a_drafter_that_pays_in_every_sequence() -> None:
     """Half of its answers bring nothing, and four in a row often do."""
-    rng, everyone = random.Random(0), Experience()
+    rng, everyone = random.Random(0), DrafterHistory()
     shares = [asked(everyone, rng, mean=0.9, cost=0.3) for _ in range(100)]
     assert sum(shares[5:]) / 95 > 0.97
 
 
 def test_sequences_are_told_apart() -> None:
     """The drafter pays on average, but in one sequence of four it never does; and in one of four by far."""
-    rng, everyone = random.Random(0), Experience()
+    rng, everyone = random.Random(0), DrafterHistory()
     means = (0.1, 0.3, 0.8, 1.5)
     shares: dict[float, list[float]] = {mean: [] for mean in means}
     for _ in range(60):
@@ -49,10 +49,10 @@ def test_sequences_are_told_apart() -> None:
 
 
 def test_reading_a_prompt_is_no_reason_not_to_ask_again() -> None:
-    rng, everyone = random.Random(0), Experience()
+    rng, everyone = random.Random(0), DrafterHistory()
     for _ in range(10):
         asked(everyone, rng, mean=0.9, cost=0.3)
-    pace = Pace(everyone)
+    pace = DrafterBackoff(everyone)
     assert pace.ready(1.0)
     pace.observe(0, seconds=20.0, token_seconds=1.0)
     assert pace.ready(1.0)
@@ -60,10 +60,10 @@ def test_reading_a_prompt_is_no_reason_not_to_ask_again() -> None:
 
 def test_a_drafter_that_pays_nowhere_costs_little() -> None:
     """Sixteen sequences at a time, all of which might try."""
-    rng, everyone = random.Random(0), Experience()
+    rng, everyone = random.Random(0), DrafterHistory()
     count = steps = 0
     for _ in range(20):
-        paces = [Pace(everyone) for _ in range(16)]
+        paces = [DrafterBackoff(everyone) for _ in range(16)]
         for _ in range(STEPS):
             for pace in paces:
                 steps += 1
@@ -75,8 +75,8 @@ def test_a_drafter_that_pays_nowhere_costs_little() -> None:
 
 def test_a_drafter_is_asked_where_a_token_is_worth_its_time() -> None:
     """As the batch around a sequence grows and shrinks, and at once: no pause has to pass."""
-    rng, everyone = random.Random(0), Experience()
-    pace = Pace(everyone)
+    rng, everyone = random.Random(0), DrafterHistory()
+    pace = DrafterBackoff(everyone)
     for _ in range(40):
         pace.observe(brought(rng, 0.9), seconds=0.3, token_seconds=1.0)
     asked = 0
@@ -92,13 +92,13 @@ def test_new_sequences_that_ask_a_few_times_do_not_pay_for_reading_their_prompts
     """Answers that come after it pay; where they are many, so does reading the prompt."""
 
     def asked_after(answers: int) -> int:
-        rng, everyone = random.Random(0), Experience()
+        rng, everyone = random.Random(0), DrafterHistory()
         for _ in range(60):
-            pace = Pace(everyone)
+            pace = DrafterBackoff(everyone)
             pace.observe(brought(rng, 0.9), seconds=8.0, token_seconds=1.0)
             for _ in range(answers - 1):
                 pace.observe(brought(rng, 0.9), seconds=0.3, token_seconds=1.0)
-        return sum(Pace(everyone).ready(1.0) for _ in range(60))
+        return sum(DrafterBackoff(everyone).ready(1.0) for _ in range(60))
 
     assert asked_after(answers=50) == 60
     assert asked_after(answers=2) < 10

@@ -31,8 +31,8 @@ from specgen import (
     TokenTree,
 )
 from specgen.draft import manager as drafting
-from specgen.draft.backoff import Experience, Pace
-from specgen.draft.budget import Calibration, RowCost, likeliest, survivals, worthwhile
+from specgen.draft.backoff import DrafterBackoff, DrafterHistory
+from specgen.draft.budget import AcceptanceModel, RowCost, likeliest, survivals, worthwhile
 from specgen.draft.drafters.draft_model import DraftModel
 from specgen.draft.drafters.ngram import NgramIndex, continuations
 from specgen.draft.drafters.prediction import Prediction
@@ -1348,8 +1348,8 @@ def test_a_fast_measurement_of_many_rows_does_not_make_few_rows_dear() -> None:
 
 def test_confidence_is_replaced_by_what_was_seen() -> None:
     """A liar sinks, a pessimist rises, and one request learns from another."""
-    everyone = Calibration()
-    here = Calibration(everyone)
+    everyone = AcceptanceModel()
+    here = AcceptanceModel(everyone)
     assert here.survival(0.9) == pytest.approx(0.9)
     for _ in range(60):
         assert here.observe(chain((1, 2), 0.9), (5, 6)) == 0
@@ -1357,14 +1357,14 @@ def test_confidence_is_replaced_by_what_was_seen() -> None:
     assert here.survival(0.9) < 0.05
     assert here.survival(0.2) > 0.95
     assert here.survival(0.55) == pytest.approx(0.55), "of another confidence nothing is known"
-    elsewhere = Calibration(everyone)
+    elsewhere = AcceptanceModel(everyone)
     assert elsewhere.survival(0.9) < 0.1
     assert elsewhere.calibrated(chain((7,), 0.9), [False]) == [elsewhere.survival(0.9)]
 
 
 def test_only_nodes_under_the_committed_path_are_judged() -> None:
     """The child of a wrong node was neither right nor wrong; nor was what hangs behind the last committed token."""
-    calibration = Calibration()
+    calibration = AcceptanceModel()
     wrong_branch = TokenTree((9, 1, 2), (-1, 0, 1), (0.5, 0.25, 0.75))
     for _ in range(40):
         assert calibration.observe(wrong_branch, (4,)) == 0
@@ -1375,7 +1375,7 @@ def test_only_nodes_under_the_committed_path_are_judged() -> None:
     assert calibration.survival(0.0) > 0.8
 
 
-def asked(pace: Pace, gained: int, seconds: float, steps: int) -> int:
+def asked(pace: DrafterBackoff, gained: int, seconds: float, steps: int) -> int:
     """How often the drafter is asked in so many steps, when each proposal costs `seconds` and brings `gained`."""
     count = 0
     for _ in range(steps):
@@ -1386,7 +1386,7 @@ def asked(pace: Pace, gained: int, seconds: float, steps: int) -> int:
 
 
 def test_a_slow_drafter_that_brings_nothing_is_asked_ever_less() -> None:
-    pace = Pace(Experience())
+    pace = DrafterBackoff(DrafterHistory())
     counts = [asked(pace, gained=0, seconds=0.01, steps=100) for _ in range(6)]
     assert counts[0] <= 10
     assert counts[-1] <= 1
@@ -1394,37 +1394,37 @@ def test_a_slow_drafter_that_brings_nothing_is_asked_ever_less() -> None:
 
 
 def test_a_drafter_that_pays_or_costs_nothing_is_always_asked() -> None:
-    assert asked(Pace(Experience()), gained=2, seconds=0.01, steps=100) == 100
-    assert asked(Pace(Experience()), gained=0, seconds=0.00005, steps=100) == 100
+    assert asked(DrafterBackoff(DrafterHistory()), gained=2, seconds=0.01, steps=100) == 100
+    assert asked(DrafterBackoff(DrafterHistory()), gained=0, seconds=0.00005, steps=100) == 100
 
 
 def test_new_sequences_know_that_a_drafter_did_not_pay() -> None:
     """Short requests would else give it four trials each, for ever; and yet it is tried now and then."""
-    everyone = Experience()
-    counts = [asked(Pace(everyone), gained=0, seconds=0.01, steps=20) for _ in range(60)]
+    everyone = DrafterHistory()
+    counts = [asked(DrafterBackoff(everyone), gained=0, seconds=0.01, steps=20) for _ in range(60)]
     assert counts[0] <= 5
     assert sum(counts[1:]) < 20
     assert sum(counts[30:]) > 0
     for _ in range(60):
-        asked(Pace(everyone), gained=4, seconds=0.01, steps=20)
-    assert asked(Pace(everyone), gained=4, seconds=0.01, steps=20) == 20
+        asked(DrafterBackoff(everyone), gained=4, seconds=0.01, steps=20)
+    assert asked(DrafterBackoff(everyone), gained=4, seconds=0.01, steps=20) == 20
 
 
 def test_a_drafter_that_pays_in_some_sequences_is_tried_in_each() -> None:
     """Two of three are no place for it; in the third it is asked in nearly every step all the same."""
-    everyone = Experience()
+    everyone = DrafterHistory()
     for number in range(60):
         good = number % 3 == 0
-        count = asked(Pace(everyone), gained=3 if good else 0, seconds=0.01, steps=50)
+        count = asked(DrafterBackoff(everyone), gained=3 if good else 0, seconds=0.01, steps=50)
         assert count >= 45 if good else count <= 8
 
 
 def test_an_answer_that_takes_longer_than_its_tree_could_save_is_one_trial_too_many() -> None:
-    assert asked(Pace(Experience()), gained=0, seconds=0.7, steps=8) == 1
+    assert asked(DrafterBackoff(DrafterHistory()), gained=0, seconds=0.7, steps=8) == 1
 
 
 def test_a_drafter_that_gets_better_is_asked_again() -> None:
-    pace = Pace(Experience())
+    pace = DrafterBackoff(DrafterHistory())
     asked(pace, gained=0, seconds=0.01, steps=60)
     assert asked(pace, gained=4, seconds=0.01, steps=400) > 200
 
@@ -1461,13 +1461,13 @@ def test_merged_trees_hold_every_path_once_with_the_mean_confidence(seed: int) -
 
 def test_agreement_is_learned_apart() -> None:
     """Alone a drafter is wrong; where another says the same it is right."""
-    everyone = Calibration()
-    here = Calibration(everyone)
+    everyone = AcceptanceModel()
+    here = AcceptanceModel(everyone)
     for _ in range(60):
         here.observe(TokenTree((1, 2), (-1, -1), (0.5, 0.5)), (1,), [True, False])
     assert here.survival(0.5, shared=True) > 0.95
     assert here.survival(0.5) < 0.05
-    elsewhere = Calibration(everyone)
+    elsewhere = AcceptanceModel(everyone)
     agreed, alone = elsewhere.calibrated(chain((7, 8), 0.5), [True, False])
     assert (agreed, alone) == (elsewhere.survival(0.5, shared=True), elsewhere.survival(0.5))
     assert agreed > 0.9

@@ -20,7 +20,7 @@ NOTHING = -1
 _ALIKE = 0.01  # a share of the norm: half precision rounds by less
 
 
-class Lender:
+class TargetRows:
     """Rows of the target's head for tokens that `head` cannot say.
 
     rows: [vocabulary, width], the target's; `None` if the head was not trained against these.
@@ -39,7 +39,7 @@ class Lender:
 class Borrowed:
     """What one text borrows: the latest tokens of it that the head cannot say."""
 
-    def __init__(self, lender: Lender, text: Sequence[int]) -> None:
+    def __init__(self, lender: TargetRows, text: Sequence[int]) -> None:
         self._lender = lender
         self._ids: dict[int, None] = {}
         self._words: Tensor | None = None
@@ -63,13 +63,13 @@ class Borrowed:
         return self._words
 
 
-def lender(head: EagleHead, target_head: object) -> Lender:
+def lender(head: EagleHead, target_head: object) -> TargetRows:
     """For a head and the target's output layer. One that is quantised, or elsewhere, lends nothing."""
     rows, own = getattr(target_head, "weight", None), head.lm_head.weight
     if type(rows) is not nn.Parameter or not rows.is_floating_point():
-        return Lender(head, None)
+        return TargetRows(head, None)
     if rows.shape[1:] != own.shape[1:] or rows.device != own.device:
-        return Lender(head, None)
+        return TargetRows(head, None)
     rows = rows.detach()
     same = rows[head.tokens].to(own).sub(own).float().norm() <= _ALIKE * own.float().norm()
-    return Lender(head, rows if same else None)
+    return TargetRows(head, rows if same else None)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from specgen import Drafter, DraftHints, DraftSession, Levels, TokenTree, Wanted
-from specgen_eagle.borrowed import NOTHING, Lender
+from specgen_eagle.borrowed import NOTHING, TargetRows
 from specgen_eagle.head import EagleHead
 from specgen_eagle.options import WINDOW
 from specgen_eagle.session import Answer, EagleSession, Part
@@ -31,9 +31,9 @@ class Halves:
     say.
     """
 
-    def __init__(self, head: EagleHead, embeddings: Tensor, children: int, lender: Lender | None = None) -> None:
+    def __init__(self, head: EagleHead, embeddings: Tensor, children: int, lender: TargetRows | None = None) -> None:
         self.head = head
-        self.lender = lender or Lender(head, None)
+        self.lender = lender or TargetRows(head, None)
         self.children = min(children, head.config.vocabulary)
         self._embeddings = embeddings.detach()
         self._tokens = head.tokens

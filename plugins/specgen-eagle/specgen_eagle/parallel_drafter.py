@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specgen import MAX_TREE_NODES, DraftSession, TokenTree
-from specgen_eagle.borrowed import Lender
+from specgen_eagle.borrowed import TargetRows
 from specgen_eagle.drafter import LEAST_SURVIVAL, Eagle, Halves, attend, exact, joined, told, words_of
 from specgen_eagle.head import EagleHead
 from specgen_eagle.options import WINDOW
@@ -28,7 +28,7 @@ class ParallelHalves(Halves):
     """
 
     def __init__(
-        self, head: EagleHead, embeddings: Tensor, children: int, depth: int, lender: Lender | None = None
+        self, head: EagleHead, embeddings: Tensor, children: int, depth: int, lender: TargetRows | None = None
     ) -> None:
         super().__init__(head, embeddings, children, lender)
         self.depth = min(depth, head.config.parallel)

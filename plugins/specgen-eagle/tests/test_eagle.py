@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from specgen_eagle import parallel
-from specgen_eagle.borrowed import Borrowed, Lender, lender
+from specgen_eagle.borrowed import Borrowed, TargetRows, lender
 from specgen_eagle.checkpoint import load_head, save_head
 from specgen_eagle.corpus import Conversation
 from specgen_eagle.drafter import Eagle, Halves
@@ -213,7 +213,7 @@ def test_words_of_a_text_are_said_that_the_head_cannot_say(model: PreTrainedMode
         assert head.tokens.tolist() == list(vocabulary)
         drafter = drafting(head.requires_grad_(False), model, width=8)
         if not lent:
-            drafter.halves.lender = Lender(head, None)
+            drafter.halves.lender = TargetRows(head, None)
         sessions = [drafter.open(texts[number], DraftHints()) for number in numbers]
         for number, session in zip(numbers, sessions, strict=True):
             layers = zip(LAYERS, states[number].split(32, dim=-1), strict=True)
@@ -236,7 +236,7 @@ def test_words_of_a_text_are_said_that_the_head_cannot_say(model: PreTrainedMode
 def test_the_latest_tokens_of_a_text_are_borrowed() -> None:
     """One that is seen again is among the latest again."""
 
-    class Anything(Lender):
+    class Anything(TargetRows):
         def __init__(self) -> None:
             self.device = torch.device("cpu")
 
