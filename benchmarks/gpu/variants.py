@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from specgen.kernels.kv_layout import Kept
+from specgen.kernels.kv_layout import LayerPlanes
 from specgen.kernels.sample_rows import Draw, Warp
 from specgen.kernels.triton.kv_commit import kv_commit
 from specgen.kernels.triton.kv_write import kv_write
@@ -37,7 +37,7 @@ def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def _kept(shape: LayerShape, dtype: torch.dtype, kind: str) -> Kept:
+def _kept(shape: LayerShape, dtype: torch.dtype, kind: str) -> LayerPlanes:
     pool = KVPool([shape], 1, dtype=dtype, device=torch.device("meta"), kind=FORMATS[kind]())
     return pool.layers[0].kept
 

@@ -10,7 +10,7 @@ from specgen.engine.request_builder import RequestBuilder
 from specgen.engine.thread import EngineThread
 from specgen.errors import InvalidRequest
 from specgen.kv.lease import Pin
-from specgen.kv.offload.persistence import StoredPrefixes
+from specgen.kv.offload.persistence import PrefixStore
 from specgen.kv.prefix_cache import PrefixCache
 from specgen.sampling.params import SamplingParams
 from specgen.types import Prompt, Speculation
@@ -142,8 +142,8 @@ class EnginePrefix:
         return self._core.prefix
 
     @property
-    def _stored(self) -> StoredPrefixes:
-        return self._core.stored() or StoredPrefixes(self._cache, "")
+    def _stored(self) -> PrefixStore:
+        return self._core.stored() or PrefixStore(self._cache, "")
 
     def _report(self) -> PrefixReport:
         cache, pool = self._cache, self._core.target.pool

@@ -24,7 +24,7 @@ from specgen.errors import AdapterRefused, OutOfPages, RequestCancelled
 from specgen.kernels import triton_backend as gpu_kernels
 from specgen.kernels.sample_rows import Draw, draw
 from specgen.kernels.top_tokens import on_host, top_tokens
-from specgen.kv.offload.persistence import CacheOptions, StoredPrefixes, open_cache
+from specgen.kv.offload.persistence import CacheOptions, PrefixStore, open_cache
 from specgen.kv.radix_tree import CacheKey
 from specgen.lora.adapter import AdapterOptions
 from specgen.lora.cache import AdapterCache
@@ -130,9 +130,9 @@ class EngineCore:
         key = replace(self._key, tenant=request.params.cache_salt)
         return replace(key, adapter=a.name, revision=a.revision) if (a := request.adapter) else key
 
-    def stored(self) -> StoredPrefixes | None:
+    def stored(self) -> PrefixStore | None:
         """The prefix cache's way to files; the first call reads all weights once, to tell models apart."""
-        return StoredPrefixes(self.prefix, self._identity) if self.prefix else None
+        return PrefixStore(self.prefix, self._identity) if self.prefix else None
 
     def close(self) -> None:
         """Leave to the next engine what the prefix cache holds, where there is a folder for it. After the last step."""

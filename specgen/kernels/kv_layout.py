@@ -34,7 +34,7 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class LayerPlanes:
     """One layer's planes, [slots, kv_heads, ...] each.
 
     key, value: codes. key_sizes, value_sizes: `None` for plain numbers. centre: float32[kv_heads, key_dim], what was

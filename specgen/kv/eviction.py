@@ -6,7 +6,7 @@ from collections.abc import Callable, Sized
 from heapq import heapify, heappop, heappush
 from itertools import count
 
-from specgen.kv.radix_tree import Node
+from specgen.kv.radix_tree import PageNode
 
 _LEAST = 64
 
@@ -18,16 +18,16 @@ class EvictionQueue:
     evictable: whether a node may leave now. housed: the nodes in the pool; the queue stays below twice as many.
     """
 
-    def __init__(self, evictable: Callable[[Node], bool], housed: Sized) -> None:
+    def __init__(self, evictable: Callable[[PageNode], bool], housed: Sized) -> None:
         self._evictable = evictable
         self._housed = housed
-        self._heap: list[tuple[int, int, Node]] = []
+        self._heap: list[tuple[int, int, PageNode]] = []
         self._entries = count()
 
     def __len__(self) -> int:
         return len(self._heap)
 
-    def put(self, node: Node) -> None:
+    def put(self, node: PageNode) -> None:
         """Queue `node` if it may leave and stands in no queue."""
         if not node.queued and self._evictable(node):
             node.queued = True
@@ -35,7 +35,7 @@ class EvictionQueue:
             if len(self._heap) > 2 * len(self._housed) + _LEAST:
                 self._rebuild()
 
-    def take(self) -> Node | None:
+    def take(self) -> PageNode | None:
         """The node whose turn it is, no longer queued; `None` if none may leave."""
         while self._heap:
             used, _, node = heappop(self._heap)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from specgen.errors import UnsupportedModel
 from specgen.kernels.blocks import in_blocks
-from specgen.kernels.kv_layout import Coding, Kept, Layout
+from specgen.kernels.kv_layout import Coding, LayerPlanes, Layout
 
 _SCALE = torch.float16
 _LEAST_SCALE = 2.0**-20
@@ -227,7 +227,7 @@ class LayerStore:
         return self.kind.rotated
 
     @cached_property
-    def kept(self) -> Kept:
+    def kept(self) -> LayerPlanes:
         """The planes as kernels know them. Raises UnsupportedModel where a coder is none of theirs."""
         kind, (keys, values) = self.kind, (self.planes[: self._keys], self.planes[self._keys :])
         if kind.key.coding is None or kind.value.coding is None:
@@ -235,7 +235,7 @@ class LayerStore:
         dims = self._shape.key_dim, self._shape.value_dim
         layout = Layout(self._shape.kv_heads, *dims, kind.key.coding, kind.value.coding, kind.rotated)
         key_sizes, value_sizes = (planes[1] if len(planes) > 1 else None for planes in (keys, values))
-        return Kept(layout, keys[0], values[0], key_sizes, value_sizes, self._center)
+        return LayerPlanes(layout, keys[0], values[0], key_sizes, value_sizes, self._center)
 
     def turn_query(self, query: Tensor) -> Tensor:
         """Queries [rows, heads, key_dim] as the keys are kept, so that scores stay what they are."""

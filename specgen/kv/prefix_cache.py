@@ -21,7 +21,7 @@ from specgen.kv.eviction import EvictionQueue
 from specgen.kv.lease import Lease, Pin
 from specgen.kv.offload.tiers import Tiers
 from specgen.kv.pool import BlockTable, KVPool
-from specgen.kv.radix_tree import CacheKey, Node, descend
+from specgen.kv.radix_tree import CacheKey, PageNode, descend
 
 
 @dataclass(slots=True)
@@ -52,8 +52,8 @@ class PrefixCache:
         self.pins: list[Pin] = []
         self._max_pages = pool.pages if max_pages is None else max_pages
         self.tiers = tiers
-        self._roots: dict[CacheKey, Node] = {}
-        self._by_page: dict[int, Node] = {}
+        self._roots: dict[CacheKey, PageNode] = {}
+        self._by_page: dict[int, PageNode] = {}
         self._queue = EvictionQueue(self._is_evictable, self._by_page)
         self._clock = count(1)
         pool.holders.add(self)
@@ -189,7 +189,7 @@ class PrefixCache:
         if self.tiers is not None:
             self.tiers.check()
 
-    def _fault(self, node: Node) -> str | None:
+    def _fault(self, node: PageNode) -> str | None:
         parent = node.parent
         if parent is None or parent.children.get(node.ids) is not node:
             return "a node is not its parent's child"
@@ -211,11 +211,11 @@ class PrefixCache:
             return "a page is in use and one before it is not"
         return None
 
-    def _walk(self, key: CacheKey, ids: Sequence[int], limit: int) -> list[Node]:
+    def _walk(self, key: CacheKey, ids: Sequence[int], limit: int) -> list[PageNode]:
         """The nodes of the whole pages within `ids[:limit]` that are in the pool."""
         size = self.pool.page_size
         node = self._roots.get(key)
-        path: list[Node] = []
+        path: list[PageNode] = []
         for start in range(0, limit - size + 1, size):
             node = node.children.get(tuple(ids[start : start + size])) if node else None
             if node is None or node.page is None:
@@ -223,7 +223,7 @@ class PrefixCache:
             path.append(node)
         return path
 
-    def _hold(self, key: CacheKey, ids: Sequence[int], limit: int) -> list[Node]:
+    def _hold(self, key: CacheKey, ids: Sequence[int], limit: int) -> list[PageNode]:
         """The same, used now, and what tiers gave back behind them; one reference to each page is the caller's."""
         path = self._walk(key, ids, limit)
         now = next(self._clock)
@@ -236,10 +236,10 @@ class PrefixCache:
             path += self._restore(run[: self.tiers.worthwhile([node.kept for node in run if node.kept])], now)
         return path
 
-    def _away(self, node: Node, ids: Sequence[int]) -> list[Node]:
+    def _away(self, node: PageNode, ids: Sequence[int]) -> list[PageNode]:
         """The nodes below `node` along whole pages of `ids` that a tier keeps."""
         size = self.pool.page_size
-        run: list[Node] = []
+        run: list[PageNode] = []
         for start in range(0, len(ids) - size + 1, size):
             child = node.children.get(tuple(ids[start : start + size]))
             if child is None or child.kept is None:
@@ -248,9 +248,9 @@ class PrefixCache:
             node = child
         return run
 
-    def _restore(self, run: Sequence[Node], now: int) -> list[Node]:
+    def _restore(self, run: Sequence[PageNode], now: int) -> list[PageNode]:
         """Bring nodes back to the pool, as far as there are pages and the copies are sound."""
-        restored: list[Node] = []
+        restored: list[PageNode] = []
         for node in run:
             after = restored[-1].page if restored else node.parent.page if node.parent else None
             try:
@@ -269,7 +269,7 @@ class PrefixCache:
             self.stats.restored_pages += 1
         return restored
 
-    def _part(self, node: Node, ids: tuple[int, ...]) -> tuple[int | None, int]:
+    def _part(self, node: PageNode, ids: tuple[int, ...]) -> tuple[int | None, int]:
         """A page that begins with the most of `ids` that any child does, for one sequence alone, and how many."""
         length, child = node.nearest(ids)
         if child is None or child.page is None:
@@ -294,7 +294,7 @@ class PrefixCache:
             self.pool.drop([source])
         return page, length
 
-    def _hang(self, node: Node, ids: tuple[int, ...], page: int) -> Node:
+    def _hang(self, node: PageNode, ids: tuple[int, ...], page: int) -> PageNode:
         """The child `ids` of `node` with a page of its own."""
         # A partly filled page that the new one says all of; maybe the same page, filled further since. Nothing longer
         # stands beside one, so if there is one it is the nearest.
@@ -305,7 +305,7 @@ class PrefixCache:
         self.house(child, page)
         return child
 
-    def house(self, node: Node, page: int) -> None:
+    def house(self, node: PageNode, page: int) -> None:
         """Put a node into the pool, on a page in use. What memory keeps of it goes, what the disk keeps stays good."""
         self.pool.shelve(page)
         self._by_page[page] = node
@@ -315,7 +315,7 @@ class PrefixCache:
         if node.kept is not None and self.tiers is not None and not self.tiers.settle(node.kept):
             node.kept = None
 
-    def _unhouse(self, node: Node) -> None:
+    def _unhouse(self, node: PageNode) -> None:
         if node.page is None:
             return
         page, node.page = node.page, None
@@ -325,7 +325,7 @@ class PrefixCache:
             self._queue.put(node.parent)
         self.pool.unshelve(page)
 
-    def _give_up(self, node: Node) -> None:
+    def _give_up(self, node: PageNode) -> None:
         """Evict a node: to a tier, or for good."""
         self.stats.evicted_pages += 1
         if node.page is not None and node.kept is None and self.tiers is not None:
@@ -337,7 +337,7 @@ class PrefixCache:
             self._unhouse(node)
         self.tidy(node.key)
 
-    def _forget(self, node: Node) -> None:
+    def _forget(self, node: PageNode) -> None:
         """Take a node with no child in the pool out of the tree, and all that tiers keep of it and below it."""
         for gone in reversed(list(descend([node]))):
             if gone.parent is not None and gone.parent.children.get(gone.ids) is gone:
@@ -345,7 +345,7 @@ class PrefixCache:
                 gone.parent.remove(gone)
             self._discard(gone)
 
-    def _unkeep(self, node: Node) -> None:
+    def _unkeep(self, node: PageNode) -> None:
         """No tier keeps `node` any more."""
         if node.page is None:
             self._forget(node)
@@ -353,14 +353,14 @@ class PrefixCache:
         else:
             self._discard(node)
 
-    def _discard(self, node: Node) -> None:
+    def _discard(self, node: PageNode) -> None:
         """Drop what a tier keeps of `node`, if one does."""
         if node.kept is not None and self.tiers is not None:
             kept, node.kept = node.kept, None
             self.tiers.discard(kept)
 
     def _lost(self, owner: object) -> None:
-        if isinstance(owner, Node):
+        if isinstance(owner, PageNode):
             self._unkeep(owner)
 
     def tidy(self, key: CacheKey) -> None:
@@ -369,16 +369,16 @@ class PrefixCache:
         if root is not None and not root.children:
             del self._roots[key]
 
-    def _idle(self, node: Node) -> bool:
+    def _idle(self, node: PageNode) -> bool:
         return node.page is not None and self.pool.references(node.page) == 1
 
-    def _is_evictable(self, node: Node) -> bool:
+    def _is_evictable(self, node: PageNode) -> bool:
         return not node.resident and self._idle(node)
 
-    def root(self, key: CacheKey) -> Node:
+    def root(self, key: CacheKey) -> PageNode:
         """Where the pages of `key` hang."""
-        return self._roots.setdefault(key, Node((), None, key))
+        return self._roots.setdefault(key, PageNode((), None, key))
 
-    def nodes(self) -> Iterator[Node]:
+    def nodes(self) -> Iterator[PageNode]:
         """All of the tree, parents before children."""
         return descend(child for root in self._roots.values() for child in root.children.values())

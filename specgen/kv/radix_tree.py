@@ -6,7 +6,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from specgen.kv.offload.tiers import TierCopy
+from specgen.kv.offload.tiers import PageCopy
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class CacheKey:
 
 
 @dataclass(slots=True, eq=False)
-class Node:
+class PageNode:
     """One page of the tree: in the pool (`page`), kept by a tier (`kept`), or both; a root has neither, but a key.
 
     name: its file's, once that was asked for. resident: children that are in the pool.
@@ -33,39 +33,39 @@ class Node:
     """
 
     ids: tuple[int, ...]
-    parent: Node | None
+    parent: PageNode | None
     key: CacheKey
     name: str | None = None
     page: int | None = None
-    kept: TierCopy | None = None
+    kept: PageCopy | None = None
     used: int = 0
     resident: int = 0
     queued: bool = False
-    children: dict[tuple[int, ...], Node] = field(default_factory=dict)
+    children: dict[tuple[int, ...], PageNode] = field(default_factory=dict)
     order: list[tuple[int, ...]] = field(default_factory=list)
 
-    def child(self, ids: tuple[int, ...]) -> Node:
+    def child(self, ids: tuple[int, ...]) -> PageNode:
         """A new node below, still without a page."""
-        child = self.children[ids] = Node(ids, self, self.key)
+        child = self.children[ids] = PageNode(ids, self, self.key)
         insort(self.order, ids)
         return child
 
-    def remove(self, child: Node) -> None:
+    def remove(self, child: PageNode) -> None:
         """Take `child` away."""
         del self.children[child.ids]
         del self.order[bisect_left(self.order, child.ids)]
 
-    def nearest(self, ids: tuple[int, ...]) -> tuple[int, Node | None]:
+    def nearest(self, ids: tuple[int, ...]) -> tuple[int, PageNode | None]:
         """The child that begins with most of `ids`, and how many: it stands beside `ids` in the children's order."""
         at = bisect_left(self.order, ids)
-        best: tuple[int, Node | None] = (0, None)
+        best: tuple[int, PageNode | None] = (0, None)
         for neighbour in self.order[max(0, at - 1) : at + 1]:
             if (length := _common(neighbour, ids)) > best[0]:
                 best = length, self.children[neighbour]
         return best
 
 
-def descend(nodes: Iterable[Node]) -> Iterator[Node]:
+def descend(nodes: Iterable[PageNode]) -> Iterator[PageNode]:
     """These nodes and all below them, parents before children."""
     # A stack, since a long text goes deeper than Python calls.
     stack = list(nodes)

@@ -10,8 +10,8 @@ import torch
 
 from specgen.kv.formats import LayerShape
 from specgen.kv.lease import Pin
-from specgen.kv.offload.page_files import PageFolder
-from specgen.kv.offload.persistence import StoredPrefixes
+from specgen.kv.offload.page_files import PageFiles
+from specgen.kv.offload.persistence import PrefixStore
 from specgen.kv.offload.tiers import Tiers
 from specgen.kv.pool import BlockTable, KVPool
 from specgen.kv.prefix_cache import PrefixCache
@@ -60,13 +60,13 @@ class World:
         tiers = self._tiers() if self.host_pages or self.folder else None
         self.cache = PrefixCache(self.pool, max_pages=self.max_pages, tiers=tiers)
         if tiers is not None and tiers.disk is not None:
-            stored = StoredPrefixes(self.cache, "test")
+            stored = PrefixStore(self.cache, "test")
             tiers.describe = stored.header
             stored.attach(tiers.disk, tiers)
 
     def _tiers(self) -> Tiers:
         size = self.pool.bytes_per_token * PAGE
-        disk = PageFolder(self.folder, self.disk_pages * 2048) if self.folder else None
+        disk = PageFiles(self.folder, self.disk_pages * 2048) if self.folder else None
         return Tiers(
             page_bytes=size,
             page_tokens=PAGE,

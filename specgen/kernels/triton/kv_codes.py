@@ -11,14 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specgen.kernels.kv_layout import Coding, Kept
+from specgen.kernels.kv_layout import Coding, LayerPlanes
 
 PLAIN, SCALED, AFFINE4 = (tl.constexpr(int(coding)) for coding in Coding)
 _MIDDLE = tl.constexpr(8)
 _E4M3_TO_HALF = tl.constexpr(256.0)
 
 
-def operands(kept: Kept, nothing: Tensor) -> tuple[Tensor, ...]:
+def operands(kept: LayerPlanes, nothing: Tensor) -> tuple[Tensor, ...]:
     """What kernels are given of a layer: codes of keys and values, sizes of both, centre. `nothing` stands for what
     there is not."""
     sizes = (nothing if there is None else there for there in (kept.key_sizes, kept.value_sizes, kept.centre))

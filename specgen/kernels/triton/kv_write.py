@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specgen.kernels.kv_layout import Coding, Kept
+from specgen.kernels.kv_layout import Coding, LayerPlanes
 from specgen.kernels.triton.hadamard import turned
 from specgen.kernels.triton.kv_codes import AFFINE4, PLAIN, operands, tile_width
 
@@ -196,7 +196,7 @@ def _write(
         )
 
 
-def kv_write(key: Tensor, value: Tensor, kept: Kept, slots: Tensor) -> None:
+def kv_write(key: Tensor, value: Tensor, kept: LayerPlanes, slots: Tensor) -> None:
     """Keep key and value, [rows, kv_heads, dim] each, the dims side by side.
 
     slots: int32[rows], -1 for rows that are not kept.

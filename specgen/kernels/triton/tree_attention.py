@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specgen.kernels.kv_layout import Kept
+from specgen.kernels.kv_layout import LayerPlanes
 from specgen.kernels.triton.dot import product
 from specgen.kernels.triton.hadamard import turned
 from specgen.kernels.triton.kv_codes import AFFINE4, PLAIN, load_codes, load_sizes, operands, tile_width
@@ -295,7 +295,7 @@ def _merge_spans(
 
 def tree_attention(
     query: Tensor,
-    kept: Kept,
+    kept: LayerPlanes,
     work: WorkItems,
     *,
     scale: float,

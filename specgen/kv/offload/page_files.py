@@ -117,7 +117,7 @@ def _parse(raw: bytes) -> tuple[PageHeader, str]:
         raise DamagedPage(f"its header makes no sense: {error!r}") from error
 
 
-class PageFolder:
+class PageFiles:
     """Files of pages in one folder, of `max_bytes` bytes in all; the least recently used are deleted first.
 
     Other files in the folder are left alone; pages of other models are too, as long as there is room.

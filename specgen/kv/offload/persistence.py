@@ -10,11 +10,11 @@ from pathlib import Path
 from torch import Tensor
 
 from specgen.errors import InvalidRequest, OutOfPages
-from specgen.kv.offload.page_files import PageFolder, PageHeader, page_name, root_name
+from specgen.kv.offload.page_files import PageFiles, PageHeader, page_name, root_name
 from specgen.kv.offload.tiers import Tiers, fits
 from specgen.kv.pool import KVPool
 from specgen.kv.prefix_cache import PrefixCache
-from specgen.kv.radix_tree import CacheKey, Node
+from specgen.kv.radix_tree import CacheKey, PageNode
 
 _HEADROOM = 1 / 16
 _FILE_BYTES = 4096
@@ -32,21 +32,21 @@ class CacheOptions:
     disk_bytes: int = 0
 
 
-class StoredPrefixes:
+class PrefixStore:
     """Names the nodes of a cache and brings files into its tree. `identity`: of model, weights and KV format."""
 
     def __init__(self, cache: PrefixCache, identity: str) -> None:
         self.cache = cache
         self.identity = identity
 
-    def header(self, node: Node) -> PageHeader:
+    def header(self, node: PageNode) -> PageHeader:
         """What the file of `node` says about itself."""
         return PageHeader(self.identity, asdict(node.key), self._parent_name(node), node.ids)
 
-    def attach(self, folder: PageFolder, tiers: Tiers) -> None:
+    def attach(self, folder: PageFiles, tiers: Tiers) -> None:
         """Hang what stands in the disk tier's folder, none of it read yet."""
 
-        def place(node: Node, header: PageHeader) -> bool:
+        def place(node: PageNode, header: PageHeader) -> bool:
             node.kept = tiers.adopt(node, header.name)
             return True
 
@@ -76,7 +76,7 @@ class StoredPrefixes:
 
     def save(self, path: Path) -> int:
         """Write every whole page to a folder, beside what stands there; returns how many are there now."""
-        folder = PageFolder(path)
+        folder = PageFiles(path)
         return sum(self._save(node, folder) for node in self.cache.nodes())
 
     def load(self, path: Path) -> int:
@@ -86,10 +86,10 @@ class StoredPrefixes:
         """
         if not path.is_dir():
             raise InvalidRequest(f"there is no folder {str(path)!r} to load a prefix cache from", param="folder")
-        folder = PageFolder(path, writable=False)
+        folder = PageFiles(path, writable=False)
         loaded = 0
 
-        def place(node: Node, header: PageHeader) -> bool:
+        def place(node: PageNode, header: PageHeader) -> bool:
             nonlocal loaded
             done = self._load(node, header, folder)
             loaded += done
@@ -98,7 +98,7 @@ class StoredPrefixes:
         self._graft(folder, place)
         return loaded
 
-    def _save(self, node: Node, folder: PageFolder) -> bool:
+    def _save(self, node: PageNode, folder: PageFiles) -> bool:
         if len(node.ids) < self.cache.pool.page_size:
             return False
         rows = self._rows(node)
@@ -106,7 +106,7 @@ class StoredPrefixes:
             rows = self.cache.tiers.rows(node.kept)
         return rows is not None and folder.write(self.header(node), rows)
 
-    def _load(self, node: Node, header: PageHeader, folder: PageFolder) -> bool:
+    def _load(self, node: PageNode, header: PageHeader, folder: PageFiles) -> bool:
         pool, tiers = self.cache.pool, self.cache.tiers
         rows = folder.read(header)
         if rows is None or not fits(rows, pool.rows_of(0)):
@@ -124,7 +124,7 @@ class StoredPrefixes:
         node.kept = tiers.keep(node, rows) if tiers else None
         return node.kept is not None
 
-    def _latest(self, most: int | None) -> list[Node]:
+    def _latest(self, most: int | None) -> list[PageNode]:
         """The whole pages that were used last, themselves or one behind them; parents before children."""
         nodes = [node for node in self.cache.nodes() if len(node.ids) == self.cache.pool.page_size]
         used = {node: node.used for node in nodes}
@@ -133,11 +133,11 @@ class StoredPrefixes:
                 used[node.parent] = max(used[node.parent], used[node])
         return sorted(nodes, key=lambda node: -used[node])[:most]
 
-    def _rows(self, node: Node) -> list[Tensor] | None:
+    def _rows(self, node: PageNode) -> list[Tensor] | None:
         """The KV of a page that is in the pool."""
         return None if node.page is None else self.cache.pool.rows_of(node.page)
 
-    def _graft(self, folder: PageFolder, place: Callable[[Node, PageHeader], bool]) -> list[PageHeader]:
+    def _graft(self, folder: PageFiles, place: Callable[[PageNode, PageHeader], bool]) -> list[PageHeader]:
         """Hang the pages of a folder, parents first. `place` says whether it could give the node a page or a copy.
         Answers those that nothing leads to."""
         below: defaultdict[str, list[PageHeader]] = defaultdict(list)
@@ -155,7 +155,9 @@ class StoredPrefixes:
             self.cache.tidy(key)
         return [header for headers in below.values() for header in headers]
 
-    def _placed(self, parent: Node, header: PageHeader, place: Callable[[Node, PageHeader], bool]) -> Node | None:
+    def _placed(
+        self, parent: PageNode, header: PageHeader, place: Callable[[PageNode, PageHeader], bool]
+    ) -> PageNode | None:
         if (node := parent.children.get(header.ids)) is not None:
             return node
         if parent.parent is not None and parent.page is None and parent.kept is None:
@@ -167,9 +169,9 @@ class StoredPrefixes:
             parent.remove(node)
         return None
 
-    def _parent_name(self, node: Node) -> str:
+    def _parent_name(self, node: PageNode) -> str:
         """Names are made from the root down, each once."""
-        unnamed: list[Node] = []
+        unnamed: list[PageNode] = []
         above = node.parent
         while above is not None and above.name is None:
             unnamed.append(above)
@@ -196,7 +198,7 @@ def open_cache(
     disk = None
     if options.disk_folder is not None:
         try:
-            disk = PageFolder(Path(options.disk_folder), options.disk_bytes)
+            disk = PageFiles(Path(options.disk_folder), options.disk_bytes)
         except OSError as error:
             message = f"disk_cache {str(options.disk_folder)!r} cannot be used: {error}; choose a folder to write to"
             raise InvalidRequest(message, param="disk_cache") from error
@@ -209,7 +211,7 @@ def open_cache(
     )
     cache = PrefixCache(pool, max_pages=max_pages, tiers=tiers)
     if disk is not None:
-        stored = StoredPrefixes(cache, identity())
+        stored = PrefixStore(cache, identity())
         tiers.describe = stored.header
         stored.attach(disk, tiers)
     return cache

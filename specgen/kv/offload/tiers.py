@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from specgen.kv.offload.page_files import PageFolder, PageHeader
+from specgen.kv.offload.page_files import PageFiles, PageHeader
 from specgen.kv.pool import KVPool
 
 _SMOOTHING = 0.2
@@ -39,7 +39,7 @@ class PageSeconds:
 
 
 @dataclass(slots=True, eq=False)
-class TierCopy:
+class PageCopy:
     """A tier's copy of the page of `owner`: rows in host memory, a file of that name, or both."""
 
     owner: object
@@ -71,7 +71,7 @@ class Tiers:
         page_bytes: int,
         page_tokens: int,
         host_bytes: int,
-        disk: PageFolder | None,
+        disk: PageFiles | None,
         token_seconds: Callable[[], float],
     ) -> None:
         self.stats = TierStats()
@@ -81,15 +81,15 @@ class Tiers:
         self._host_pages = host_bytes // page_bytes
         self._page_tokens = page_tokens
         self._token_seconds = token_seconds
-        self._host: OrderedDict[TierCopy, None] = OrderedDict()
-        self._files: dict[str, TierCopy] = {}
+        self._host: OrderedDict[PageCopy, None] = OrderedDict()
+        self._files: dict[str, PageCopy] = {}
         self._host_reads, self._disk_reads, self._disk_writes = PageSeconds(), PageSeconds(), PageSeconds()
         if disk is not None:
             disk.dropped = self._dropped
 
-    def keep(self, owner: object, rows: Sequence[Tensor]) -> TierCopy | None:
+    def keep(self, owner: object, rows: Sequence[Tensor]) -> PageCopy | None:
         """Copy a page; None when no tier takes it. `rows` are views that change afterwards."""
-        kept = TierCopy(owner)
+        kept = PageCopy(owner)
         if self._host_pages:
             kept.rows = [tensor.to("cpu", copy=True) for tensor in rows]
             self._host[kept] = None
@@ -98,24 +98,24 @@ class Tiers:
             self._write(kept, rows)
         return kept if self._is_kept(kept) else None
 
-    def store(self, owner: object, kept: TierCopy | None, rows: Sequence[Tensor] | None) -> TierCopy | None:
+    def store(self, owner: object, kept: PageCopy | None, rows: Sequence[Tensor] | None) -> PageCopy | None:
         """Give a page a file, though it is in the pool or in memory; one that has a file is used now. rows: of one in
         the pool, else None. Answers its copy, if it has one."""
-        kept = kept or TierCopy(owner)
+        kept = kept or PageCopy(owner)
         if kept.name is not None and self.disk is not None:
             self.disk.use(kept.name)
         elif (found := kept.rows if rows is None else rows) is not None:
             self._to_disk(kept, found)
         return kept if self._is_kept(kept) else None
 
-    def adopt(self, owner: object, name: str) -> TierCopy:
+    def adopt(self, owner: object, name: str) -> PageCopy:
         """The copy of `owner` that already stands in the folder."""
-        kept = TierCopy(owner, name=name)
+        kept = PageCopy(owner, name=name)
         self._files[name] = kept
         self._count()
         return kept
 
-    def worthwhile(self, run: Sequence[TierCopy]) -> int:
+    def worthwhile(self, run: Sequence[PageCopy]) -> int:
         """How many pages of `run`, from the first on, to bring back: those that save most time."""
         computed = self._token_seconds() * self._page_tokens
         gain = best = 0.0
@@ -128,7 +128,7 @@ class Tiers:
             self._reads(kept).forgive()
         return count
 
-    def fetch(self, kept: TierCopy, pool: KVPool, page: int) -> bool:
+    def fetch(self, kept: PageCopy, pool: KVPool, page: int) -> bool:
         """Write a copy to `page`; False when it is not sound."""
         started = time.perf_counter()
         reads = self._reads(kept)
@@ -140,18 +140,18 @@ class Tiers:
         reads.observe(time.perf_counter() - started)
         return True
 
-    def rows(self, kept: TierCopy) -> list[Tensor] | None:
+    def rows(self, kept: PageCopy) -> list[Tensor] | None:
         """What is kept, as it was given; None when a file is damaged."""
         return kept.rows if kept.rows is not None else self._read(kept)
 
-    def settle(self, kept: TierCopy) -> bool:
+    def settle(self, kept: PageCopy) -> bool:
         """The page is in the pool again: memory lets go of it. Whether a file of it is left."""
         self._host.pop(kept, None)
         kept.rows = None
         self._count()
         return kept.name is not None
 
-    def discard(self, kept: TierCopy) -> None:
+    def discard(self, kept: PageCopy) -> None:
         """Let go of a copy, the file too. Doing so twice is harmless."""
         self.settle(kept)
         if kept.name is not None and self._files.get(kept.name) is kept:
@@ -168,10 +168,10 @@ class Tiers:
         if any(kept.name != name or self.disk is None or name not in self.disk for name, kept in self._files.items()):
             raise RuntimeError("tiers: a page is said to be on disk and is not in the folder")
 
-    def _reads(self, kept: TierCopy) -> PageSeconds:
+    def _reads(self, kept: PageCopy) -> PageSeconds:
         return self._disk_reads if kept.rows is None else self._host_reads
 
-    def _is_kept(self, kept: TierCopy) -> bool:
+    def _is_kept(self, kept: PageCopy) -> bool:
         return kept.rows is not None or kept.name is not None
 
     def _shrink(self) -> None:
@@ -183,14 +183,14 @@ class Tiers:
                 self.lost(kept.owner)
         self._count()
 
-    def _write(self, kept: TierCopy, rows: Sequence[Tensor]) -> None:
+    def _write(self, kept: PageCopy, rows: Sequence[Tensor]) -> None:
         """Give a copy a file, unless writing takes longer than computing the page would."""
         if self._disk_writes.mean > self._token_seconds() * self._page_tokens:
             self._disk_writes.forgive()
         else:
             self._to_disk(kept, rows)
 
-    def _to_disk(self, kept: TierCopy, rows: Sequence[Tensor]) -> None:
+    def _to_disk(self, kept: PageCopy, rows: Sequence[Tensor]) -> None:
         if self.disk is None or self.describe is None or kept.name is not None:
             return
         started = time.perf_counter()
@@ -204,7 +204,7 @@ class Tiers:
             self._disk_writes.observe(time.perf_counter() - started)
         self._count()
 
-    def _read(self, kept: TierCopy) -> list[Tensor] | None:
+    def _read(self, kept: PageCopy) -> list[Tensor] | None:
         if self.disk is None or self.describe is None or kept.name is None:
             return None
         return self.disk.read(self.describe(kept.owner))

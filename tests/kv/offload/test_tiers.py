@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from specgen.kv.offload import page_files as pagefile
-from specgen.kv.offload.page_files import DamagedPage, PageFolder, PageHeader, decode, encode
-from specgen.kv.offload.tiers import TierCopy, Tiers
+from specgen.kv.offload.page_files import DamagedPage, PageFiles, PageHeader, decode, encode
+from specgen.kv.offload.tiers import PageCopy, Tiers
 from specgen.kv.radix_tree import CacheKey
 from tests.support.kv_world import KEYS, PAGE, World
 
@@ -82,11 +82,11 @@ def test_any_cut_shows() -> None:
 
 def test_a_folder_is_found_again_and_leaves_other_files_alone(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"mine")
-    folder = PageFolder(tmp_path)
+    folder = PageFiles(tmp_path)
     foreign = PageHeader("someone else", {}, "f" * 64, (1,))
     assert folder.write(HEADER, ROWS)
     assert folder.write(foreign, ROWS)
-    again = PageFolder(tmp_path)
+    again = PageFiles(tmp_path)
     assert list(again.headers("me")) == [HEADER]
     assert again.read(HEADER)
     assert len(again) == 2
@@ -95,7 +95,7 @@ def test_a_folder_is_found_again_and_leaves_other_files_alone(tmp_path: Path) ->
 
 
 def test_a_page_under_the_name_of_another_is_a_miss(tmp_path: Path) -> None:
-    folder = PageFolder(tmp_path)
+    folder = PageFiles(tmp_path)
     folder.write(numbered(1), ROWS)
     folder.write(numbered(2), ROWS)
     one, two = (tmp_path / f"{numbered(n).name}.kv.safetensors" for n in (1, 2))
@@ -103,12 +103,12 @@ def test_a_page_under_the_name_of_another_is_a_miss(tmp_path: Path) -> None:
     assert folder.read(numbered(2)) is None
     assert folder.read(numbered(1)) is not None
     two.write_bytes(one.read_bytes())
-    assert list(PageFolder(tmp_path).headers("me")) == [numbered(1)]
+    assert list(PageFiles(tmp_path).headers("me")) == [numbered(1)]
 
 
 def test_the_least_recently_used_files_make_room(tmp_path: Path) -> None:
     size = len(encode(numbered(0), ROWS))
-    folder = PageFolder(tmp_path, 3 * size)
+    folder = PageFiles(tmp_path, 3 * size)
     dropped: list[str] = []
     folder.dropped = dropped.append
     for number in range(3):
@@ -119,13 +119,13 @@ def test_the_least_recently_used_files_make_room(tmp_path: Path) -> None:
     assert folder.bytes == sum(file.stat().st_size for file in tmp_path.iterdir()) == 3 * size
     for second, number in enumerate((3, 2, 0)):
         os.utime(tmp_path / f"{numbered(number).name}.kv.safetensors", (second, second))
-    assert [header.ids for header in PageFolder(tmp_path, 2 * size).headers("me")] == [(2,), (0,)]
+    assert [header.ids for header in PageFiles(tmp_path, 2 * size).headers("me")] == [(2,), (0,)]
 
 
 def test_after_a_failed_write_the_disk_is_left_in_peace_for_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = PageFolder(tmp_path)
+    folder = PageFiles(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(pagefile, "_private", lambda path, flags: os.open("/dev/full", os.O_WRONLY))
         assert not folder.write(HEADER, ROWS)
@@ -136,13 +136,13 @@ def test_after_a_failed_write_the_disk_is_left_in_peace_for_a_while(
 
 
 def test_what_a_killed_writer_left_goes_in_time(tmp_path: Path) -> None:
-    PageFolder(tmp_path).write(HEADER, ROWS)
+    PageFiles(tmp_path).write(HEADER, ROWS)
     part = tmp_path / f"{'a' * 64}.{'b' * 16}.part"
     part.write_bytes(b"half a page")
-    assert list(PageFolder(tmp_path).headers("me")) == [HEADER]
+    assert list(PageFiles(tmp_path).headers("me")) == [HEADER]
     assert part.exists(), "another process may be writing it"
     os.utime(part, (1, 1))
-    PageFolder(tmp_path)
+    PageFiles(tmp_path)
     assert not part.exists()
 
 
@@ -184,7 +184,7 @@ def test_a_slow_tier_is_passed_over_where_what_stands_behind_it_does_not_make_up
     tiers = Tiers(page_bytes=1, page_tokens=1, host_bytes=9, disk=None, token_seconds=lambda: 1.0)
     tiers._disk_reads.observe(3.0)
     tiers._host_reads.observe(0.1)
-    slow, quick = TierCopy(None, name="file"), TierCopy(None, rows=[])
+    slow, quick = PageCopy(None, name="file"), PageCopy(None, rows=[])
     assert tiers.worthwhile([quick, quick, slow, quick]) == 2
     assert tiers.worthwhile([slow, quick, quick, quick, quick]) == 5
     assert tiers.worthwhile([slow]) == 0
