@@ -30,7 +30,7 @@ Share: TypeAlias = Literal["sequences", "texts"]
 class Place:
     """The place of one request in a gate. was_served: whether anything came of it."""
 
-    def __init__(self, gate: Gate, sequences: int, size: int, entered: float) -> None:
+    def __init__(self, gate: AdmissionControl, sequences: int, size: int, entered: float) -> None:
         self._gate = gate
         self._preparing, self._size = sequences, size
         self.entered = entered
@@ -43,7 +43,7 @@ class Place:
         self._preparing = self._size = 0
 
 
-class Gate:
+class AdmissionControl:
     """Counts sequences in the server. `max_num_seqs` of them are the engine's, `max_queued` more may wait.
 
     preparing: those of them that the engine does not have yet, with bodies of so many bytes. A text to be tokenised

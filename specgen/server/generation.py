@@ -13,7 +13,7 @@ from specgen.engine.request_builder import Prepared
 from specgen.engine.stream import Stream
 from specgen.errors import ContextLengthExceeded, RequestFailed
 from specgen.sampling.params import SamplingParams
-from specgen.server.admission import Gate
+from specgen.server.admission import AdmissionControl
 from specgen.server.auth import Caller
 from specgen.server.config import ServerConfig
 from specgen.server.deadlines import in_time
@@ -26,7 +26,7 @@ from specgen.types import Prompt, Result, StepOutput
 T = TypeVar("T")
 
 
-class Job:
+class Generation:
     """One HTTP request at work: a stream for each of its prompts, n choices from each."""
 
     def __init__(self, prepared: Sequence[Prepared], streams: Sequence[Stream], timing: Timing) -> None:
@@ -88,9 +88,9 @@ class Jobs:
 
     def __init__(self, engine: Engine, config: ServerConfig) -> None:
         self.engine = engine
-        self.gate = Gate(config, engine.config.max_num_seqs)
+        self.gate = AdmissionControl(config, engine.config.max_num_seqs)
         self._config = config
-        self._jobs: set[Job] = set()
+        self._jobs: set[Generation] = set()
         self._accounting: set[asyncio.Task[None]] = set()
         self._ended: ApiError | None = None
         self._preparing = Preparing()
@@ -98,7 +98,7 @@ class Jobs:
     @asynccontextmanager
     async def run(
         self, caller: Caller, timing: Timing, prompts: Sequence[Prompt], params: SamplingParams, field: str, size: int
-    ) -> AsyncIterator[Job]:
+    ) -> AsyncIterator[Generation]:
         """A job for prompts, ended on the way out.
 
         field: where the prompts stand in the request, for errors. size: bytes of its body.
@@ -169,7 +169,7 @@ class Jobs:
             raise self._waited() from None
 
     @contextmanager
-    def _ending_if_waiting(self, job: Job, arrival: float) -> Iterator[None]:
+    def _ending_if_waiting(self, job: Generation, arrival: float) -> Iterator[None]:
         """End a job that the engine has not begun when there is an end to waiting."""
         most = self._config.max_waiting_seconds
         if most is None:
@@ -181,7 +181,7 @@ class Jobs:
         finally:
             watch.cancel()
 
-    async def _end_if_waiting(self, job: Job, seconds: float) -> None:
+    async def _end_if_waiting(self, job: Generation, seconds: float) -> None:
         await asyncio.sleep(seconds)
         if not job.has_begun and await self.in_thread(lambda: all(map(self.engine.is_waiting, job.request_ids))):
             job.end(self._waited())
@@ -191,10 +191,10 @@ class Jobs:
         return ApiError(429, message, code="waited_too_long", retry=self.gate.retry)
 
     @asynccontextmanager
-    async def _started(self, prepared: Sequence[Prepared], timing: Timing) -> AsyncIterator[Job]:
+    async def _started(self, prepared: Sequence[Prepared], timing: Timing) -> AsyncIterator[Generation]:
         if self._ended is not None:
             raise self._ended
-        job = Job(prepared, self.engine.start(*prepared), timing)
+        job = Generation(prepared, self.engine.start(*prepared), timing)
         self._jobs.add(job)
         try:
             yield job

@@ -17,7 +17,7 @@ from msgspec import UNSET, UnsetType
 from specgen.engine.request import Request
 from specgen.sampling.params import SamplingParams
 from specgen.server.auth import CALLER
-from specgen.server.generation import Job
+from specgen.server.generation import Generation
 from specgen.server.logs import report
 from specgen.server.metrics import TIMING
 from specgen.server.middleware import whole
@@ -57,22 +57,22 @@ class Writer(ABC):
         self._spellings: dict[int, Spelling] = {}
         self._tracers: dict[int, Tracer] = {}
 
-    async def begin(self, job: Job) -> None:
+    async def begin(self, job: Generation) -> None:
         """What is to be done when the job was accepted, before the answer."""
 
     @abstractmethod
-    def answer(self, job: Job, results: Sequence[Result]) -> msgspec.Struct:
+    def answer(self, job: Generation, results: Sequence[Result]) -> msgspec.Struct:
         """The whole answer."""
 
     @abstractmethod
-    def chunks(self, job: Job, choice: int, output: StepOutput) -> list[Any]:
+    def chunks(self, job: Generation, choice: int, output: StepOutput) -> list[Any]:
         """The events that one output of a choice makes."""
 
     @abstractmethod
     def last_chunk(self, usage: Usage, metrics: RequestMetrics | UnsetType) -> Any:
         """The event without choices that holds the usage."""
 
-    async def events(self, job: Job) -> AsyncIterator[msgspec.Struct]:
+    async def events(self, job: Generation) -> AsyncIterator[msgspec.Struct]:
         """All events of a stream, but for its [DONE]."""
         await self.begin(job)
         results: list[Result] = []
@@ -118,7 +118,7 @@ class Writer(ABC):
         return RequestMetrics(found)
 
     def spelt(
-        self, job: Job, choice: int, logprobs: Sequence[Logprob], text: str, result: Result | None
+        self, job: Generation, choice: int, logprobs: Sequence[Logprob], text: str, result: Result | None
     ) -> list[tuple[int, Logprob]]:
         """(place in the text, log-probability) of the tokens of a choice that may be shown by now: see `Spelling`."""
         request = self._request(job, choice)
@@ -128,10 +128,10 @@ class Writer(ABC):
             self._spellings[choice] = self.service.texts.spelling(request)
         return self._spellings[choice].take(logprobs, text, result)
 
-    def _request(self, job: Job, choice: int) -> Request:
+    def _request(self, job: Generation, choice: int) -> Request:
         return job.prepared[choice // (self.asked.n or 1)][0]
 
-    def trace(self, job: Job, choice: int, output: StepOutput) -> StepTrace | UnsetType:
+    def trace(self, job: Generation, choice: int, output: StepOutput) -> StepTrace | UnsetType:
         """Who guessed what, where the request asks for it."""
         request = self._request(job, choice)
         if not request.params.trace or not output.tokens:
@@ -140,7 +140,7 @@ class Writer(ABC):
         return tracer.trace(output)
 
 
-def usage(job: Job, results: Sequence[Result]) -> Usage:
+def usage(job: Generation, results: Sequence[Result]) -> Usage:
     """The tokens of a request: each prompt once, all of its sequences, and what became of a prediction."""
     shares = [share for result in results for name, share in result.stats.by_drafter.items() if name == "prediction"]
     return _usage(
@@ -173,8 +173,8 @@ async def respond(
 
 async def stream(
     request: web.Request,
-    running: AbstractAsyncContextManager[Job],
-    events: Callable[[Job], AsyncIterator[msgspec.Struct]],
+    running: AbstractAsyncContextManager[Generation],
+    events: Callable[[Generation], AsyncIterator[msgspec.Struct]],
     failed: Callable[[ErrorBody], msgspec.Struct] = ErrorAnswer,
     *,
     named: bool = False,
@@ -205,7 +205,7 @@ def json_response(answer: msgspec.Struct, status: int = 200) -> web.Response:
     return web.Response(body=msgspec.json.encode(answer), status=status, content_type="application/json")
 
 
-def _prompt_tokens(job: Job) -> int:
+def _prompt_tokens(job: Generation) -> int:
     return sum(len(request.ids) for request, _ in job.prepared)
 
 

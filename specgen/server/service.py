@@ -21,7 +21,7 @@ from specgen.server.middleware import whole
 from specgen.server.preparing import SMALL_BYTES
 from specgen.server.protocol.errors import ApiError
 from specgen.server.token_text import Texts
-from specgen.server.translate import Asker
+from specgen.server.translate import RequestTranslator
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ class Service:
     hosts: Hosts
     metrics: Metrics
     jobs: Jobs
-    asker: Asker
+    asker: RequestTranslator
     texts: Texts
     health: Health
     created: int = field(default_factory=lambda: int(time.time()))
@@ -56,7 +56,7 @@ class Service:
             Hosts(config),
             metrics,
             jobs,
-            Asker(config, name, engine),
+            RequestTranslator(config, name, engine),
             Texts(engine.tokenizer),
             Health(engine, config),
         )

@@ -53,7 +53,7 @@ _COMPLETION_TOKENS = 16
 _MOST_BIASED = 1024
 
 
-class Asker:
+class RequestTranslator:
     """Reads requests for one engine, whose model they call `name`; any other name that they may use is an adapter's."""
 
     def __init__(self, config: ServerConfig, name: str, engine: Engine) -> None:

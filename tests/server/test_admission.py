@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from specgen import Engine, InvalidRequest, hookimpl
 from specgen.plugins.manager import load_plugins
-from specgen.server.admission import Gate
+from specgen.server.admission import AdmissionControl
 from specgen.server.auth import Caller
 from specgen.server.config import ServerConfig
 from specgen.server.pace import Pace
@@ -236,7 +236,7 @@ def test_the_pace_is_that_of_a_queue_and_not_of_idle_hours() -> None:
 async def test_who_is_sent_away_is_told_when_the_queue_is_through() -> None:
     """And no more than ten minutes."""
     clock = Clock()
-    gate = Gate(ServerConfig(max_queued=4, max_waiting_seconds=100), 2, clock)
+    gate = AdmissionControl(ServerConfig(max_queued=4, max_waiting_seconds=100), 2, clock)
     caller = Caller()
     places = [gate.place(caller, 1) for _ in range(6)]
     held = [place.__enter__() for place in places]
@@ -261,7 +261,7 @@ async def test_who_is_sent_away_is_told_when_the_queue_is_through() -> None:
 
 
 async def test_bodies_that_wait_to_be_read_are_bounded_in_bytes() -> None:
-    gate = Gate(ServerConfig(body_bytes=1000), 2)
+    gate = AdmissionControl(ServerConfig(body_bytes=1000), 2)
     with gate.place(Caller(), 1, 15_000) as place:
         with pytest.raises(ApiError, match="15000 bytes of other requests"), gate.place(Caller(), 1, 1001):
             pass

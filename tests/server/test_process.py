@@ -25,7 +25,7 @@ from specgen import Engine
 from specgen.cli.app import app
 from specgen.cli.serve import _run
 from specgen.errors import InvalidRequest, UnknownName
-from specgen.server.admission import Gate
+from specgen.server.admission import AdmissionControl
 from specgen.server.config import ServerConfig
 from specgen.server.serve import bound, serve
 from tests.support.servers import HELLO, model, tokenizer
@@ -194,7 +194,7 @@ def test_bad_settings_are_refused_by_name(values: dict[str, Any], kind: type[Exc
 @pytest.mark.parametrize("rate", ["0/minute", "-1/minute", "often"])
 def test_a_rate_that_lets_nobody_in_is_refused(rate: str) -> None:
     with pytest.raises(InvalidRequest, match="key_rate is"):
-        Gate(ServerConfig(key_rate=rate), 1)
+        AdmissionControl(ServerConfig(key_rate=rate), 1)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from aiohttp import web
 from msgspec import UNSET, UnsetType
 
 from specgen.server.auth import CALLER
-from specgen.server.generation import Job
+from specgen.server.generation import Generation
 from specgen.server.parse import read
 from specgen.server.protocol.requests import ChatRequest, ToolCall
 from specgen.server.protocol.responses import (
@@ -55,7 +55,7 @@ class ChatWriter(Writer):
         self._begun: set[int] = set()
         self._sent: Counter[int] = Counter()
 
-    def answer(self, job: Job, results: Sequence[Result]) -> ChatAnswer:
+    def answer(self, job: Generation, results: Sequence[Result]) -> ChatAnswer:
         """The whole answer."""
         return ChatAnswer(
             id=self.id,
@@ -66,7 +66,7 @@ class ChatWriter(Writer):
             metrics=self.metrics(results),
         )
 
-    def chunks(self, job: Job, choice: int, output: StepOutput) -> list[ChatChunk]:
+    def chunks(self, job: Generation, choice: int, output: StepOutput) -> list[ChatChunk]:
         """The role comes with the first output, the reason of the end behind the last."""
         found = []
         if choice not in self._begun:
@@ -97,7 +97,7 @@ class ChatWriter(Writer):
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
         return ChatChunk(id=self.id, created=self.created, model=self.model, choices=choices)
 
-    def _choice(self, job: Job, choice: int, result: Result) -> ChatChoice:
+    def _choice(self, job: Generation, choice: int, result: Result) -> ChatChoice:
         said, calls = self._parts(choice, result.text, result)
         return ChatChoice(
             index=choice,

@@ -8,7 +8,7 @@ from aiohttp import web
 from msgspec import UNSET, UnsetType
 
 from specgen.server.auth import CALLER
-from specgen.server.generation import Job
+from specgen.server.generation import Generation
 from specgen.server.parse import read
 from specgen.server.protocol.requests import CompletionRequest
 from specgen.server.protocol.responses import (
@@ -46,19 +46,19 @@ class CompletionWriter(Writer):
         self._samples = asked.n or 1
         self._begun: set[int] = set()
 
-    async def begin(self, job: Job) -> None:
+    async def begin(self, job: Generation) -> None:
         """Spell the prompts out, where they are wanted: by now their ids were checked."""
         if self._echoed:
             spell = self.service.texts.prompt
             self._echoes = await self.service.jobs.in_thread(lambda: [spell(prompt) for prompt in self._echoed])
 
-    def answer(self, job: Job, results: Sequence[Result]) -> CompletionAnswer:
+    def answer(self, job: Generation, results: Sequence[Result]) -> CompletionAnswer:
         """The whole answer."""
         answer = self._answer([self._choice(job, choice, result) for choice, result in enumerate(results)])
         answer.usage, answer.metrics = usage(job, results), self.metrics(results)
         return answer
 
-    def chunks(self, job: Job, choice: int, output: StepOutput) -> list[CompletionAnswer]:
+    def chunks(self, job: Generation, choice: int, output: StepOutput) -> list[CompletionAnswer]:
         """One for each output that has something to say."""
         text = self._echo(choice) + output.text
         added = CompletionChoice(
@@ -83,7 +83,7 @@ class CompletionWriter(Writer):
     def _answer(self, choices: list[CompletionChoice]) -> CompletionAnswer:
         return CompletionAnswer(id=self.id, created=self.created, model=self.model, choices=choices)
 
-    def _choice(self, job: Job, choice: int, result: Result) -> CompletionChoice:
+    def _choice(self, job: Generation, choice: int, result: Result) -> CompletionChoice:
         return CompletionChoice(
             index=choice,
             text=self._echo(choice) + result.text,

@@ -11,7 +11,7 @@ import msgspec
 from aiohttp import web
 
 from specgen.server.auth import CALLER
-from specgen.server.generation import Job
+from specgen.server.generation import Generation
 from specgen.server.metrics import TIMING
 from specgen.server.middleware import whole
 from specgen.server.parse import read
@@ -111,13 +111,13 @@ class ResponseWriter:
         self._items: list[OutputItem] = []
         self._sent = 0
 
-    async def whole(self, job: Job) -> ResponseObject:
+    async def whole(self, job: Generation) -> ResponseObject:
         """The response, when all of it is there."""
         async for _ in self.events(job):
             pass
         return self._last
 
-    async def events(self, job: Job) -> AsyncIterator[ResponseEvent]:
+    async def events(self, job: Generation) -> AsyncIterator[ResponseEvent]:
         """All events of a streamed response."""
         result: Result | None = None
         begun = False
