@@ -63,8 +63,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     may be a step of the code, unless the model computes in float64. False forbids it: texts may then differ by what is
     drafted. With True a model that cannot do it is refused by name.
     compile: compile the model's forward: True while the engine is built, "background" while it serves already, which
-    cannot be had with batch_invariant=True, since the compiled forward rounds differently. What was compiled is kept in the
-    cache folder. A forward that cannot be compiled runs as it is, with a line in the log.
+    cannot be had with batch_invariant=True, since the compiled forward rounds differently. What was compiled is kept in
+    the cache folder. A forward that cannot be compiled runs as it is, with a line in the log.
     cpu_kernels: False computes in plain torch what specgen's kernels for CPUs do.
     gpu_kernels: likewise for GPUs; None takes them where there is one and triton, True refuses to run without.
     gpu_graphs: False launches every kernel of a step through them by itself; by default a GPU replays steps as graphs.
@@ -156,13 +156,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def _check_choices(self) -> None:
         if not isinstance(self.batch_invariant, bool | None):
             raise InvalidRequest(
-                f"invariant is {self.batch_invariant!r}; choices: True, False, None", param="batch_invariant"
+                f"batch_invariant is {self.batch_invariant!r}; choices: True, False, None", param="batch_invariant"
             )
         if not isinstance(self.compile, bool) and self.compile != "background":
             message = f"compile is {self.compile!r}; choices: True, False, 'background'"
             raise InvalidRequest(message, param="compile")
         if self.compile == "background" and self.batch_invariant:
-            message = "compile is 'background' and invariant is True: bits would change when the compiled forward comes"
+            message = (
+                "compile is 'background' and batch_invariant is True: bits would change when the compiled forward comes"
+            )
             raise InvalidRequest(f"{message}; take compile=True", param="compile")
         for name in _FLAGS:
             if not isinstance(value := getattr(self, name), bool):

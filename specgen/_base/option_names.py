@@ -44,7 +44,7 @@ ENGINE: Final = {
         "use kv_tokens, the tokens that the KV pool holds",
     ),
     "swap_space": "use host_cache_bytes",
-    **dict.fromkeys(("max_num_seqs", "max_batch_size", "max_running_requests", "n_parallel"), "use max_num_seqs"),
+    **dict.fromkeys(("max_batch_size", "max_running_requests", "n_parallel"), "use max_num_seqs"),
     **dict.fromkeys(("max_num_batched_tokens", "chunked_prefill_size", "n_batch"), "use max_prefill_tokens"),
     **dict.fromkeys(("kv_cache_dtype", "cache_implementation", "type_k", "type_v"), "use kv_format"),
     **dict.fromkeys(("enable_prefix_caching", "disable_radix_cache"), "use prefix_cache"),

@@ -101,14 +101,14 @@ def serve(
     settings = _settings(config, flags)
     quiet_libraries()
     with needing("server"):
-        from specgen.server.admission import Gate
+        from specgen.server.admission import AdmissionControl
         from specgen.server.logs import configure
         from specgen.server.plugin_routes import check_plugin_routes
         from specgen.server.serve import bound
 
     configure(settings)
     # What is wrong with a setting, or a port that is taken, is told before a model is loaded for minutes.
-    Gate(settings, 1)
+    AdmissionControl(settings, 1)
     check_plugin_routes(settings)
     with (
         bound(settings) as sockets,

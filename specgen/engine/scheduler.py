@@ -80,7 +80,7 @@ class Scheduler:
         self._pool = pool
         self._prefix = prefix
         self._adapters = adapters
-        self._max_running = max_num_seqs
+        self._max_num_seqs = max_num_seqs
         self._prefill = prefill
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -139,7 +139,7 @@ class Scheduler:
         held = 0
         self.awaits_adapter = False
         for sequence in list(self.waiting):
-            if len(self.running) + held >= self._max_running:
+            if len(self.running) + held >= self._max_num_seqs:
                 return
             there = self._presence(sequence)
             self.awaits_adapter |= there is not Presence.THERE

@@ -316,7 +316,8 @@ class ModelRunner:
         if self._kernel != "cpu":
             return "the attention kernel does not say what the model says, or cannot take its data type"
         if self.batch_invariant and (layer := next(quantised_layers(self.model), None)):
-            return f"{layer[0]} is quantised, and compiled it would round a row by its neighbours: take batch_invariant=False"
+            reason = "is quantised, and compiled it would round a row by its neighbours"
+            return f"{layer[0]} {reason}: take batch_invariant=False"
         return None if self._keeps_logits else "the model cannot be asked for the logits of single rows"
 
     def _choose_seam(self) -> Seam:
