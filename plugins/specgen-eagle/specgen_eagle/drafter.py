@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from specgen import Drafter, DraftHints, DraftSession, Levels, TokenTree, Wanted
-from specgen_eagle.borrowed import NOTHING, TargetRows
+from specgen_eagle.context_vocab import NOTHING, TargetRows
 from specgen_eagle.head import EagleHead
 from specgen_eagle.options import WINDOW
 from specgen_eagle.session import Answer, EagleSession, Part

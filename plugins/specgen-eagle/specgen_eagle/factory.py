@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from specgen import DrafterSetup, InvalidRequest, pack_linears, read_options
-from specgen_eagle.borrowed import lender
 from specgen_eagle.checkpoint import load_head
+from specgen_eagle.context_vocab import lender
 from specgen_eagle.drafter import Eagle, Halves
 from specgen_eagle.options import EagleOptions
 from specgen_eagle.parallel_drafter import ParallelEagle, ParallelHalves

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specgen import MAX_TREE_NODES, DraftSession, TokenTree
-from specgen_eagle.borrowed import TargetRows
+from specgen_eagle.context_vocab import TargetRows
 from specgen_eagle.drafter import LEAST_SURVIVAL, Eagle, Halves, attend, exact, joined, told, words_of
 from specgen_eagle.head import EagleHead
 from specgen_eagle.options import WINDOW

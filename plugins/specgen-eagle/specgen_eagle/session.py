@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specgen import DraftSession, Features, Growth, TokenTree
-from specgen_eagle.borrowed import Borrowed
+from specgen_eagle.context_vocab import Borrowed
 
 if TYPE_CHECKING:
     from specgen_eagle.drafter import Eagle

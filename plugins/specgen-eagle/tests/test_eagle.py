@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from specgen_eagle import parallel
-from specgen_eagle.borrowed import Borrowed, TargetRows, lender
 from specgen_eagle.checkpoint import load_head, save_head
+from specgen_eagle.context_vocab import Borrowed, TargetRows, lender
 from specgen_eagle.corpus import Conversation
 from specgen_eagle.drafter import Eagle, Halves
 from specgen_eagle.factory import eagle

@@ -20,7 +20,7 @@ from specgen import (
     read_options,
     takes_options,
 )
-from specgen_suffix.past import Outputs, joined
+from specgen_suffix.history import Outputs, joined
 from specgen_suffix.session import SuffixSession
 
 _TENANTS = 16

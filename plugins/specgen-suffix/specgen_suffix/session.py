@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from specgen import DraftSession, TokenTree
 from specgen_suffix.automaton import ROOT, SuffixAutomaton
 from specgen_suffix.growth import Context, grow, longest
-from specgen_suffix.past import Outputs
+from specgen_suffix.history import Outputs
 
 _LOOKED_BACK = 64
 """A match in the past is counted from so many tokens of the prompt."""

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import specgen_suffix
 from specgen_suffix import Suffix, SuffixOptions, suffix
-from specgen_suffix.past import Outputs, joined
+from specgen_suffix.history import Outputs, joined
 from specgen_suffix.session import SuffixSession, Text
 
 from specgen.draft.drafter import Drafter, DrafterSetup, DraftHints
