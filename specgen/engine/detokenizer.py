@@ -101,6 +101,9 @@ class IncrementalDetokenizer:
         ids, pending = self.fallback.rewritten(self.pending, token) if self.fallback else ((token,), ())
         window = self.window + ids
         text = self._decode(window) if ids else self.shown
+        if ids and text == self.shown and self._is_skipped(token):
+            # It would only push out of the window what the next tokens are spelt behind.
+            return self, ""
         clear = text if self.fallback else text.rstrip(REPLACEMENT)
         unclear = self.unclear + 1 if clear != text else 0
         if unclear >= _MOST_BYTES:

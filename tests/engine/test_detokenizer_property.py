@@ -204,3 +204,20 @@ def test_the_server_spells_a_token_as_the_text_does(name: str) -> None:
         assert texts.text(token) == read(cursor, [[token]])
         if HALF not in texts.text(token):
             assert bytes(texts.bytes(token)).decode() == texts.text(token)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_special_tokens_may_stand_inside_a_character(name: str) -> None:
+    """However many are skipped: they push nothing out of what decides how the next token is spelt."""
+    tokenizer = tokenizer_of(name)
+    vocabulary = tokenizer.get_vocab()
+    letters = [vocabulary[f"<0x{byte:02X}>"] for byte in "é".encode()] if "<0x00>" in vocabulary else None
+    letters = letters or tokenizer.encode("é", add_special_tokens=False)
+    skipped = next(
+        (token for token in tokenizer.all_special_ids if not tokenizer.decode([token], skip_special_tokens=True)), None
+    )
+    if skipped is None:
+        pytest.skip("no special tokens")
+    ids = [token for letter in letters for token in (letter, *[skipped] * 20)]
+    cursor = IncrementalDetokenizer.after([], tokenizer)
+    assert read(cursor, [[token] for token in ids]) == decoded(tokenizer, letters, True)

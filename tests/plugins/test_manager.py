@@ -24,7 +24,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     """Only what a test installs is there, besides a built-in drafter `prompt-lookup`."""
     built_in = ModuleType("specgen.plugins.builtin")
     exec(DRAFTERS.format(name="prompt-lookup"), built_in.__dict__)
-    monkeypatch.setattr(specgen, "builtin", built_in, raising=False)
+    monkeypatch.setattr("specgen.plugins.manager.builtin", built_in)
     monkeypatch.delenv(ALLOW_LIST, raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr("specgen.plugins.manager.entry_points", lambda group: _entry_points_below(tmp_path, group))
