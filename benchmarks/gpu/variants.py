@@ -13,7 +13,7 @@ from specgen.kernels.kv_layout import LayerPlanes
 from specgen.kernels.sample_rows import Draw, Warp
 from specgen.kernels.triton.kv_commit import kv_commit
 from specgen.kernels.triton.kv_write import kv_write
-from specgen.kernels.triton.sample_rows import draw
+from specgen.kernels.triton.sample_rows import sample_rows
 from specgen.kernels.triton.segmented_lora import segmented_lora
 from specgen.kernels.triton.top_tokens import top_tokens
 from specgen.kernels.triton.tree_attention import Tile, WorkItems, tile, tree_attention
@@ -57,7 +57,7 @@ def _topping(target: str, count: int) -> None:
 
 
 def _drawing(target: str) -> None:
-    draw(_empty(1, 128_256, dtype=torch.bfloat16), [Draw(0, 1, Warp(0.8, 40, 0.95, 0.05))])
+    sample_rows(_empty(1, 128_256, dtype=torch.bfloat16), [Draw(0, 1, Warp(0.8, 40, 0.95, 0.05))])
 
 
 def _adding(target: str, rank: int) -> None:

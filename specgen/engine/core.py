@@ -21,8 +21,8 @@ from specgen.engine.request import Request, SampleSpec
 from specgen.engine.scheduler import NotPlanned, ScheduledSequence, Scheduler
 from specgen.engine.sequence import Sequence
 from specgen.errors import AdapterRefused, OutOfPages, RequestCancelled
-from specgen.kernels import triton_backend as gpu_kernels
-from specgen.kernels.sample_rows import Draw, draw
+from specgen.kernels.backends import pick
+from specgen.kernels.sample_rows import Draw, sample_rows
 from specgen.kernels.top_tokens import on_host, top_tokens
 from specgen.kv.offload.persistence import CacheOptions, PrefixStore, open_cache
 from specgen.kv.radix_tree import CacheKey
@@ -296,7 +296,7 @@ class EngineCore:
     @property
     def _draws_at_once(self) -> bool:
         """Whether warped rows are drawn by a kernel."""
-        return gpu_kernels.available(self.target.device, self.target.architecture.dtype)
+        return pick("sample_rows", self.target.device, self.target.architecture.dtype) != "torch"
 
     def _is_drawn(self, sequence: Sequence, view: SequenceOutput) -> bool:
         """Whether the view holds the draws of all rows; of one with no token left the sampler has to complain."""
@@ -308,7 +308,7 @@ class EngineCore:
         started = time.perf_counter()
         scores = self.target.score(segments)
         count = min(max(1, self.drafting.wanted.successors), self.target.vocab_size)
-        drawn = draw(scores.logits, draws) if draws else None
+        drawn = sample_rows(scores.logits, draws) if draws else None
         *top, tokens = on_host(*top_tokens(scores.logits, count), drawn)
         # The draw of a greedy row; a warped one has its own.
         drawn_rows = top[1][:, 0].tolist()

@@ -5,8 +5,11 @@ They are torch operators, `torch.ops.specgen`:
 pack_weight(weight) -> packed   a linear layer's weight [outputs, inputs], in the order in which `linear` reads it
 linear(x, weights, biases, outputs)   x [..., inputs] through several packed weights, side by side: [..., sum(outputs)]
 bmm(x, weight)                  [batch, rows, inputs] by [batch, inputs, columns], weights as they lie
-segmented_lora(y, x, bounds, downs, ups)   in place, see `specgen.kernels.reference.segmented_lora`
-tree_attention(...)             see `specgen.kernels.tree_attention`
+segmented_lora(y, x, bounds, downs, ups)   in place
+top_tokens(logits, count)       values and ids
+tree_attention(...)             over planes of a KV pool, by the plan of `specgen.model.attention.cpu_plan`
+
+What each computes, `specgen.kernels.reference` says under the same name.
 
 bfloat16 or float32, sums in float32. A number of an output is one sum in one order: a row's bits do not depend on the
 rows beside it. bfloat16 products use AMX tiles where the processor has them, or else AVX-512 BF16 where it has that.
@@ -57,9 +60,13 @@ def why_not() -> str | None:
     return None
 
 
-def available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels can take tensors like these."""
-    return device.type == "cpu" and dtype in DTYPES and why_not() is None
+def why_not_for(device: torch.device, dtype: torch.dtype) -> str | None:
+    """`None` if the kernels can take tensors of this device and dtype."""
+    if device.type != "cpu":
+        return f"the device is {device.type!r}; it must be 'cpu'"
+    if dtype not in DTYPES:
+        return f"the data type is {dtype}; choices: {', '.join(map(str, DTYPES))}"
+    return why_not()
 
 
 def _built() -> Path:

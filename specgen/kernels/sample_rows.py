@@ -1,4 +1,4 @@
-"""Tokens drawn at many rows at once, on the device; what `specgen.sampling.sampler.Sampler` draws one by one."""
+"""Tokens sampled at many rows at once, on the device of the logits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
+
+from specgen.kernels import reference
+from specgen.kernels.backends import pick
 
 
 class Warp(NamedTuple):
@@ -25,8 +28,13 @@ class Draw(NamedTuple):
     warp: Warp
 
 
-def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """int64[len(draws)] on the device of logits [rows, vocab]; -1 where no token is left. By the GPU kernel."""
-    from specgen.kernels.triton import sample_rows as gpu
+def sample_rows(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """A token for each draw, int64[len(draws)] on the device of logits [rows, vocab]; -1 where none is left.
 
-    return gpu.draw(logits, draws)
+    See `reference.sample_rows`.
+    """
+    if pick("sample_rows", logits.device, logits.dtype) == "triton":
+        from specgen.kernels.triton import sample_rows as triton
+
+        return triton.sample_rows(logits, draws)
+    return reference.sample_rows(logits, draws)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from specgen.kernels import reference
+from specgen.kernels.backends import Backend
 
 
 def add_segmented_lora(
@@ -18,18 +18,18 @@ def add_segmented_lora(
     downs: Sequence[Tensor],
     ups: Sequence[Tensor],
     *,
-    kernel: Literal["cpu", "gpu"] | None,
+    backend: Backend,
 ) -> None:
     """Add in place what `reference.segmented_lora` answers.
 
-    kernel: through which one, if any. In both a row's bits do not depend on the rows beside it; y, x and the weights
-    are then of one dtype that it can take, and contiguous.
+    backend: in the kernels a row's bits do not depend on the rows beside it; y, x and the weights are then of one dtype
+    that they can take, and contiguous.
     """
-    if kernel == "gpu":
-        from specgen.kernels.triton.segmented_lora import segmented_lora
+    if backend == "triton":
+        from specgen.kernels.triton import segmented_lora as triton
 
-        segmented_lora(y, x, bounds, downs, ups)
-    elif kernel == "cpu":
+        triton.segmented_lora(y, x, bounds, downs, ups)
+    elif backend == "cpu":
         torch.ops.specgen.segmented_lora(y, x, bounds, downs, ups)
     else:
         y.copy_(reference.segmented_lora(y, x, bounds, downs, ups))

@@ -6,20 +6,20 @@ import torch
 from torch import Tensor
 
 from specgen.kernels import reference
-from specgen.kernels import triton_backend as gpu_kernels
-from specgen.kernels.cpu_backend import available
+from specgen.kernels.backends import pick
 
 
 def top_tokens(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """See `reference.top_tokens`; in one pass over the logits where there are kernels."""
-    if gpu_kernels.available(logits.device, logits.dtype):
-        from specgen.kernels.triton import top_tokens as gpu
+    """The `count` largest of each row, in one pass over the logits where there are kernels; see `reference`."""
+    backend = pick("top_tokens", logits.device, logits.dtype)
+    if backend == "triton":
+        from specgen.kernels.triton import top_tokens as triton
 
-        return gpu.top_tokens(logits, count)
-    if not available(logits.device, logits.dtype):
-        return reference.top_tokens(logits, count)
-    found: tuple[Tensor, Tensor] = torch.ops.specgen.top_tokens(logits, count)
-    return found
+        return triton.top_tokens(logits, count)
+    if backend == "cpu":
+        found: tuple[Tensor, Tensor] = torch.ops.specgen.top_tokens(logits, count)
+        return found
+    return reference.top_tokens(logits, count)
 
 
 def on_host(values: Tensor, ids: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Tensor, list[int]]:

@@ -1,4 +1,4 @@
-"""Whether the GPU kernels in `gpu/` can be used. They are Triton's; on a CPU its interpreter runs them, for tests."""
+"""Whether the kernels in `triton/` can be used. On a CPU Triton's interpreter runs them, for tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """`None` if the kernels can take tensors like these."""
-    if find_spec("triton") is None:
+    if not _is_installed():
         return "triton is not installed: pip install 'specgen-llm[gpu]'"
     if dtype not in DTYPES:
         return f"the model's data type is {dtype}; choices: {', '.join(map(str, DTYPES))}"
@@ -24,13 +24,13 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 @cache
 def interpreted() -> bool:
     """Whether Triton interprets kernels on the CPU. Read once, as Triton does."""
-    if find_spec("triton") is None:
+    if not _is_installed():
         return False
     import triton
 
     return bool(triton.knobs.runtime.interpret)
 
 
-def available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels are the way to compute there: a GPU, not its imitation."""
-    return device.type == "cuda" and why_not(device, dtype) is None
+@cache
+def _is_installed() -> bool:
+    return find_spec("triton") is not None

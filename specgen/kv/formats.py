@@ -22,12 +22,8 @@ import torch
 from torch import Tensor
 
 from specgen.errors import UnsupportedModel
-from specgen.kernels.blocks import in_blocks
+from specgen.kernels.kv_codes import SIZES_DTYPE, affine4, hadamard, rotated, scaled
 from specgen.kernels.kv_layout import Coding, LayerPlanes, Layout
-
-_SCALE = torch.float16
-_LEAST_SCALE = 2.0**-20
-_ROTATED_ROWS = (16,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,22 +86,18 @@ class _AsIs(Coder):
 
 
 class _Scaled(Coder):
-    """One scale per vector: symmetric, `largest` being the largest number that `dtype` stands for."""
+    """One scale per vector, symmetric: int8 or float8_e4m3fn."""
 
     coding = Coding.SCALED
 
-    def __init__(self, dtype: torch.dtype, largest: float) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
-        self._largest = largest
 
     def planes(self, heads: int, dim: int, dtype: torch.dtype) -> tuple[Plane, ...]:
-        return Plane((heads, dim), self._dtype), Plane((heads, 1), _SCALE)
+        return Plane((heads, dim), self._dtype), Plane((heads, 1), SIZES_DTYPE)
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        x = x.float()
-        scale = _positive(x.abs().amax(dim=-1, keepdim=True) / self._largest)
-        codes = (x / scale.float()).clamp(-self._largest, self._largest)
-        return (codes if self._dtype.is_floating_point else codes.round()).to(self._dtype), scale
+        return scaled(x, self._dtype)
 
     def decode(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         codes, scale = planes
@@ -113,35 +105,17 @@ class _Scaled(Coder):
 
 
 class _FourBit(Coder):
-    """Sixteen levels, evenly spaced; two codes a byte.
+    """Sixteen levels, evenly spaced; two codes a byte."""
 
-    Of several ranges, each narrower than the one from a vector's smallest to its largest number, the one that loses
-    least is taken, after a fit of its levels to the numbers that they stand for (least squares, twice).
-    """
-
-    _ranges = torch.linspace(1.0, 0.8, 6)[:, None, None, None]
-    _fits = 2
     coding = Coding.AFFINE4
 
     def planes(self, heads: int, dim: int, dtype: torch.dtype) -> tuple[Plane, ...]:
         if dim % 2:
             raise UnsupportedModel(f"KV heads of {dim} numbers cannot be kept in 4 bits; choose int8 or fp8")
-        return Plane((heads, dim // 2), torch.uint8), Plane((heads, 2), _SCALE)
+        return Plane((heads, dim // 2), torch.uint8), Plane((heads, 2), SIZES_DTYPE)
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
-        x = x.float().contiguous()
-        low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
-        half = (high - low) / 2 * self._ranges.to(x.device)
-        low, scale = ((low + high) / 2 - half).to(_SCALE), _positive(2 * half / 15)
-        for _ in range(self._fits):
-            low, scale = _fitted(x, _levels(x, low, scale))
-        codes = _levels(x, low, scale)
-        lost = (codes * scale.float() + low.float() - x).square().sum(dim=-1, keepdim=True)
-        best = lost.argmin(dim=0, keepdim=True)
-        codes, low, scale = (
-            side.gather(0, best.expand(1, *side.shape[1:]))[0] for side in (codes.to(torch.uint8), low, scale)
-        )
-        return codes[..., ::2] | (codes[..., 1::2] << 4), torch.cat([low, scale], dim=-1)
+        return affine4(x)
 
     def decode(self, planes: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         packed, affine = planes
@@ -149,34 +123,6 @@ class _FourBit(Coder):
         low, scale = affine[..., :1].float(), affine[..., 1:].float()
         x: Tensor = codes.float() * scale + low
         return x.to(dtype)
-
-
-def _levels(x: Tensor, low: Tensor, scale: Tensor) -> Tensor:
-    """The nearest of sixteen levels for each number."""
-    return ((x - low.float()) / scale.float()).round().clamp(0, 15)
-
-
-def _fitted(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """The lowest level and the step that, with these codes, are nearest to `x`."""
-    spread = codes - codes.mean(dim=-1, keepdim=True)
-    middle = x.mean(dim=-1, keepdim=True)
-    step = (spread * (x - middle)).sum(dim=-1, keepdim=True) / spread.square().sum(dim=-1, keepdim=True).clamp_min(1.0)
-    return (middle - step * codes.mean(dim=-1, keepdim=True)).to(_SCALE), _positive(step)
-
-
-def _positive(scale: Tensor) -> Tensor:
-    """A scale as it is stored, never zero: codes are made with the stored one, so that they decode with it."""
-    return scale.clamp(_LEAST_SCALE, torch.finfo(_SCALE).max).to(_SCALE)
-
-
-def hadamard(dim: int, device: torch.device | None = None) -> Tensor:
-    """float32[dim, dim], orthonormal and symmetric: Hadamard blocks of the largest power of two that divides `dim`."""
-    size = dim & -dim
-    matrix = torch.ones(1, 1)
-    while matrix.shape[0] < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    blocks: Tensor = torch.block_diag(*[matrix / size**0.5] * (dim // size))
-    return blocks.to(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,21 +185,21 @@ class LayerStore:
 
     def turn_query(self, query: Tensor) -> Tensor:
         """Queries [rows, heads, key_dim] as the keys are kept, so that scores stay what they are."""
-        return _turned(query, self._key_turn)
+        return rotated(query, self._key_turn)
 
     def turn_output(self, output: Tensor) -> Tensor:
         """Attention's output [rows, heads, value_dim] turned back; the matrix is its own inverse."""
-        return _turned(output, self._value_turn)
+        return rotated(output, self._value_turn)
 
     def centre(self, mean: Tensor) -> None:
         """Set the mean key, float[kv_heads, key_dim]. Before the first write: what is written stands."""
         if self._center is not None:
-            self._center.copy_(_turned(mean.float(), self._key_turn))
+            self._center.copy_(rotated(mean.float(), self._key_turn))
 
     def write(self, slots: slice | Tensor, key: Tensor, value: Tensor) -> None:
         """Keep key and value, [rows, kv_heads, dim], at `slots`."""
         if self._key_turn is not None:
-            key, value = _turned(key.float(), self._key_turn), _turned(value.float(), self._value_turn)
+            key, value = rotated(key.float(), self._key_turn), rotated(value.float(), self._value_turn)
         if self._center is not None:
             key = key - self._center
         for plane, rows in zip(self.planes, self.kind.key.encode(key) + self.kind.value.encode(value), strict=True):
@@ -271,25 +217,11 @@ class LayerStore:
     def read_plain(self, span: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values at `span` as the model made them, up to rounding."""
         key, value = self.read(span)
-        return _turned(key, self._key_turn), _turned(value, self._value_turn)
-
-
-def _turned(x: Tensor, turn: Tensor | None) -> Tensor:
-    """`x` [rows, heads, dim] rotated, in float32 at least.
-
-    In contiguous blocks of one size: not even the last bit of what is rounded to codes may depend on how many rows
-    there are, or on how they lie in memory.
-    """
-    if turn is None:
-        return x
-    wide = (x if x.dtype == torch.float64 else x.float()).contiguous()
-    turn = turn.to(wide.dtype)
-    turned: Tensor = in_blocks(lambda block: block @ turn, wide, _ROTATED_ROWS).to(x.dtype)
-    return turned
+        return rotated(key, self._key_turn), rotated(value, self._value_turn)
 
 
 NATIVE = KVFormat("native", _AsIs(), _AsIs())
-_INT8, _FP8 = _Scaled(torch.int8, 127.0), _Scaled(torch.float8_e4m3fn, 448.0)
+_INT8, _FP8 = _Scaled(torch.int8), _Scaled(torch.float8_e4m3fn)
 KVFormatFactory: TypeAlias = Callable[[], KVFormat]
 
 _BUILT_IN = (

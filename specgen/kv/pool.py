@@ -17,7 +17,8 @@ from torch import Tensor
 
 from specgen._base.memory import promise
 from specgen.errors import OutOfPages
-from specgen.kernels import triton_backend as gpu_kernels
+from specgen.kernels.backends import pick
+from specgen.kernels.kv_commit import kv_commit
 from specgen.kv.formats import NATIVE, KVFormat, LayerShape, LayerStore
 
 PAGE_SIZE = 16
@@ -126,15 +127,8 @@ class KVPool:
 
         In order: none may be copied onto one that is still to be copied.
         """
-        if gpu_kernels.available(self.device, self.dtype):
-            from specgen.kernels.triton.kv_commit import kv_commit
-
-            moves = torch.stack([source, destination], dim=1).to(torch.int32)
-            packed = torch.cat([torch.tensor([0, len(moves)], dtype=torch.int32), moves.flatten()]).to(self.device)
-            kv_commit(self.stacks, packed[2:].view(-1, 2), packed[:2])
-            return
-        for stack in self.stacks:
-            stack[:, destination] = stack[:, source]
+        backend = pick("kv_commit", self.device, self.dtype)
+        kv_commit(self.stacks, torch.stack([source, destination], dim=1), backend=backend)
 
     def take(self, count: int, after: int | None = None) -> list[int]:
         """`count` free pages with one reference each, behind the page `after` where possible. Raises OutOfPages."""

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from torch import Tensor, nn
 
+from specgen.kernels.backends import Backend
 from specgen.kernels.segmented_lora import add_segmented_lora
 from specgen.lora.adapter import LoraLayer, LoraWeights, is_linear
 from specgen.model.invariant_layers import mixes_experts
 from specgen.model.segment import Segment
 
-Kernel: TypeAlias = Literal["cpu", "gpu"]
 Span = tuple[int, int, LoraWeights]
 """Rows from, to, and what they run under."""
 
@@ -26,13 +26,13 @@ class AdaptedLayers:
     """The layers of `model` that adapters can adapt.
 
     sees_wanted: name -> whether a layer sees only the rows whose logits are wanted; of all layers that can be adapted.
-    kernel: which one adds, if any.
+    backend: which one adds.
     """
 
-    def __init__(self, model: nn.Module, sees_wanted: Mapping[str, bool], *, kernel: Kernel | None) -> None:
+    def __init__(self, model: nn.Module, sees_wanted: Mapping[str, bool], *, backend: Backend) -> None:
         self._modules = {name: model.get_submodule(name) for name in sees_wanted}
         self.sees_wanted = sees_wanted
-        self._kernel = kernel
+        self._backend = backend
 
     @contextmanager
     def over(self, segments: Sequence[Segment]) -> Iterator[None]:
@@ -51,7 +51,7 @@ class AdaptedLayers:
                     for first, stop, weights in spans[self.sees_wanted[name]]
                     if (layer := weights.layers.get(name)) is not None
                 ]
-                module.__dict__["forward"] = _Adapted(module.forward, parts, kernel=self._kernel)
+                module.__dict__["forward"] = _Adapted(module.forward, parts, backend=self._backend)
             yield
         finally:
             for module, earlier in before:
@@ -65,11 +65,11 @@ class _Adapted:
     """A layer's forward over all rows, then each adapter's part on its own rows."""
 
     def __init__(
-        self, forward: Callable[[Tensor], Tensor], parts: Sequence[tuple[int, int, LoraLayer]], *, kernel: Kernel | None
+        self, forward: Callable[[Tensor], Tensor], parts: Sequence[tuple[int, int, LoraLayer]], *, backend: Backend
     ) -> None:
         self._forward = forward
         self._parts = parts
-        self._kernel = kernel
+        self._backend = backend
         self._bounds = [bound for first, stop, _ in parts for bound in (first, stop)]
         self._downs = [layer.down for _, _, layer in parts]
         self._ups = [layer.up for _, _, layer in parts]
@@ -83,7 +83,7 @@ class _Adapted:
             if layer.offset is not None:
                 rows[first:stop] += layer.offset
         inputs = x.reshape(-1, x.shape[-1]).contiguous()
-        add_segmented_lora(rows, inputs, self._bounds, self._downs, self._ups, kernel=self._kernel)
+        add_segmented_lora(rows, inputs, self._bounds, self._downs, self._ups, backend=self._backend)
         return output
 
 

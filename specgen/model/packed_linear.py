@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from specgen.kernels.cpu_backend import available
+from specgen.kernels.backends import pick
 
 
 class PackedLinear(nn.Linear):
@@ -58,4 +58,4 @@ def _is_plain(module: nn.Linear) -> bool:
         return False
     weight, bias = module.weight, module.bias
     plain = type(weight) is nn.Parameter and (bias is None or bias.dtype == weight.dtype)
-    return plain and weight.numel() > 0 and available(weight.device, weight.dtype)
+    return plain and weight.numel() > 0 and pick("linear", weight.device, weight.dtype) == "cpu"

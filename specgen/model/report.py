@@ -8,6 +8,7 @@ import torch
 
 from specgen.kernels import cpu_backend as cpu_kernels
 from specgen.kernels import triton_backend as gpu_kernels
+from specgen.kernels.backends import available
 from specgen.model.attention.interface import Seam
 from specgen.model.runner import ModelRunner
 
@@ -26,8 +27,8 @@ class Choice:
 def selection(target: ModelRunner) -> list[Choice]:
     """Device, back-end of each kernel, and what this model would be refused."""
     attention, why = _attention(target)
-    gpu_top = gpu_kernels.available(target.device, target.architecture.dtype)
-    cpu_top = cpu_kernels.available(target.device, target.architecture.dtype)
+    gpu_top = available("triton", target.device, target.architecture.dtype)
+    cpu_top = available("cpu", target.device, target.architecture.dtype)
     likeliest = "Triton kernel" if gpu_top else "CPU kernel" if cpu_top else _PLAIN
     moved = "Triton kernel" if gpu_top else _PLAIN
     compiled, eager = target.why_not_compiled(), target.why_no_graphs()

@@ -18,7 +18,8 @@ from specgen._base.log import Log
 from specgen._base.memory import available_bytes
 from specgen.errors import InvalidRequest, UnsupportedModel
 from specgen.kernels import triton_backend as gpu
-from specgen.kernels.cpu_backend import available, why_not
+from specgen.kernels.backends import Backend, available
+from specgen.kernels.cpu_backend import why_not
 from specgen.kv.formats import NATIVE, KVFormat
 from specgen.kv.pool import PAGE_SIZE, KVPool
 from specgen.lora.peft_files import AdapterFiles, read_adapter
@@ -35,7 +36,7 @@ from specgen.model.hidden_states import HiddenStateTap
 from specgen.model.invariant_layers import InvariantLayers, mixes_experts
 from specgen.model.kv_calibration import centre_keys
 from specgen.model.kv_size import context_of, kv_size
-from specgen.model.lora_layers import AdaptedLayers, Kernel
+from specgen.model.lora_layers import AdaptedLayers
 from specgen.model.model_state import ModelState
 from specgen.model.output import ForwardOutput
 from specgen.model.packed_linear import pack_linears
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 log = Log("specgen.model")
 
+Kernel: TypeAlias = Literal["cpu", "gpu"]
 Compile: TypeAlias = bool | Literal["background"]
 
 _SEAM_CHECK_PAGES = 2
@@ -223,19 +225,19 @@ class ModelRunner:
 
         Raises UnsupportedModel where a row under an adapter would not be exact.
         """
-        kernel: Kernel | None = None
+        backend: Backend = "torch"
         if self._gpu:
-            kernel = "gpu"
-        elif self._packs and available(self.device, self.architecture.dtype):
-            kernel = "cpu"
+            backend = "triton"
+        elif self._packs and available("cpu", self.device, self.architecture.dtype):
+            backend = "cpu"
         if self._compiled or self._compiling:
             raise UnsupportedModel("a compiled forward takes no adapters; build the engine with compile=False")
-        if self.batch_invariant and not kernel:
+        if self.batch_invariant and backend == "torch":
             reason = "without kernels an adapter's sums depend on the rows beside them"
             raise UnsupportedModel(
                 f"batch_invariant=True cannot be kept under adapters: {reason}; take batch_invariant=False"
             )
-        return AdaptedLayers(self.model, rows_seen(self), kernel=kernel)
+        return AdaptedLayers(self.model, rows_seen(self), backend=backend)
 
     def read_adapter(self, folder: Path, *, max_rank: int, max_bytes: int) -> AdapterFiles:
         """Read an adapter for this model, on any thread, once `adapted` is known. See `adapter_files.read_adapter`."""
@@ -333,7 +335,7 @@ class ModelRunner:
 
     def _take_cpu_kernels(self) -> Kernel | None:
         """Let linear layers run by the CPU kernels where they can; and say whether attention can too."""
-        if not (self._packs and available(self.device, self.architecture.dtype)):
+        if not (self._packs and available("cpu", self.device, self.architecture.dtype)):
             return None
         pack_linears(self.model)
         stores = self.architecture.stores
@@ -341,7 +343,7 @@ class ModelRunner:
 
     def _gpu_executor(self, asked: bool | None) -> GraphForward | None:
         """The GPU kernels if they can run here. Raises UnsupportedModel where they are asked for and cannot."""
-        if asked is False or not (asked or gpu.available(self.device, self.architecture.dtype)):
+        if asked is False or not (asked or available("triton", self.device, self.architecture.dtype)):
             return None
         if reason := gpu.why_not(self.device, self.architecture.dtype):
             raise UnsupportedModel(f"gpu_kernels=True cannot be kept: {reason}")

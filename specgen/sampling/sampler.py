@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from specgen.errors import RequestFailed
+from specgen.kernels import reference
 from specgen.kernels.sample_rows import Warp
 from specgen.sampling.params import SamplingParams
 from specgen.sampling.user_code import UserCode
@@ -40,7 +41,6 @@ _COLDEST = 1e-30
 """Below it logits overflow, and infinities tie; nobody can tell it from anything colder."""
 _KEYS_PER_BLOCK = 512
 _WORDS_PER_COUNTER = 4
-_GOLDEN, _MIX1, _MIX2 = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 class PositionKeys:
@@ -62,28 +62,11 @@ class PositionKeys:
         return self._blocks[block][offset]
 
 
-def uniforms(key: int, tokens: Tensor) -> Tensor:
-    """float64 in (0, 1), one per token id int64[n], under the position's `key`: SplitMix64 in its stream form."""
-    z = (tokens + 1) * _GOLDEN + key
-    z = (z ^ _shifted(z, 30)) * _MIX1
-    z = (z ^ _shifted(z, 27)) * _MIX2
-    z = z ^ _shifted(z, 31)
-    # 52 bits: with 53 the largest would round up to 1.
-    return (_shifted(z, 12).double() + 0.5) * 2.0**-52
-
-
-def _shifted(z: Tensor, bits: int) -> Tensor:
-    """Logical shift right of int64 taken as unsigned."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-
 def gumbel_argmax(scores: Tensor, key: int) -> int:
     """A token drawn from softmax(scores), float[vocab]; `-inf` is never drawn. Raises RequestFailed if all are."""
-    possible = (scores > -math.inf).nonzero().flatten()
-    if possible.numel() == 0:
+    if not (scores > -math.inf).any():
         raise RequestFailed("no token is left to draw: the processors of this request ban them all")
-    noise = -torch.log(-torch.log(uniforms(key, possible)))
-    return int(possible[(scores[possible].double() + noise).argmax()])
+    return reference.gumbel_argmax(scores, key)
 
 
 class Sampler:

@@ -13,6 +13,7 @@ import torch
 import specgen.engine.core
 from specgen import Engine, SamplingParams
 from specgen.errors import InvalidRequest, UnsupportedModel
+from specgen.kernels import backends
 from specgen.kernels import triton_backend as gpu_kernels
 from specgen.kv.formats import FORMATS
 from specgen.model.runner import ModelRunner
@@ -45,7 +46,9 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def imitated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter passes for a GPU, so that all kernels are used that a GPU would use."""
-    monkeypatch.setattr(gpu_kernels, "available", lambda device, dtype: gpu_kernels.why_not(device, dtype) is None)
+    monkeypatch.setattr(backends, "available", lambda *asked: backends.why_not(*asked) is None)
+    monkeypatch.setattr("specgen.model.runner.available", backends.available)
+    monkeypatch.setattr("specgen.model.report.available", backends.available)
 
 
 @pytest.fixture

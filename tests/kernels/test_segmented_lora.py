@@ -37,7 +37,7 @@ def exact(y: Tensor, x: Tensor, bounds: Sequence[int], downs: list[Tensor], ups:
 
 def added(y: Tensor, *rest: object, kernel: bool) -> Tensor:
     result = y.clone()
-    add_segmented_lora(result, *rest, kernel="cpu" if kernel else None)  # type: ignore[arg-type]
+    add_segmented_lora(result, *rest, backend="cpu" if kernel else "torch")  # type: ignore[arg-type]
     return result
 
 

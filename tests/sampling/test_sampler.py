@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, MinLengthLogitsProcessor, PreTrainedModel
 
 from specgen import Engine, RequestFailed, SamplingParams
-from specgen.sampling.sampler import PositionKeys, Sampler, gumbel_argmax, logprob, processors, uniforms
+from specgen.kernels.reference import uniforms
+from specgen.sampling.sampler import PositionKeys, Sampler, gumbel_argmax, logprob, processors
 from specgen.types import LogitsProcessor
 from tests.support.tiny import VOCABULARY, build
 

@@ -15,8 +15,8 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from benchmarks.harness import Prompt
 from specgen import DrafterFactory, Engine, Result, StepOutput, Stream, hookimpl
+from specgen.kernels.reference import uniforms
 from specgen.sampling.params import SamplingParams
-from specgen.sampling.sampler import uniforms
 from specgen.types import Speculation
 
 ECHOES = {

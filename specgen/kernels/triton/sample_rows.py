@@ -3,7 +3,7 @@
 One program takes one draw and goes over its row several times. Where a row has to be cut, the cut is found bit by bit:
 the largest number such that the tokens at or above it are as many, or as probable, as is asked for. So nothing is
 sorted, equal logits share a fate, and a row's draw depends on nothing beside it. The noise is that of
-`specgen.sampling.sampler`: a function of the position's key and the token alone.
+`specgen.kernels.reference.uniforms`: a function of the position's key and the token alone.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ def _draw(logits: tl.tensor, draws: tl.tensor, drawn: tl.tensor, vocab: int, str
     tl.store(drawn + tl.program_id(0), tl.where(highest > _NOTHING, chosen, -1))
 
 
-def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """See `specgen.kernels.sample_rows.draw`."""
+def sample_rows(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """See `specgen.kernels.reference.sample_rows`."""
     table = torch.tensor([_fields(one) for one in draws], dtype=torch.int32, device=logits.device)
     drawn = torch.empty(len(draws), dtype=torch.int64, device=logits.device)
     _draw[(len(draws),)](logits, table, drawn, logits.shape[1], logits.stride(0), BLOCK=_BLOCK, num_warps=8)

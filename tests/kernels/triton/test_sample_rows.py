@@ -15,7 +15,7 @@ from specgen.sampling.sampler import PositionKeys, Sampler, processors
 
 pytest.importorskip("triton")
 
-from specgen.kernels.triton.sample_rows import draw
+from specgen.kernels.triton.sample_rows import sample_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SETTINGS = (
@@ -51,7 +51,7 @@ def test_what_is_drawn_is_what_the_sampler_draws(vocab: int) -> None:
             ids = torch.zeros(1, position, dtype=torch.int64, device=DEVICE)
             draws.append(Draw(position, one.key(position), one.warp))
             expected.append(one.draw(ids, logits[position : position + 1]))
-    found = draw(logits, draws).tolist()
+    found = sample_rows(logits, draws).tolist()
     assert found == expected
     assert len(set(found)) > 3
 
@@ -61,7 +61,7 @@ def test_forbidden_tokens_are_never_drawn() -> None:
     logits[0, 7] = -50.0
     logits[1, 3:5] = 1.0
     draws = [Draw(row, 17 * row - 5, Warp(top_p=0.3)) for row in range(3)]
-    found = draw(logits, draws).tolist()
+    found = sample_rows(logits, draws).tolist()
     assert found[0] == 7
     assert found[1] in (3, 4)
     assert found[2] == -1, "nothing is left"
@@ -71,4 +71,4 @@ def test_half_precision_logits_are_read_as_they_are() -> None:
     torch.manual_seed(1)
     logits = torch.randn(4, 500, device=DEVICE).half()
     draws = [Draw(row, 2**63 - 1 - row, Warp(0.9, 20, 0.8)) for row in range(4)]
-    assert torch.equal(draw(logits, draws), draw(logits.float(), draws))
+    assert torch.equal(sample_rows(logits, draws), sample_rows(logits.float(), draws))
