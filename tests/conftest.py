@@ -46,6 +46,15 @@ def poisoned_memory() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def small_pools() -> Iterator[None]:
+    """Engines whose pool nobody sized get one of two full contexts, not of sixteen: filling gigabytes with NaN takes
+    longer than most tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("specgen.model.kv_size._FULL_CONTEXTS", 2)
+        yield
+
+
 def _poisoning(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
         tensor = allocate(*args, **kwargs)

@@ -9,12 +9,20 @@ from structlog.testing import capture_logs
 from transformers import PreTrainedModel
 
 from specgen import Engine, InvalidRequest
+from specgen.model import kv_size as kv_size_module
 from specgen.model import runner as target_module
 from specgen.model.kv_size import KVSize, kv_size
 from specgen.model.runner import ModelRunner
 from tests.support.tiny import CONTEXT, build
 
 PLENTY = 1 << 40
+# As it is shipped, before the fixture of all tests makes it less.
+FULL_CONTEXTS = kv_size_module._FULL_CONTEXTS
+
+
+@pytest.fixture(autouse=True)
+def as_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_size_module, "_FULL_CONTEXTS", FULL_CONTEXTS)
 
 
 def sized(**asked: Any) -> tuple[KVSize, list[Any]]:
