@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -35,6 +34,7 @@ from specgen.params import SamplingParams, not_followed
 from specgen.plugins import Plugins, load_plugins
 from specgen.prefixes import EnginePrefix
 from specgen.preflight import check_options
+from specgen.process import at_fork
 from specgen.requests import Prepared, RequestBuilder, model_ends, with_options
 from specgen.response_cache import ResponseCache
 from specgen.runner import Runner
@@ -383,7 +383,7 @@ def _leave_to_parent() -> None:
     _latest.clear()
 
 
-os.register_at_fork(after_in_child=_leave_to_parent)
+at_fork(after_in_child=_leave_to_parent)
 
 
 def engine_of(model: PreTrainedModel, tokenizer: Any = None) -> Engine:

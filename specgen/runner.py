@@ -21,6 +21,7 @@ from specgen.errors import EngineClosed, RequestFailed, WouldDeadlock
 from specgen.log import Log
 from specgen.params import Request
 from specgen.plugins import Plugins
+from specgen.process import at_fork
 from specgen.response_cache import ResponseCache, ResponseKey, response_key
 from specgen.runs import Runs
 from specgen.scheduler import NotPlanned
@@ -43,7 +44,7 @@ _this_thread = threading.local()
 _waits = threading.Lock()
 _open: weakref.WeakSet[Runner] = weakref.WeakSet()
 # A child has none of the workers that the forking thread keeps, and would wait for them.
-os.register_at_fork(before=release_workers)
+at_fork(before=release_workers)
 
 
 class Runner:
