@@ -16,7 +16,8 @@ import structlog
 class Log:
     """A named logger that looks the configuration up at each event, so that it may come after the import.
 
-    Where events cannot be written (a full disk, a pipe that nobody reads), they are lost, and nothing else.
+    Where an event cannot be written (a full disk, a pipe that nobody reads, a processor of the application's that
+    raises), it is lost, and nothing else: stderr is told if it can be.
     """
 
     def __init__(self, name: str) -> None:
@@ -27,7 +28,10 @@ class Log:
         write = getattr(structlog.wrap_logger(sink, source=self._name), level)
 
         def event(name: str, **values: Any) -> None:
-            with suppress(OSError):
+            try:
                 write(name, **values)
+            except Exception as error:
+                with suppress(OSError, ValueError, AttributeError):  # full, closed, none at all
+                    sys.stderr.write(f"{self._name}: the event {name!r} cannot be logged: {error!r}\n")
 
         return event

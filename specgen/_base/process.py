@@ -10,6 +10,12 @@ from tempfile import TemporaryDirectory
 _folders: weakref.WeakSet[TemporaryDirectory[str]] = weakref.WeakSet()
 
 
+def at_fork(**hooks: Callable[[], object]) -> None:
+    """`os.register_at_fork`, on systems where a process can fork: on Windows there is nothing to do."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(**hooks)
+
+
 def finalize_here(owner: object, function: Callable[..., object], *args: object, **kwargs: object) -> None:
     """`weakref.finalize` in this process alone: the copy of `owner` that a forked child has ends too, at its exit."""
     weakref.finalize(owner, _only_in, os.getpid(), function, *args, **kwargs)
@@ -26,7 +32,7 @@ def _let_go() -> None:
         folder._finalizer.detach()  # type: ignore[attr-defined]
 
 
-os.register_at_fork(after_in_child=_let_go)
+at_fork(after_in_child=_let_go)
 
 
 def _only_in(process: int, function: Callable[..., object], *args: object, **kwargs: object) -> None:

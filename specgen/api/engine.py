@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 from specgen._base.log import Log
 from specgen._base.memory import promise
 from specgen._base.options import made
+from specgen._base.process import at_fork
 from specgen._base.torch_state import plain_torch
 from specgen.api.adapters import EngineAdapters
 from specgen.api.prefix import EnginePrefix
@@ -383,7 +383,7 @@ def _leave_to_parent() -> None:
     _latest.clear()
 
 
-os.register_at_fork(after_in_child=_leave_to_parent)
+at_fork(after_in_child=_leave_to_parent)
 
 
 def engine_of(model: PreTrainedModel, tokenizer: Any = None) -> Engine:

@@ -18,6 +18,7 @@ import torch
 
 from specgen._base.log import Log
 from specgen._base.openmp import release_workers
+from specgen._base.process import at_fork
 from specgen.engine.core import EngineCore, cancelled
 from specgen.engine.in_flight import InFlight
 from specgen.engine.request import Request, SampleSpec
@@ -42,7 +43,7 @@ _this_thread = threading.local()
 _waits = threading.Lock()
 _open: weakref.WeakSet[EngineThread] = weakref.WeakSet()
 # A child has none of the workers that the forking thread keeps, and would wait for them.
-os.register_at_fork(before=release_workers)
+at_fork(before=release_workers)
 
 
 class Observers(Protocol):

@@ -232,13 +232,15 @@ def _layers(
 
 def _wrapped(folder: Path, model: PreTrainedModel, config: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A copy of `model` that shares its memory, with the adapter put on it by peft."""
-    from peft import inject_adapter_in_model, set_peft_model_state_dict
+    from peft import PeftModel, set_peft_model_state_dict
 
-    adapted = _copy_without_memory(model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            inject_adapter_in_model(config, adapted, _NAME, low_cpu_mem_usage=True)
+            # As peft loads it: only from 0.20 on do the names in a file fit a model without its wrapper.
+            adapted = PeftModel(
+                _copy_without_memory(model), config, _NAME, autocast_adapter_dtype=False, low_cpu_mem_usage=True
+            )
             result: Any = set_peft_model_state_dict(adapted, dict(tensors), _NAME, low_cpu_mem_usage=True)
     except Exception as error:  # peft raises whatever it meets
         reason = " ".join(str(error).split())
@@ -251,7 +253,7 @@ def _wrapped(folder: Path, model: PreTrainedModel, config: Any, tensors: Mapping
     missing = [key for key in result.missing_keys if f".{_NAME}" in key]
     if missing:
         raise _refused(folder, f"{WEIGHTS} has nothing for {missing[0]}, which {CONFIG} promises")
-    return adapted
+    return adapted.get_base_model()
 
 
 def _copy_without_memory(model: PreTrainedModel) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -167,13 +166,22 @@ def told_by_loop(tell: Throttle) -> Callable[[asyncio.AbstractEventLoop, dict[st
 
 def most_connections(config: ServerConfig) -> int:
     """How many connections there may be at once: what the config says, as far as the system has descriptors."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
+    if (limit := _most_descriptors()) is None:
         return config.max_connections
     used = _SPARE_FILES
     with suppress(OSError):
         used += len(os.listdir("/proc/self/fd"))
-    return min(config.max_connections, max(_LEAST_CONNECTIONS, soft - used))
+    return min(config.max_connections, max(_LEAST_CONNECTIONS, limit - used))
+
+
+def _most_descriptors() -> int | None:
+    """How many descriptors this process may have; None where no limit is set."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if soft == resource.RLIM_INFINITY else soft
 
 
 def _unreadable(status: int, error: BaseException | None) -> ApiError:

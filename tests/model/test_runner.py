@@ -14,6 +14,7 @@ from specgen.model.attention.interface import Seam
 from specgen.model.runner import ModelRunner
 from specgen.model.segment import Segment, tree_segment
 from tests.support.decoding import decode, generate, model_calls
+from tests.support.refusal import supported
 from tests.support.tiny import CONTEXT, VOCABULARY, WINDOW, build
 
 PROMPT = (5, 17, 40, 8, 8, 61, 33, 90, 12, 77, 29)
@@ -58,7 +59,7 @@ def test_the_check_at_load_counts_nothing_and_holds_nothing(llama: ModelRunner) 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_tree_may_grow_over_several_forwards_in_any_order(name: str) -> None:
-    target = ModelRunner(build(name), kv_tokens=256)
+    target = supported(build(name), kv_tokens=256)
     table = target.pool.open()
     table.reserve(64)
     target.forward([Segment(table, PROMPT[:-1], range(len(PROMPT) - 1))])
@@ -116,7 +117,7 @@ def test_the_model_is_left_as_it_was_found(name: str) -> None:
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     text = generate(model, PROMPT, 2 * WINDOW)
 
-    target = ModelRunner(model, kv_tokens=640)
+    target = supported(model, kv_tokens=640)
     assert decode(target, [PROMPT, PROMPT[:4]], [text, generate(model, PROMPT[:4], 2 * WINDOW)])[0] == text
 
     assert [config._attn_implementation for config in configs] == before
@@ -144,7 +145,7 @@ def test_two_targets_may_share_a_model(llama: ModelRunner) -> None:
 @pytest.mark.parametrize("name", ["llama", *KINDS])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_other_data_types_load(name: str, dtype: torch.dtype) -> None:
-    target = ModelRunner(build(name).to(dtype), kv_tokens=256)
+    target = supported(build(name).to(dtype), kv_tokens=256)
     assert target.pool.stacks[0].dtype == dtype
 
 
@@ -183,7 +184,7 @@ def test_a_model_that_cannot_run_at_all_is_refused_with_its_own_words() -> None:
 
 
 def test_shared_kv_takes_no_room_of_its_own() -> None:
-    shared = ModelRunner(build("gemma4_text (shared KV)"), kv_tokens=64).architecture
+    shared = supported(build("gemma4_text (shared KV)"), kv_tokens=64).architecture
     assert shared.stores == (0, 1, 2, 2, 1)
     assert len(shared.shapes) == 3
 

@@ -13,19 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from packaging.version import Version
 from transformers import CONFIG_MAPPING, PreTrainedModel, RepetitionPenaltyLogitsProcessor
 
 import specgen
-from specgen.errors import UnsupportedModel
 from specgen.model.runner import ModelRunner
-from tests.releases.environment import pinned
 from tests.support.architectures import KV_TOKENS, NEW_TOKENS, PROMPTS, SUPPORTED
 from tests.support.decoding import decode, generate
 from tests.support.real import by_transformers
+from tests.support.refusal import OLDER, target_or_refusal
 from tests.support.tiny import MODELS, build
 
-OLDER = Version(version("transformers")) < Version(pinned()["transformers"])
 DROP_IN: dict[str, dict[str, Any]] = {
     "greedy": {},
     "return_dict_in_generate": {"return_dict_in_generate": True},
@@ -54,22 +51,12 @@ def test_a_model_is_exact_or_refused_by_name(name: str) -> None:
     if kind not in CONFIG_MAPPING:
         pytest.skip(f"transformers {version('transformers')} has no {kind}")
     model = build(name)
-    if isinstance(found := target_or_refusal(model), ModelRunner):
+    if isinstance(found := target_or_refusal(model, kv_tokens=KV_TOKENS), ModelRunner):
         truths = [generate(model, prompt, NEW_TOKENS) for prompt in PROMPTS]
         assert decode(found, PROMPTS, truths) == truths
     else:
-        assert found.startswith(f"model type {model.config.model_type!r}: ")
-        assert found.endswith("run it with transformers' own generate")
         # An older release may not offer the seam; a newer one that takes it away breaks what README promises.
         assert OLDER or name not in SUPPORTED, found
-
-
-def target_or_refusal(model: PreTrainedModel) -> ModelRunner | str:
-    """The model behind a packed forward, or why it is refused."""
-    try:
-        return ModelRunner(model, kv_tokens=KV_TOKENS)
-    except UnsupportedModel as refusal:
-        return str(refusal)
 
 
 @pytest.fixture(scope="module")

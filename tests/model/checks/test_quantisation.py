@@ -29,19 +29,21 @@ PROMPTS = ([5, 17, 40, 8, 8, 61, 33, 90, 12, 77, 29, 5, 17, 40, 8], [88, 1, 60],
 NEW = 24
 _BY_16 = torchao.PerGroup(16)
 WEIGHTS_ALONE: dict[str, Any] = {
-    "int8": lambda: TorchAoConfig(torchao.Int8WeightOnlyConfig()),
-    "int8, embeddings too": lambda: TorchAoConfig(torchao.Int8WeightOnlyConfig(), include_input_output_embeddings=True),
+    "int8": lambda: TorchAoConfig(torchao.Int8WeightOnlyConfig(version=2)),
+    "int8, embeddings too": lambda: TorchAoConfig(
+        torchao.Int8WeightOnlyConfig(version=2), include_input_output_embeddings=True
+    ),
     "int4": lambda: TorchAoConfig(torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=_BY_16)),
     "float8": lambda: TorchAoConfig(torchao.Float8WeightOnlyConfig()),
 }
 
 
 def by_row() -> Any:
-    return TorchAoConfig(torchao.Int8DynamicActivationInt8WeightConfig())
+    return TorchAoConfig(torchao.Int8DynamicActivationInt8WeightConfig(version=2))
 
 
 def by_one_scale() -> Any:
-    return TorchAoConfig(torchao.Int8DynamicActivationInt8WeightConfig(granularity=torchao.PerTensor()))
+    return TorchAoConfig(torchao.Int8DynamicActivationInt8WeightConfig(granularity=torchao.PerTensor(), version=2))
 
 
 def quantised(folder: Path, config: Any, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
