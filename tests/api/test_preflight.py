@@ -243,7 +243,7 @@ def test_the_server_checks_before_it_loads(invoke: Callable[..., Any], loads: li
         (("--port", 0, "--lora-root", "/nowhere"), "adapters.root is '/nowhere', which is no folder"),
         (("--port", 0, "--kv-format", "int9"), "unknown KV format 'int9'"),
         (("--port", 0, "--max-context", 8, "--kv-tokens", 0), "kv_tokens is 0"),
-        (("--port", 0, "--max-running", 0), "max_num_seqs is 0"),
+        (("--port", 0, "--max-num-seqs", 0), "max_num_seqs is 0"),
         (("--port", 0, "--drafters", "magic"), "unknown drafter 'magic'"),
     ):
         result = invoke("serve", *options)

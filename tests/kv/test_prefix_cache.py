@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, batch_invariant, initialize, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from specgen.kv.offload import page_files as pagefile
 from specgen.kv.radix_tree import CacheKey
@@ -103,7 +103,7 @@ class CacheMachine(RuleBasedStateMachine):
         if not often:
             self.world.clear()
 
-    @batch_invariant()
+    @invariant()
     def all_is_well(self) -> None:
         if hasattr(self, "world"):
             self.world.check()

@@ -160,7 +160,7 @@ def test_a_second_signal_ends_it_at_once(start: Start) -> None:
 
 def test_settings_come_from_file_environment_and_flags(tmp_path: Path) -> None:
     file = tmp_path / "server.toml"
-    file.write_text('port = 1\nhost = "file"\nmax_queued = 7\n[engine]\nkv_format = "int8"\nmax_running = 3\n')
+    file.write_text('port = 1\nhost = "file"\nmax_queued = 7\n[engine]\nkv_format = "int8"\nmax_num_seqs = 3\n')
     environment = {"SPECGEN_SERVER_PORT": "2", "SPECGEN_SERVER_API_KEYS": '["a", "b"]', "OTHER": "x"}
     found = ServerConfig.load(file, environment, {"port": 3, "host": None, "engine": {"max_num_seqs": 5}})
     assert (found.port, found.host, found.max_queued, found.api_keys) == (3, "file", 7, ("a", "b"))
