@@ -66,8 +66,8 @@ kernels: install ## compile the GPU kernels for every target and look at what th
 	@$(BIN)/python -m benchmarks.gpu.compiled $(KERNELS_ARGS)
 
 PYTEST_ARGS = -m "not slow"
-# A worker per core, up to four, a file of tests at a time. Threads that wait leave the core to the other worker.
-WORKERS = --numprocesses auto --maxprocesses 4 --dist loadfile
+# A worker per core, up to four, a file of tests at a time, the longest first (tests/conftest.py). Threads that wait leave the core to the other worker.
+WORKERS = --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 unit: install ## pytest without the slow tests
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(WORKERS) --durations=10 $(PYTEST_ARGS)
 

@@ -33,6 +33,26 @@ if threading.current_thread() is threading.main_thread() and signal.getsignal(si
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# What takes a worker longest. The others are dealt out after them, so that none is alone with a long file in the end.
+LONGEST = (
+    *("exactness/test_kv.py", "docs/test_docs.py", "exactness/test_real_models.py", "forward/test_compiled.py"),
+    *("tests/test_benchmarks.py", "exactness/test_grammar.py", "exactness/test_architectures.py", "test_distill.py"),
+    *("server/test_faults.py", "exactness/test_gpu.py", "test_eagle.py", "model/test_model_state.py"),
+    *("server/test_soak.py", "draft/drafters/test_translation.py", "model/test_invariant_layers.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+
+    def place(item: pytest.Item) -> int:
+        path = item.path.as_posix()
+        return next((place for name, place in places.items() if path.endswith(name)), len(LONGEST))
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Fill what `torch.empty` and its like return with NaN or huge integers, so that reading before writing shows.

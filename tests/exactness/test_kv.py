@@ -33,7 +33,15 @@ GREEDY: dict[str, Any] = {"temperature": 0}
 SMALL = ("llama", "mistral", "deepseek_v3", "gpt_oss", "gemma2")
 
 
+# Each model and each format; the other pairs take minutes and find the same.
+QUICK_PAIRS = {*(("llama", kind) for kind in FORMATS)}
+QUICK_PAIRS |= {("mistral", "int8"), ("deepseek_v3", "int4"), ("gpt_oss", "k8v4"), ("gemma2", "fp8")}
+
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def slow_unless(quick: bool, *values: str) -> Any:
+    return pytest.param(*values, marks=[] if quick else pytest.mark.slow)
 
 
 def texts(engine: Engine, prompts: Sequence[Sequence[int]], tokens: int, **options: Any) -> list[tuple[int, ...]]:
@@ -127,8 +135,9 @@ def test_tiny_models_with_invariant_rows(name: str) -> None:
             check(engine, small_prompts(), 12, way)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    ("name", "kind"), [slow_unless((name, kind) in QUICK_PAIRS, name, kind) for name in SMALL for kind in FORMATS]
+)
 def test_tiny_models_wherever_kv_comes_from(name: str, kind: str, tmp_path: Path) -> None:
     prompts = [ids * 2 for ids in small_prompts()]
     check_memory(build(name), kind, prompts, 8, tmp_path, kv_tokens=160)
@@ -152,7 +161,7 @@ def test_prompts_in_chunks_and_warm_prefixes(kind: str) -> None:
         assert texts(engine, warm, 4, speculation=ON, **GREEDY) == [text[20:] for text in truth]
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [slow_unless(kind in ("native", "int4"), kind) for kind in FORMATS])
 def test_smollm(smollm: PreTrainedModel, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same in one engine, whose pool is too small for two texts, its memory for one page."""
     # What takes seconds at load and is not looked at here.

@@ -99,7 +99,7 @@ PROMPTS = [[3, 17, 42, 9], list(range(40)), [5, 6, 5, 6, 5, 6], [60] * 20]
 SETTINGS = [{"temperature": 0}, {"temperature": 1.0, "seed": 7}]
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_text_is_the_targets(model: PreTrainedModel, folder: Path, compile: bool) -> None:
     """Alone, in a batch, behind a cached prefix, beside prompt lookup."""
     drafters = {"eagle": {"path": folder}, "prompt-lookup": {}}
@@ -174,7 +174,7 @@ def fed(drafter: Eagle) -> Eagle:
 
 
 @pytest.mark.skipif(why_not() is not None, reason=f"no CPU kernels: {why_not()}")
-@pytest.mark.parametrize("ahead", [1, AHEAD])
+@pytest.mark.parametrize("ahead", [pytest.param(1, marks=pytest.mark.slow), AHEAD])
 def test_compiled_the_head_says_the_same(model: PreTrainedModel, ahead: int) -> None:
     head = untrained(model, ahead).requires_grad_(False)
     plain, quick = (drafting(head, model).halves for _ in range(2))
