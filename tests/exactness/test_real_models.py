@@ -93,7 +93,7 @@ def test_greedy_says_what_transformers_says(quick: Bench, prompts: dict[str, Pro
     assert {run.result().finish_reason for run in running} == {"stop", "length"}
 
 
-@pytest.mark.parametrize("mode", ALONE)
+@pytest.mark.parametrize("mode", ["prompt-lookup", "draft-model", "echo-50"])
 def test_alone(quick: Bench, prompts: dict[str, Prompt], mode: str) -> None:
     assert_the_same_alone(quick, [Job(prompts[name], setting, mode) for name, setting in PAIRS])
 
@@ -140,7 +140,7 @@ def test_bfloat16_is_kept_or_counted(
     model = AutoModelForCausalLM.from_pretrained(demo_path, dtype=torch.bfloat16).eval()
     with open_engine(model, smollm_tokenizer, Observer()) as engine:
         bench = Bench(engine, TOKENS)
-        jobs = [Job(prompts[name], "greedy", "prompt-lookup") for name in QUICK_PROMPTS]
+        jobs = [Job(prompts[name], "greedy", "prompt-lookup") for name in QUICK_PROMPTS[:2]]
         bench.learn(jobs)
         on = [run.result() for run in bench.start(jobs)]
         off = [run.result() for run in bench.start(replace(job, mode="off") for job in jobs)]

@@ -39,7 +39,7 @@ def sampler(**options: float) -> Sampler:
     return Sampler(found, greedy=False, keys=PositionKeys(11, 2))
 
 
-@pytest.mark.parametrize("vocab", [7, 300, 5000])
+@pytest.mark.parametrize("vocab", [7, 300, pytest.param(5000, marks=pytest.mark.slow), 2100])
 def test_what_is_drawn_is_what_the_sampler_draws(vocab: int) -> None:
     torch.manual_seed(vocab)
     logits = 3 * torch.randn(POSITIONS, vocab, device=DEVICE)
