@@ -58,8 +58,8 @@ format: install ## let ruff put things in order
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-types: install ## mypy --strict
-	@$(BIN)/mypy $(SOURCES)
+types: install ## mypy --strict, of the package, its plugins and the public API as users write it
+	@$(BIN)/mypy $(SOURCES) tests/typing/public_api.py
 
 KERNELS_ARGS = --quick
 kernels: install ## compile the GPU kernels for every target and look at what they became; needs no GPU

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import msgspec
 
@@ -13,6 +13,9 @@ from specgen._base.option_names import ENGINE
 from specgen.errors import InvalidRequest, UnknownName
 from specgen.lora.adapter import AdapterOptions
 from specgen.types import Speculation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _LEAST = {
     "max_context": 1,
@@ -37,6 +40,35 @@ _FLAGS = ("cpu_kernels", "gpu_graphs", "prefix_cache")
 _MAY_BE_NONE = ("max_context", "kv_tokens", "prefix_cache_bytes")
 
 
+class EngineOptions(TypedDict, total=False):
+    """The keywords of `Engine` and `wrap`, as users write them: the fields of `EngineConfig`, and `draft_model`."""
+
+    drafters: Sequence[str] | Mapping[str, Mapping[str, object]]
+    draft_model: str | Path | PreTrainedModel
+    context: Sequence[str | tuple[str, Mapping[str, object]]]
+    speculation: Literal["auto", "off"] | Mapping[str, object] | Speculation
+    max_context: int | None
+    kv_tokens: int | None
+    kv_format: str
+    prefix_cache: bool
+    prefix_cache_bytes: int | None
+    host_cache_bytes: int
+    disk_cache: str | Path | None
+    disk_cache_bytes: int
+    response_cache_bytes: int
+    response_cache_seconds: float
+    batch_invariant: bool | None
+    compile: bool | Literal["background"]
+    cpu_kernels: bool
+    gpu_kernels: bool | None
+    gpu_graphs: bool
+    constraint_seconds: float
+    max_num_seqs: int
+    max_prefill_tokens: int
+    inter_token_seconds: float | None
+    adapters: AdapterOptions | Mapping[str, object]
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of an engine.
 
@@ -57,11 +89,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     response_cache_seconds, or shares the run of one that is there already. `speculation` and `prediction` may differ,
     for they change no token. The result is the same under its own request_id: all its prompt counts as cached, and
     its `stats` are empty, since no step was taken for it.
-    invariant: compute each row so that its bits do not depend on the rows beside it. Then drafting, batch-mates and
-    chunks change nothing in any dtype, at the price of slower steps and prompts. `None` turns it on where it is cheap,
-    with the CPU kernels, and where exactness needs it: with a KV format that rounds, for which the last bit of a sum
-    may be a step of the code, unless the model computes in float64. False forbids it: texts may then differ by what is
-    drafted. With True a model that cannot do it is refused by name.
+    batch_invariant: compute each row so that its bits do not depend on the rows beside it. Then drafting, batch-mates
+    and chunks change nothing in any dtype, at the price of slower steps and prompts. `None` turns it on where it is
+    cheap, with the CPU kernels, and where exactness needs it: with a KV format that rounds, for which the last bit of a
+    sum may be a step of the code, unless the model computes in float64. False forbids it: texts may then differ by what
+    is drafted. With True a model that cannot do it is refused by name.
     compile: compile the model's forward: True while the engine is built, "background" while it serves already, which
     cannot be had with batch_invariant=True, since the compiled forward rounds differently. What was compiled is kept in
     the cache folder. A forward that cannot be compiled runs as it is, with a line in the log.

@@ -20,14 +20,23 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import msgspec
 
 from specgen.errors import InvalidRequest
 
-LogitsProcessor: TypeAlias = Callable[[Any, Any], Any]
-"""(ids int64[1, n], logits float32[1, vocab]) -> float32[1, vocab]: transformers' own protocol, used unchanged."""
+if TYPE_CHECKING:
+    from torch import FloatTensor, LongTensor, Tensor
+    from transformers import PreTrainedTokenizerBase
+
+
+class LogitsProcessor(Protocol):
+    """transformers' own protocol, used unchanged: those of transformers are such."""
+
+    def __call__(self, input_ids: LongTensor, scores: FloatTensor, /) -> Tensor:
+        """input_ids int64[1, n] and logits float32[1, vocab] to logits float32[1, vocab]."""
+
 
 LogitsProcessorFactory: TypeAlias = Callable[..., LogitsProcessor]
 """`factory(tokenizer, **options) -> LogitsProcessor`.
@@ -36,12 +45,39 @@ Called once for each sequence that asks for the processor by name, so the proces
 the request says; declare them as keywords, then Python itself refuses the unknown ones.
 """
 
-StoppingCriterion: TypeAlias = Callable[[Any, Any], Any]
-"""(ids int64[1, n], logits float32[1, vocab]) -> truth: transformers' protocol for a single sequence."""
 
-Message: TypeAlias = Mapping[str, Any]
+class StoppingCriterion(Protocol):
+    """transformers' protocol for a single sequence."""
+
+    def __call__(self, input_ids: LongTensor, scores: FloatTensor, /) -> Tensor | bool:
+        """Whether a text ends behind its last token: ids int64[1, n] and logits float32[1, vocab] to truth."""
+
+
+Message: TypeAlias = Mapping[str, object]
 Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message] | Chat"
+"""One prompt: text, token ids, or messages (`{"role": ..., "content": ...}`), with what their template wants or not."""
+Prompts: TypeAlias = (
+    "list[str] | list[list[int]] | list[list[Message]] | list[Chat] | "
+    "tuple[str, ...] | tuple[Sequence[int], ...] | tuple[Sequence[Message], ...] | tuple[Chat, ...]"
+)
+"""Several prompts of one kind: a list or a tuple of them."""
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
+
+
+class Tokenizer(Protocol):
+    """What a tokenizer must have; those of transformers do. A chat template, special tokens and the rest of theirs are
+    used where they are there."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text."""
+
+    def decode(self, token_ids: list[int], **kwargs: bool) -> str:
+        """The text of ids; `skip_special_tokens` and `clean_up_tokenization_spaces` are given."""
+
+
+AnyTokenizer: TypeAlias = "Tokenizer | PreTrainedTokenizerBase"
+
+_SHOWN = 80
 
 MAX_TREE_NODES = 63
 """So that a row's ancestors, the root included, fit one 64-bit mask."""
@@ -293,3 +329,9 @@ class Result:
     logprobs: tuple[Logprob, ...] = ()
     error: BaseException | None = None
     is_callers_error: bool = False
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= _SHOWN else f"{self.text[:_SHOWN]}..."
+        speed = f"{self.stats.mean_acceptance_length:.2f} tokens per forward"
+        failure = f", {self.error!r}" if self.error else ""
+        return f"<Result {text!r}, {self.finish_reason}, {len(self.ids)} tokens, {speed}{failure}>"

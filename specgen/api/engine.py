@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import threading
+import asyncio
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Unpack, cast, overload
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from specgen._base.log import Log
 from specgen._base.memory import promise
 from specgen._base.options import made
-from specgen._base.process import at_fork
 from specgen._base.torch_state import plain_torch
 from specgen.api.adapters import EngineAdapters
 from specgen.api.prefix import EnginePrefix
 from specgen.api.preflight import check_options
-from specgen.config import EngineConfig
+from specgen.config import EngineConfig, EngineOptions
 from specgen.context.pipeline import ContextPipeline
-from specgen.draft.drafter import Drafter, DrafterSetup
+from specgen.draft.drafter import Drafter, DrafterSetup, LoadedModel
 from specgen.engine.core import Counters, EngineCore, Load
-from specgen.engine.request_builder import Prepared, RequestBuilder, model_ends, with_options
+from specgen.engine.request import PreparedRequest
+from specgen.engine.request_builder import RequestBuilder, model_ends, with_options
 from specgen.engine.response_cache import ResponseCache
-from specgen.engine.stream import Stream, gather
+from specgen.engine.stream import Stream, agather, gather
 from specgen.engine.thread import EngineThread
 from specgen.errors import ModelChanged, UnsupportedModel
 from specgen.kv.offload.persistence import CacheOptions
@@ -39,8 +40,9 @@ from specgen.model.loading import check_device, check_model_options, dtype_of, l
 from specgen.model.runner import ModelRunner
 from specgen.plugins.manager import Plugins, load_plugins
 from specgen.sampling.constraint import Constraints, ConstraintSetup
+from specgen.sampling.keywords import SamplingOptions
 from specgen.sampling.params import SamplingParams, not_followed
-from specgen.types import Prompt, Result
+from specgen.types import AnyTokenizer, Chat, Prompt, Prompts, Result
 
 log = Log("specgen.engine")
 
@@ -64,11 +66,11 @@ class Engine:
     def __init__(
         self,
         model: PreTrainedModel | Callable[[], PreTrainedModel],
-        tokenizer: Any = None,
+        tokenizer: AnyTokenizer | None = None,
         *,
         config: EngineConfig | None = None,
         plugins: Plugins | None = None,
-        **options: Any,
+        **options: Unpack[EngineOptions],
     ) -> None:
         self.config = EngineConfig.chosen(config, options)
         self.plugins = plugins or load_plugins()
@@ -133,10 +135,12 @@ class Engine:
         *,
         dtype: str | torch.dtype | None = "auto",
         device: str | torch.device | None = None,
-        quantization_config: Any = None,
+        quantization_config: QuantizationConfigMixin | None = None,
         gguf_file: str | None = None,
-        model_options: Mapping[str, Any] | None = None,
-        **options: Any,
+        model_options: Mapping[str, object] | None = None,
+        config: EngineConfig | None = None,
+        plugins: Plugins | None = None,
+        **options: Unpack[EngineOptions],
     ) -> Engine:
         """Load a model and its tokenizer and wrap them. What is wrong with an option is told before weights are read.
 
@@ -151,8 +155,7 @@ class Engine:
         check_model_options(model_options or {})
         own = {"quantization_config": quantization_config, "gguf_file": gguf_file}
         chosen = {name: value for name, value in own.items() if value is not None} | dict(model_options or {})
-        plugins = options.pop("plugins", None)
-        config = EngineConfig.chosen(options.pop("config", None), options)
+        config = EngineConfig.chosen(config, options)
         dtype_of(dtype)
         check_device(device)
         located(model, chosen)
@@ -161,7 +164,17 @@ class Engine:
         engine._shared = False
         return engine
 
-    def generate(self, prompt: Any, params: SamplingParams | None = None, **options: Any) -> Any:
+    @overload
+    def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
+    ) -> Result: ...
+    @overload
+    def generate(
+        self, prompt: Prompts, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
+    ) -> list[Result]: ...
+    def generate(
+        self, prompt: Prompt | Prompts, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
+    ) -> Result | list[Result]:
         """Continue one prompt, or many at once, and wait for the end.
 
         prompt: text, a list of messages (`{"role": ..., "content": ...}`), a list of token ids, or a list of those.
@@ -171,21 +184,34 @@ class Engine:
         what a processor or criterion of the request raised is raised as it is, anything else as RequestFailed.
         Raises WouldDeadlock on the engine's own thread, as do `stream` and `start`.
         """
-        self._follow()
-        params = with_options(params, options)
-        many = _is_batch(prompt)
-        prompts = list(prompt) if many else [prompt]
-        built = [self._builder.build(one, params, copies=len(prompts) > 1) for one in prompts]
-        streams = self._runner.submit(*built)
+        streams, shape = self._submitted(prompt, params, options)
         try:
-            results = gather(streams)
+            return shape(gather(streams))
         finally:
-            for stream in streams:
-                stream.cancel()
-        each: list[Any] = [found if params.n > 1 else found[0] for found in results]
-        return each if many else each[0]
+            _cancel(streams)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Stream:
+    @overload
+    async def agenerate(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
+    ) -> Result: ...
+    @overload
+    async def agenerate(
+        self, prompt: Prompts, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
+    ) -> list[Result]: ...
+    async def agenerate(
+        self, prompt: Prompt | Prompts, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
+    ) -> Result | list[Result]:
+        """`generate` for asyncio: the same answers. Prompts are tokenised on another thread, so that the loop goes on;
+        where the task is cancelled its requests are too."""
+        streams, shape = await asyncio.to_thread(self._submitted, prompt, params, options)
+        try:
+            return shape(await agather(streams))
+        finally:
+            _cancel(streams)
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
+    ) -> Stream:
         """Continue one prompt and hand out what each step adds: iterate over it with `for` or `async for`."""
         self._follow()
         params = with_options(params, options)
@@ -194,7 +220,9 @@ class Engine:
         stream.owner = self
         return stream
 
-    def prepare(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Prepared:
+    def prepare(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[SamplingOptions]
+    ) -> PreparedRequest:
         """Check and tokenise one prompt without running it; `start` runs it. For servers, whose event loop must not
         wait for a chat template, and who look at a prompt's length first."""
         self._runner.check_process()
@@ -208,7 +236,7 @@ class Engine:
         """The ids that a prompt has behind the context stages."""
         return list(self._builder.encode(prompt))
 
-    def start(self, *prepared: Prepared) -> list[Stream]:
+    def start(self, *prepared: PreparedRequest) -> list[Stream]:
         """Run what was prepared, all in time for the same step, each once; a stream for each, as from `stream`."""
         self._follow()
         return self._runner.submit(*prepared)
@@ -269,11 +297,35 @@ class Engine:
             for target in (self.target, *self._draft_targets):
                 target.close()
 
+    def __repr__(self) -> str:
+        target, load = self.target, self.load
+        kv = f"{target.pool.capacity} tokens of {target.pool.kind.name} KV"
+        where = f"{str(target.architecture.dtype).removeprefix('torch.')} on {target.device}"
+        return f"<Engine {type(self._model).__name__}, {where}, {kv}, {load.running} running, {load.waiting} waiting>"
+
     def __enter__(self) -> Engine:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _submitted(
+        self, prompt: Prompt | Prompts, params: SamplingParams | None, options: SamplingOptions
+    ) -> tuple[list[Stream], Callable[[list[list[Result]]], Result | list[Result]]]:
+        """The streams of one prompt or of several, and how their results are returned."""
+        self._follow()
+        params = with_options(params, options)
+        prompts = several(prompt)
+        built = [
+            self._builder.build(one, params, copies=prompts is not None and len(prompts) > 1)
+            for one in (prompts if prompts is not None else [cast(Prompt, prompt)])
+        ]
+
+        def shape(found: list[list[Result]]) -> Any:
+            each = [results if params.n > 1 else results[0] for results in found]
+            return each if prompts is not None else each[0]
+
+        return self._runner.submit(*built), shape
 
     def _follow(self) -> None:
         """Look whether the model is what it was, before a request. Raises as `refresh`, and ModelChanged."""
@@ -315,7 +367,7 @@ class Engine:
             built[name] = made(f"drafter {name!r}", options, make, param="drafters")
         return built
 
-    def _load_draft_model(self, source: str | Path | PreTrainedModel) -> tuple[ModelRunner, Any]:
+    def _load_draft_model(self, source: str | Path | PreTrainedModel) -> LoadedModel:
         tokenizer = load_tokenizer(source)
         if not isinstance(source, PreTrainedModel):
             source = load_model(source, dtype=self.target.model.dtype, device=self.target.device)
@@ -324,7 +376,7 @@ class Engine:
         drafter = self._target(source, tokenizer, self.target.pool.capacity, context, batch_invariant=False)
         drafter.compile(self.config.compile)
         self._draft_targets.append(drafter)
-        return drafter, tokenizer
+        return LoadedModel(drafter, tokenizer)
 
     def _own_target(self, pool: KVPool | None = None) -> ModelRunner:
         config = self.config
@@ -336,7 +388,7 @@ class Engine:
     def _target(
         self,
         model: PreTrainedModel,
-        tokenizer: Any,
+        tokenizer: AnyTokenizer | None,
         kv_tokens: int | None,
         max_context: int | None,
         *,
@@ -363,62 +415,18 @@ def _cache_options(config: EngineConfig) -> CacheOptions | None:
     return CacheOptions(config.prefix_cache_bytes, config.host_cache_bytes, config.disk_cache, config.disk_cache_bytes)
 
 
-def wrap(model: PreTrainedModel, tokenizer: Any = None, **options: Any) -> Engine:
+def wrap(model: PreTrainedModel, tokenizer: AnyTokenizer | None = None, **options: Unpack[EngineOptions]) -> Engine:
     """An engine around a model that is loaded already. `options` as in `Engine`. The model stays the caller's: where it
     was changed, by a training for instance, the next request finds the engine refreshed; see `Engine.refresh`."""
     return Engine(model, tokenizer, **options)
 
 
-_latest: list[Engine] = []
-_making = threading.RLock()
-_inherited: list[object] = []
+def several(prompt: Prompt | Prompts) -> list[Prompt] | None:
+    """The prompts of a list or tuple of them, `None` for one prompt: the items of several are texts or lists."""
+    is_several = isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], str | list | tuple | Chat)
+    return list(cast("list[Prompt]", prompt)) if is_several else None
 
 
-def _leave_to_parent() -> None:
-    """In a forked child: engines of the parent have no thread here, and another thread may have held the lock."""
-    global _making  # noqa: PLW0603
-    _making = threading.RLock()
-    # Not let go: memory on a device is the parent's too.
-    _inherited.extend(_latest)
-    _latest.clear()
-
-
-at_fork(after_in_child=_leave_to_parent)
-
-
-def engine_of(model: PreTrainedModel, tokenizer: Any = None) -> Engine:
-    """The engine that the one-line helpers use for `model`: made once, kept until they are called for another model or
-    the model has changed: an update of its weights, an adapter that is active, a hook. The caller looks no more."""
-    engine = _kept(model, tokenizer)
-    if engine is None:
-        with _making:
-            # Another thread may have made it meanwhile.
-            engine = _kept(model, tokenizer) or _made(model, tokenizer)
-    return engine
-
-
-def _made(model: PreTrainedModel, tokenizer: Any) -> Engine:
-    # The old one's memory is needed for the new one, if nobody uses it.
-    _latest.clear()
-    engine = wrap(model, tokenizer)
-    # Who asks for it is told of a change by getting another.
-    engine._shared = False
-    _latest[:] = [engine]
-    return engine
-
-
-def _kept(model: PreTrainedModel, tokenizer: Any) -> Engine | None:
-    for engine in _latest:
-        if engine._model is model and tokenizer in (None, engine.tokenizer) and engine.target.change() is None:
-            return engine
-    return None
-
-
-def generate(model: PreTrainedModel, prompt: Any, *, tokenizer: Any = None, **options: Any) -> Result | Any:
-    """`Engine.generate` for a model at hand, with an engine that is kept until another model is used."""
-    return engine_of(model, tokenizer).generate(prompt, **options)
-
-
-def _is_batch(prompt: Any) -> bool:
-    """Whether `prompt` is a list of prompts: its items are texts or lists."""
-    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], str | list | tuple)
+def _cancel(streams: Sequence[Stream]) -> None:
+    for stream in streams:
+        stream.cancel()

@@ -97,7 +97,8 @@ class EnginePrefix:
             speculation=Speculation.of("off"),
         )
         for attempt in range(_ATTEMPTS):
-            request, samples = self._builder.build(prompt, draft_nothing, copies=False)
+            prepared = self._builder.build(prompt, draft_nothing, copies=False)
+            request = prepared.request
             key, ids = self._core.key(request), request.ids
             pin = self._runner.call(lambda key=key, ids=ids: cache.pin(key, ids))  # type: ignore[misc]
             wanted = len(request.ids) // self._core.target.pool.page_size * self._core.target.pool.page_size
@@ -105,7 +106,7 @@ class EnginePrefix:
                 break
             # Others may evict it between its end and the next look; what is pinned already stays meanwhile.
             try:
-                for stream in self._runner.submit((request, samples), computed=True):
+                for stream in self._runner.submit(prepared, computed=True):
                     stream.results()
             finally:
                 self._runner.call(pin.release)

@@ -5,13 +5,30 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from specgen.draft.features import Features, Wanted
 from specgen.lora.adapter import Adapter
-from specgen.types import TokenTree
+from specgen.types import AnyTokenizer, TokenTree
 
-CompiledRows: TypeAlias = Callable[..., tuple[Any, ...]]
+if TYPE_CHECKING:
+    from specgen.model.runner import ModelRunner
+
+CompiledRows: TypeAlias = Callable[..., tuple[Tensor, ...]]
+"""A function of packed rows: tensors in, tensors out."""
+Example: TypeAlias = tuple[Tensor, int | tuple[int, ...]]
+"""An argument of such a function, and its dimensions that are rows."""
+
+
+class LoadedModel(NamedTuple):
+    """A model behind a packed forward that the drafter owns, and its tokenizer, `None` where there is none."""
+
+    model: ModelRunner
+    tokenizer: AnyTokenizer | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,21 +103,18 @@ class DrafterSetup:
     """What a drafter factory is given when an engine is built.
 
     options: what the user wrote for this drafter. A factory refuses unknown ones by name.
-    load_model: turns a path or a model into a packed model that the drafter may own, with as many tokens of KV as the
-        target's pool, and its tokenizer, None where there is none.
+    load_model: loads a model from a path, or takes one, with as many tokens of KV as the target's pool.
     target: the target's model, to read its config and weights; not to be run or changed.
     compile_rows: compiles a function of packed rows where the engine compiles the target's forward, and else gives it
         back; see `specgen.model.forward.compiled.compile_rows`.
     """
 
     vocab_size: int
-    tokenizer: Any = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    load_model: Callable[[Any], tuple[Any, Any]] | None = None
-    target: Any = None
-    compile_rows: Callable[[CompiledRows, Sequence[tuple[Any, Any]]], CompiledRows] = lambda function, examples: (
-        function
-    )
+    tokenizer: AnyTokenizer | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
+    load_model: Callable[[str | Path | PreTrainedModel], LoadedModel] | None = None
+    target: PreTrainedModel | None = None
+    compile_rows: Callable[[CompiledRows, Sequence[Example]], CompiledRows] = lambda function, examples: function
 
 
 DrafterFactory: TypeAlias = Callable[[DrafterSetup], Drafter]

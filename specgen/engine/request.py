@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from specgen.engine.detokenizer import IncrementalDetokenizer
 from specgen.lora.adapter import Adapter
@@ -54,3 +55,10 @@ class SampleSpec:
     stops: StopRules
     cursor: IncrementalDetokenizer
     constraint: Constrained | None = None
+
+
+class PreparedRequest(NamedTuple):
+    """A request that was checked and tokenised, and how each of its samples draws. It can be run once."""
+
+    request: Request
+    samples: list[SampleSpec]

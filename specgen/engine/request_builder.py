@@ -6,7 +6,7 @@ import copy
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeVar, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -16,20 +16,17 @@ from specgen.context.length_bound import check_fits
 from specgen.context.pipeline import ContextPipeline
 from specgen.context.stage import Context
 from specgen.draft.manager import DraftManager
-from specgen.engine.detokenizer import IncrementalDetokenizer
-from specgen.engine.request import Request, SampleSpec, StopRules
+from specgen.engine.detokenizer import Decoder, IncrementalDetokenizer
+from specgen.engine.request import PreparedRequest, Request, SampleSpec, StopRules
 from specgen.errors import InvalidRequest, SpecgenError, UnknownName
 from specgen.lora.adapter import Adapter
 from specgen.sampling.constraint import Constrained, Constraints, Matcher
 from specgen.sampling.params import SamplingParams, check_ids
 from specgen.sampling.sampler import PositionKeys, Sampler, processors
 from specgen.sampling.user_code import UserCode
-from specgen.types import LogitsProcessor, LogitsProcessorFactory, Prompt, Speculation
+from specgen.types import AnyTokenizer, LogitsProcessor, LogitsProcessorFactory, Prompt, Speculation, Tokenizer
 
 FunctionT = TypeVar("FunctionT")
-
-Prepared: TypeAlias = tuple[Request, list[SampleSpec]]
-"""A request that was checked and tokenised, and how each of its samples draws. It can be run once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +37,7 @@ class RequestBuilder:
     speculation: how requests draft that do not say it themselves.
     """
 
-    tokenizer: Any
+    tokenizer: AnyTokenizer | None
     model: PreTrainedModel
     vocab_size: int
     context_length: int
@@ -59,7 +56,7 @@ class RequestBuilder:
         return config
 
     @plain_torch()
-    def build(self, prompt: Prompt, params: SamplingParams, *, copies: bool) -> Prepared:
+    def build(self, prompt: Prompt, params: SamplingParams, *, copies: bool) -> PreparedRequest:
         """The request and how each of its `params.n` samples draws.
 
         copies: whether sequences of other requests share the processors in `params`, so that each needs its own.
@@ -77,7 +74,8 @@ class RequestBuilder:
         request = Request(f"req-{secrets.token_hex(8)}", ids, params, seed, speculation, prediction, adapter)
         copies = copies or params.n > 1
         matcher = self.constraints.compile(params.constraint) if params.constraint else None
-        return request, [self._sample(request, index, matcher, copies=copies) for index in range(params.n)]
+        samples = [self._sample(request, index, matcher, copies=copies) for index in range(params.n)]
+        return PreparedRequest(request, samples)
 
     @plain_torch()
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
@@ -112,7 +110,7 @@ class RequestBuilder:
         )
         cursor = IncrementalDetokenizer.after(
             request.ids,
-            self.tokenizer,
+            cast(Decoder | None, self.tokenizer),
             stop=params.stop,
             include_stop=params.include_stop_str_in_output,
             skip_special=params.skip_special_tokens,
@@ -147,7 +145,7 @@ class RequestBuilder:
 
     def _spelt(self, text: str, param: str) -> list[int]:
         """The ids of a text that a request holds. A tokenizer may know tokens that the model has no logits for."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
+        ids = cast(Tokenizer, self.tokenizer).encode(text, add_special_tokens=False)
         if beyond := [token for token in ids if not 0 <= token < self.vocab_size]:
             raise InvalidRequest(
                 f"{param} holds {text!r}, which the tokenizer spells with token id {beyond[0]}; "
@@ -172,7 +170,7 @@ class RequestBuilder:
         return found
 
 
-def model_ends(defaults: GenerationConfig, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+def model_ends(defaults: GenerationConfig, tokenizer: AnyTokenizer | None, vocab_size: int) -> tuple[int, ...]:
     """The model's own end tokens: what its generation config says, else the tokenizer's; of those the ones that the
     model can say."""
     eos = defaults.eos_token_id
@@ -197,7 +195,7 @@ def _own(function: FunctionT, param: str, *, copies: bool) -> FunctionT:
         ) from error
 
 
-def with_options(params: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
+def with_options(params: SamplingParams | None, options: Mapping[str, object]) -> SamplingParams:
     """The params of a call: `params`, or keywords as users write them. Both at once is an error."""
     if params is not None:
         if options:

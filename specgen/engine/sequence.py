@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ from specgen.types import (
     TokenTree,
     Usage,
 )
+
+if TYPE_CHECKING:
+    from torch import FloatTensor, LongTensor
 
 log = Log("specgen.engine")
 
@@ -208,8 +212,9 @@ class _Scan:
         if sequence.cursor.stop and (string := self._advance([token])):
             return Finish("stop", string)
         if stops.criteria:
-            ids = sequence.ids_with(self.path)
-            if any(bool(torch.as_tensor(stop(ids, self._row(node))).any()) for stop in stops.criteria):
+            ids = cast("LongTensor", sequence.ids_with(self.path))
+            row = cast("FloatTensor", self._row(node))
+            if any(bool(torch.as_tensor(stop(ids, row)).any()) for stop in stops.criteria):
                 return Finish("stop")
         if sequence.constraint and sequence.constraint.advance(token):
             return Finish("stop")

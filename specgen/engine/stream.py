@@ -102,6 +102,10 @@ class Stream:
         await self._until(lambda: not self._unfinished)
         return [self._results[index] for index in sorted(self._results)]
 
+    def __repr__(self) -> str:
+        state = "failed" if self._error or self._failed else "running" if self._unfinished else "finished"
+        return f"<Stream {self.request_id}, {state}, {len(self._outputs)} outputs unread>"
+
     def __iter__(self) -> Iterator[StepOutput]:
         return self
 
@@ -215,6 +219,16 @@ def gather(streams: Sequence[Stream]) -> list[list[Result]]:
         with stream._awaited():
             settled.get().results()
     return [stream.results() for stream in streams]
+
+
+async def agather(streams: Sequence[Stream]) -> list[list[Result]]:
+    """`gather` for asyncio."""
+    tasks = [asyncio.ensure_future(stream.aresults()) for stream in streams]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _failure(result: Result) -> BaseException:

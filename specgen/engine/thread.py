@@ -21,7 +21,7 @@ from specgen._base.openmp import release_workers
 from specgen._base.process import at_fork
 from specgen.engine.core import EngineCore, cancelled
 from specgen.engine.in_flight import InFlight
-from specgen.engine.request import Request, SampleSpec
+from specgen.engine.request import PreparedRequest, Request, SampleSpec
 from specgen.engine.response_cache import ResponseCache, ResponseKey, response_key
 from specgen.engine.scheduler import NotPlanned
 from specgen.engine.sequence import Sequence as Running
@@ -84,7 +84,7 @@ class EngineThread:
         self.failed_steps = 0
         """How many steps have failed in a row, the last one included."""
 
-    def submit(self, *built: tuple[Request, Sequence[SampleSpec]], computed: bool = False) -> list[Stream]:
+    def submit(self, *built: PreparedRequest, computed: bool = False) -> list[Stream]:
         """Queue requests, all in time for the same step; a stream ends when all samples of its request are finished.
 
         computed: whether they have to run, though the answer may be known.
@@ -316,9 +316,7 @@ class EngineThread:
     def _key(self, request: Request, samples: Sequence[SampleSpec]) -> ResponseKey | None:
         return response_key(request, self._core.key(request), samples[0].stops) if self._shares else None
 
-    def _accept(
-        self, built: Sequence[tuple[Request, Sequence[SampleSpec]]], keys: Sequence[ResponseKey | None]
-    ) -> None:
+    def _accept(self, built: Sequence[PreparedRequest], keys: Sequence[ResponseKey | None]) -> None:
         for (request, samples), key in zip(built, keys, strict=True):
             try:
                 known = self._begin(request, samples, key)

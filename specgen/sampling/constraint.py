@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from specgen._base.log import Log
 from specgen._base.timed_threads import TimedThreads
 from specgen.errors import InvalidRequest, Overloaded, UnknownName
 from specgen.tree import path, select
-from specgen.types import EMPTY_TREE, Constraint, TokenTree
+from specgen.types import EMPTY_TREE, AnyTokenizer, Constraint, TokenTree
 
 log = Log("specgen.constraint")
 
@@ -78,12 +78,14 @@ class ConstraintSetup:
     tokenizer: None where the engine has none. vocab_size: width of a row. end_ids: the model's own end tokens.
     """
 
-    tokenizer: Any
+    tokenizer: AnyTokenizer | None
     vocab_size: int
     end_ids: tuple[int, ...] = ()
 
 
-ConstraintFactory: TypeAlias = Callable[[ConstraintSetup, Any], Matcher]
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+
+ConstraintFactory: TypeAlias = Callable[[ConstraintSetup, Json], Matcher]
 """`factory(setup, value) -> Matcher`: `value` is what the request says, in JSON's types.
 
 Called for each constrained request, possibly on several threads at once, while the thread that submits it waits for at

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -36,6 +36,9 @@ from specgen.kernels.sample_rows import Warp
 from specgen.sampling.params import SamplingParams
 from specgen.sampling.user_code import UserCode
 from specgen.types import LogitsProcessor, Logprob
+
+if TYPE_CHECKING:
+    from torch import FloatTensor, LongTensor
 
 _COLDEST = 1e-30
 """Below it logits overflow, and infinities tie; nobody can tell it from anything colder."""
@@ -97,7 +100,7 @@ class Sampler:
             # A tensor of their own: some write in place, and the row as it is has other readers.
             logits = logits.clone()
         for processor in self._processors:
-            logits = processor(ids, logits)
+            logits = processor(cast("LongTensor", ids), cast("FloatTensor", logits))
         if not self._greedy:
             return gumbel_argmax(logits[0], self._keys[ids.shape[1]])
         token = int(logits[0].argmax())

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
 from specgen.api.engine import Engine
-from specgen.engine.request_builder import Prepared
+from specgen.engine.request import PreparedRequest
 from specgen.engine.stream import Stream
 from specgen.errors import ContextLengthExceeded, RequestFailed
 from specgen.sampling.params import SamplingParams
@@ -29,7 +29,7 @@ T = TypeVar("T")
 class Generation:
     """One HTTP request at work: a stream for each of its prompts, n choices from each."""
 
-    def __init__(self, prepared: Sequence[Prepared], streams: Sequence[Stream], timing: Timing) -> None:
+    def __init__(self, prepared: Sequence[PreparedRequest], streams: Sequence[Stream], timing: Timing) -> None:
         self.prepared = prepared
         self.failure: ApiError | None = None
         self.has_begun = False
@@ -66,7 +66,7 @@ class Generation:
                 self._timing.result(self._choice(place, result.index), result)
 
     def _choice(self, place: int, index: int) -> int:
-        return place * self.prepared[place][0].params.n + index
+        return place * self.prepared[place].request.params.n + index
 
     def _check(self, result: Result) -> None:
         """One sequence that did not come to its own end fails the request."""
@@ -144,7 +144,7 @@ class Jobs:
 
     async def _prepared(
         self, prompts: Sequence[Prompt], params: SamplingParams, field: str, size: int
-    ) -> list[Prepared]:
+    ) -> list[PreparedRequest]:
         lane = lane_of(size, compiles=params.constraint is not None)
         try:
             found = await self._preparing.run(lambda: [self.engine.prepare(each, params) for each in prompts], lane)
@@ -191,7 +191,7 @@ class Jobs:
         return ApiError(429, message, code="waited_too_long", retry=self.gate.retry)
 
     @asynccontextmanager
-    async def _started(self, prepared: Sequence[Prepared], timing: Timing) -> AsyncIterator[Generation]:
+    async def _started(self, prepared: Sequence[PreparedRequest], timing: Timing) -> AsyncIterator[Generation]:
         if self._ended is not None:
             raise self._ended
         job = Generation(prepared, self.engine.start(*prepared), timing)
@@ -205,9 +205,9 @@ class Jobs:
             self._accounting.add(accounting)
             accounting.add_done_callback(self._accounting.discard)
 
-    def _check_length(self, prepared: Prepared, field: str) -> None:
+    def _check_length(self, prepared: PreparedRequest, field: str) -> None:
         """What is asked for must fit as a whole: nothing is cut in silence."""
-        request, length = prepared[0], self.engine.context_length
+        request, length = prepared.request, self.engine.context_length
         asked = request.params.max_tokens or 1
         if len(request.ids) + asked > length:
             raise invalid(

@@ -42,12 +42,13 @@ from specgen import (
     StepOutput,
     Stream,
 )
-from specgen.api import engine as api
-from specgen.api.engine import engine_of
+from specgen.api import kept_engine as api
+from specgen.api.kept_engine import engine_of
 from specgen.engine import thread as runner
 from specgen.engine.request import Request
 from specgen.kv.pool import BlockTable
 from specgen.plugins.manager import load_plugins
+from tests.support.engines import close_kept
 from tests.support.letters import SECONDS, Letters, until
 from tests.support.tiny import VOCABULARY, build
 
@@ -62,8 +63,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def no_engine_stays() -> Iterator[None]:
     """The engine that the one-line helpers keep ends with the test."""
     yield
-    while api._latest:
-        api._latest.pop().close()
+    close_kept()
 
 
 @pytest.fixture(scope="module")
@@ -1073,3 +1073,53 @@ def test_what_the_drop_in_cannot_do_is_refused_by_name(speaking: PreTrainedModel
     with pytest.raises(InvalidRequest, match=message) as caught:
         speaking.generate(**given, custom_generate=specgen.custom_generate)
     assert caught.value.param == param
+
+
+# What a notebook shows.
+
+
+def test_what_is_shown_of_an_engine_and_its_answers_is_short(model: PreTrainedModel) -> None:
+    with Engine(model, Letters(), kv_tokens=256) as engine:
+        assert repr(engine) == (
+            "<Engine LlamaForCausalLM, float32 on cpu, 256 tokens of native KV, 0 running, 0 waiting>"
+        )
+        result = engine.generate(PROMPT, max_tokens=100, speculation="off", ignore_eos=True)
+        assert repr(result) == f"<Result {result.text[:80] + '...'!r}, length, 100 tokens, 1.00 tokens per forward>"
+        stream = engine.stream(PROMPT, max_tokens=3)
+        stream.results()
+        shown = repr(stream)
+        assert shown == f"<Stream {stream.request_id}, finished, {len(list(stream))} outputs unread>"
+
+
+# For asyncio.
+
+
+async def test_agenerate_answers_as_generate(engine: Engine) -> None:
+    options: dict[str, Any] = {"max_tokens": 9, "temperature": 0.8, "seed": 3}
+    expected = engine.generate(list(PROMPTS), **options)
+    assert [one.ids for one in await engine.agenerate(list(PROMPTS), **options)] == [one.ids for one in expected]
+    alone, sync = await asyncio.gather(engine.agenerate(PROMPT, **options), engine.agenerate(PROMPT, n=2, **options))
+    assert alone.ids == expected[0].ids
+    assert [one.ids for one in sync] == [one.ids for one in engine.generate(PROMPT, n=2, **options)]
+    with pytest.raises(InvalidRequest, match="max_tokens is 0"):
+        await engine.agenerate(PROMPT, max_tokens=0)
+
+
+async def test_a_cancelled_task_cancels_its_requests(engine: Engine) -> None:
+    task = asyncio.create_task(engine.agenerate([PROMPT, PROMPTS[1]], max_tokens=110, processors=[Slow(0.01)]))
+    await asyncio.to_thread(until, lambda: engine.load.running)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.to_thread(until, lambda: engine.counters.finished == {"cancelled": 2})
+
+
+async def test_the_first_of_several_that_fails_ends_agenerate(engine: Engine) -> None:
+    def fails(ids: Tensor, scores: Tensor) -> Tensor:
+        if ids[0, 0] == PROMPTS[1][0]:
+            raise ZeroDivisionError("mine")
+        return Slow(0.01)(ids, scores)
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        await engine.agenerate([PROMPT, PROMPTS[1]], max_tokens=110, processors=[fails])
+    await asyncio.to_thread(until, lambda: not engine.load.running)

@@ -471,7 +471,7 @@ def test_the_drop_in_takes_the_engine_as_it_is(model: PreTrainedModel) -> None:
     options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 8}
     expected = model.generate(ids, **options)
     with Engine(model, kv_tokens=512, response_cache_bytes=1 << 20) as engine, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(specgen.api.engine, "_latest", [engine])
+        patch.setattr("specgen.api.kept_engine._latest", [engine])
         for _ in range(2):
             assert torch.equal(model.generate(ids, custom_generate=specgen.custom_generate, **options), expected)
         assert engine.responses.stats.misses == 1

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 import specgen
 from specgen import Drafter, DraftSession, Engine, EngineClosed, RequestFailed, Result, WouldDeadlock
-from specgen.api import engine as api
+from specgen.api import kept_engine as api
 from specgen.engine import thread as runner
 from specgen.engine.core import EngineCore
 from specgen.engine.scheduler import Scheduler
@@ -32,6 +32,7 @@ from specgen.kv.pool import BlockTable
 from specgen.lora.adapter import AdapterOptions
 from specgen.lora.cache import AdapterCache
 from specgen.plugins.manager import load_plugins
+from tests.support.engines import close_kept
 from tests.support.tiny import build
 
 PROMPT, OTHER = [9, 31, 40, 9, 31, 77], [88, 1, 60, 61]
@@ -590,8 +591,7 @@ def test_an_interrupt_while_waiting_cancels_all_rows(model: PreTrainedModel, bat
         with pytest.raises(KeyboardInterrupt):
             engine.generate([PROMPT, OTHER] if batch else PROMPT, max_tokens=110, processors=[slow])
         waiting.result(SECONDS)
-        until(lambda: not engine._core.busy)
-        assert engine.counters.finished == {"cancelled": 1 + batch}
+        until(lambda: engine.counters.finished == {"cancelled": 1 + batch})
         assert len(engine.generate(PROMPT, max_tokens=3).ids) == 3
 
 
@@ -707,8 +707,7 @@ def test_a_forked_child_may_make_an_engine(model: PreTrainedModel, said: tuple[i
         assert specgen.generate(model, OTHER, max_tokens=2).ids == said[:2]
     finally:
         torch.set_num_threads(before)
-        while api._latest:
-            api._latest.pop().close()
+        close_kept()
 
 
 def test_a_forked_child_leaves_files_to_the_parent() -> None:

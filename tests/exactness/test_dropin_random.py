@@ -31,7 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import specgen
 from specgen import InvalidRequest
-from specgen.api import engine as api
+from tests.support.engines import close_kept
 from tests.support.tiny import VOCABULARY, build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -320,8 +320,7 @@ def compared(kind: str, calls: int) -> Counter[str]:
             heard = state.pop()
             assert own_state.pop() in (heard, [*heard, "end"]), told
         assert state == own_state, f"states differ after {told}"
-    while api._latest:
-        api._latest.pop().close()
+    close_kept()
     return refused
 
 

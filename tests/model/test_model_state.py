@@ -20,8 +20,9 @@ from transformers.models.llama import modeling_llama
 
 import specgen
 from specgen import Engine, InvalidRequest, ModelChanged, RequestFailed, UnsupportedModel
-from specgen.api import engine as api
+from specgen.api import kept_engine as api
 from specgen.model.runner import ModelRunner
+from tests.support.engines import close_kept
 from tests.support.tiny import VOCABULARY, build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,8 +41,7 @@ def no_engine_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The engine that the one-line helpers keep is small, and ends with the test."""
     monkeypatch.setattr(api, "wrap", lambda model, tokenizer=None: Engine(model, tokenizer, **OPTIONS))
     yield
-    while api._latest:
-        api._latest.pop().close()
+    close_kept()
 
 
 def truth(model: Any) -> list[int]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 from tests.releases.environment import CHECKS, ROOT, blame, lowest, pinned
-from tests.releases.warned import is_ours
+from tests.releases.warned import is_ours, is_shown
 
 PRINTED = """
 =================================== FAILURES ===================================
@@ -64,3 +65,14 @@ def test_a_warning_is_ours_where_a_line_of_ours_is_on_the_stack() -> None:
     ours["call"] = eval("lambda: is_ours()", {"__name__": "torch._dynamo.guards", "is_ours": is_ours})
     exec("def asks(): return call()", ours)
     assert not ours["asks"]()
+
+
+def test_what_is_filtered_is_shown_to_nobody() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert not is_shown("any", FutureWarning)
+        warnings.simplefilter("default")
+        assert is_shown("any", FutureWarning)
+        warnings.filterwarnings("ignore", message="an.")
+        assert not is_shown("any", FutureWarning)
+        assert is_shown("one", FutureWarning)

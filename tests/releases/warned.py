@@ -47,6 +47,14 @@ def is_ours() -> bool:
     return False
 
 
+def is_shown(message: str, kind: type[Warning]) -> bool:
+    """Whether Python's filters let a warning through, whatever module it comes from."""
+    for action, pattern, category, module, _ in warnings.filters:
+        if issubclass(kind, category) and module is None and (pattern is None or pattern.match(message)):
+            return action != "ignore"
+    return True
+
+
 @pytest.fixture(autouse=True)
 def we_cause_no_warning(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fail after the test, quoting what was said."""
@@ -56,7 +64,7 @@ def we_cause_no_warning(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         category = args[0] if args else kwargs.get("category")
         kind = type(message) if isinstance(message, Warning) else category or UserWarning
         # Python shows those of libraries to nobody; of our own lines they are errors by `WARNINGS`.
-        if not issubclass(kind, DeprecationWarning | PendingDeprecationWarning):
+        if not issubclass(kind, DeprecationWarning | PendingDeprecationWarning) and is_shown(str(message), kind):
             kept.add(str(message))
         kwargs["stacklevel"] = kwargs.get("stacklevel", args[1] if len(args) > 1 else 1) + 1
         warn(message, *args[:1], *args[2:], **kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from specgen import Engine
+from specgen.api import kept_engine
 
 
 def watched(engine: Engine) -> Engine:
@@ -31,3 +32,9 @@ def evict(engine: Engine) -> None:
     assert core.prefix
     engine._runner.call(lambda: core.prefix.evict(core.target.pool.pages))  # type: ignore[union-attr]
     assert engine.prefix.stats.pages == 0
+
+
+def close_kept() -> None:
+    """Close the engine that the one-line helpers keep."""
+    while kept_engine._latest:
+        kept_engine._latest.pop().close()

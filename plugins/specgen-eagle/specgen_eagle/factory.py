@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
+
+from torch import Tensor
 
 from specgen import DrafterSetup, InvalidRequest, pack_linears, read_options
 from specgen_eagle.checkpoint import load_head
@@ -22,7 +25,7 @@ def eagle(setup: DrafterSetup) -> Eagle:
     head = load_head(Path(options.path), setup.target)
     lending = lender(head, setup.target.get_output_embeddings())
     pack_linears(head)
-    embeddings = setup.target.get_input_embeddings().weight
+    embeddings = cast(Tensor, setup.target.get_input_embeddings().weight)
     if head.config.parallel > 1:
         halves = ParallelHalves(head, embeddings, options.width or _PARALLEL_WIDTH, options.depth, lending)
         drafter: Eagle = ParallelEagle(halves, options.window)

@@ -32,8 +32,9 @@ from specgen._base.log import Log
 from specgen.api.dropin.arguments import keep_arguments_for
 from specgen.api.dropin.inputs import left_paddings, not_read
 from specgen.api.dropin.row import RowCalls, is_end, is_stateless, stateless_calls
-from specgen.api.engine import Engine, engine_of
-from specgen.engine.request_builder import Prepared
+from specgen.api.engine import Engine
+from specgen.api.kept_engine import engine_of
+from specgen.engine.request import PreparedRequest
 from specgen.engine.stream import gather
 from specgen.errors import ContextLengthExceeded, InvalidRequest
 from specgen.sampling.params import SamplingParams
@@ -237,7 +238,7 @@ def _max_tokens(call: _Call) -> int:
     return max(1, min(lengths, default=call.config.max_length) - call.prompts.shape[1])
 
 
-def _results(engine: Engine, prepared: list[Prepared], calls: RowCalls | None, asked: int) -> list[Result]:
+def _results(engine: Engine, prepared: list[PreparedRequest], calls: RowCalls | None, asked: int) -> list[Result]:
     """Run all rows; where one fails, or the caller is interrupted, the others are cancelled."""
     streams = engine.start(*prepared)
     try:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, takewhile
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import msgspec
+from transformers import PreTrainedTokenizerBase
 
 from specgen._base.options import read_options, takes_options
 from specgen.draft.budget import likeliest, survivals
@@ -22,7 +23,7 @@ from specgen.draft.drafters.spelling import CONTEXT, HALF, Spelling
 from specgen.draft.merge import Merged
 from specgen.errors import DrafterMismatch, InvalidRequest
 from specgen.tree import path, select
-from specgen.types import EMPTY_TREE, TokenTree
+from specgen.types import EMPTY_TREE, AnyTokenizer, TokenTree
 
 
 class DraftModelOptions(msgspec.Struct, frozen=True):
@@ -54,9 +55,10 @@ def draft_model(setup: DrafterSetup) -> Drafter:
     return TranslatedDraftModel(drafter, Translation(setup.tokenizer, tokenizer, setup.vocab_size))
 
 
-def _same_tokens(setup: DrafterSetup, vocab_size: int, tokenizer: Any) -> bool:
+def _same_tokens(setup: DrafterSetup, vocab_size: int, tokenizer: AnyTokenizer | None) -> bool:
     if setup.tokenizer is not None and tokenizer is not None:
-        return bool(setup.tokenizer.get_vocab() == tokenizer.get_vocab())
+        ours, theirs = (cast(PreTrainedTokenizerBase, one).get_vocab() for one in (setup.tokenizer, tokenizer))
+        return bool(ours == theirs)
     if vocab_size == setup.vocab_size:
         return True
     missing = "the engine has none" if setup.tokenizer is None else "there is none beside the draft model"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from aiohttp import web
+from transformers import PreTrainedTokenizerBase
 
 from specgen.sampling.params import check_ids
 from specgen.server.parse import read
@@ -34,14 +37,13 @@ async def detokenize(request: web.Request) -> web.StreamResponse:
 
 def _answer(service: Service, asked: TokenizeRequest) -> TokenizeAnswer:
     ids = _ids(service, asked)
-    strings = service.engine.tokenizer.convert_ids_to_tokens(ids) if asked.return_token_strs else None
+    strings = list(_tokenizer(service).convert_ids_to_tokens(ids)) if asked.return_token_strs else None
     return TokenizeAnswer(len(ids), service.engine.context_length, ids, strings)
 
 
 def _text(service: Service, asked: DetokenizeRequest) -> str:
     check_ids(asked.tokens, service.engine.target.vocab_size, "tokens")
-    text: str = service.engine.tokenizer.decode(asked.tokens)
-    return text
+    return str(_tokenizer(service).decode(asked.tokens))
 
 
 def _ids(service: Service, asked: TokenizeRequest) -> list[int]:
@@ -50,8 +52,12 @@ def _ids(service: Service, asked: TokenizeRequest) -> list[int]:
     if asked.messages is not None:
         options = {"add_generation_prompt": asked.add_generation_prompt}
         return service.engine.encode(conversation(asked.messages, asked.tools, options))
-    ids: list[int] = service.engine.tokenizer.encode(asked.prompt, add_special_tokens=asked.add_special_tokens)
+    ids: list[int] = _tokenizer(service).encode(asked.prompt or "", add_special_tokens=asked.add_special_tokens)
     return ids
+
+
+def _tokenizer(service: Service) -> PreTrainedTokenizerBase:
+    return cast(PreTrainedTokenizerBase, service.engine.tokenizer)
 
 
 def _check_tokenizer(service: Service) -> None:

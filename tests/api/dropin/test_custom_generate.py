@@ -36,10 +36,10 @@ from transformers.generation.streamers import BaseStreamer
 
 import specgen
 from specgen import InvalidRequest, UnsupportedModel
-from specgen.api import engine as api
 from specgen.api.dropin import custom_generate as dropin
 from specgen.api.dropin.arguments import keep_arguments_for
-from specgen.api.engine import engine_of
+from specgen.api.kept_engine import engine_of
+from tests.support.engines import close_kept
 from tests.support.tiny import VOCABULARY, build
 
 PROMPT = [9, 31, 40, 9, 31, 77]
@@ -58,8 +58,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def no_engine_stays() -> Iterator[None]:
     dropin._warn.cache_clear()
     yield
-    while api._latest:
-        api._latest.pop().close()
+    close_kept()
 
 
 @pytest.fixture(scope="module")
