@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from copy import deepcopy
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import llguidance.hf
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import specgen_grammar
 import torch
-from specgen_grammar.matcher import MAX_CHARACTERS, _at_once, _in_time
+from specgen_grammar.matcher import MAX_CHARACTERS, _at_once, _in_time, _threads
 
 from specgen import ConstraintSetup, InvalidRequest, Matcher, RequestFailed
 from specgen.testing import MatcherContract
@@ -313,9 +315,14 @@ def test_a_dear_grammar_is_followed_elsewhere_and_not_for_long(monkeypatch: pyte
     assert matcher._run is _in_time  # type: ignore[attr-defined]
     assert matcher.copy()._run is _in_time  # type: ignore[attr-defined]
     assert compiled("regex", "[a-c]{2,3}")._run is _at_once  # type: ignore[attr-defined]
-    monkeypatch.setattr("specgen_grammar.matcher.STEP_SECONDS", 0.0)
-    with pytest.raises(RequestFailed, match="cannot be followed: a step takes more than 0 seconds"):
+    # A step that lasts until this test lets it end, however quick the machine is.
+    ends, submit = threading.Event(), _threads.submit
+    waiting = SimpleNamespace(submit=lambda step: submit(lambda: (ends.wait(30), step())[1]))
+    monkeypatch.setattr("specgen_grammar.matcher._threads", waiting)
+    monkeypatch.setattr("specgen_grammar.matcher.STEP_SECONDS", 0.01)
+    with pytest.raises(RequestFailed, match=r"cannot be followed: a step takes more than 0\.01 seconds"):
         matcher.allowed()
+    ends.set()
 
 
 def test_a_dear_grammar_says_the_same_as_at_once() -> None:
