@@ -10,8 +10,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PLUGINS := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
 SOURCES := specgen $(wildcard plugins)
-# The parts of `make test`, in order.
-PARTS := lint types kernels unit newest
+# The parts of `make test`: those that need one core each, side by side, then those that take all, in order.
+QUICK_PARTS := lint types kernels
+PARTS := unit newest
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .PHONY: help install demo test test-all lint format types kernels unit newest test-oldest bench bench-gpu soak clean
@@ -41,11 +42,12 @@ demo: install ## fetch the demo model (93 MB, once) and run examples/demo.py
 	@$(BIN)/python examples/demo.py
 
 test: install ## lint, types, all tests but the slow ones, and the newest releases of the dependencies
-	@failed=; for part in $(PARTS); do \
+	@failed=; $(MAKE) --jobs=3 --keep-going --output-sync=target $(QUICK_PARTS) || failed=" $(QUICK_PARTS)"; \
+	for part in $(PARTS); do \
 	  echo "==> $$part"; $(MAKE) $$part || failed="$$failed $$part"; \
 	done; \
 	if [ -n "$$failed" ]; then echo "==> FAILED:$$failed (each runs alone as 'make <part>')" >&2; exit 1; fi; \
-	echo "==> passed: $(PARTS)"
+	echo "==> passed: $(QUICK_PARTS) $(PARTS)"
 
 test-all: ## the same with the slow tests
 	@$(MAKE) test PYTEST_ARGS= KERNELS_ARGS=
