@@ -106,12 +106,11 @@ def _write_side(slots: Tensor, x: Tensor, coding: Coding, codes: Tensor, sizes: 
         codes[slots], sizes[slots] = scaled(x, codes.dtype)
 
 
-def kv_commit(stacks: Sequence[Tensor], moves: Tensor) -> None:
-    """Copy slots onto slots in every stack [layers, slots, ...].
+def kv_commit(stacks: Sequence[Tensor], source: Tensor, destination: Tensor) -> None:
+    """Copy the slots `source` int64[n] onto the slots `destination` int64[n] in every stack [layers, slots, ...].
 
-    moves: int64[n, 2], from and to, in order: none may be copied onto one that is still to be copied.
+    In order: none may be copied onto one that is still to be copied.
     """
-    source, destination = moves.unbind(dim=1)
     for stack in stacks:
         stack[:, destination] = stack[:, source]
 
@@ -135,8 +134,6 @@ def _sampled(row: Tensor, draw: Draw) -> int:
     if draw.warp.top_p < 1.0:
         kept &= scores >= _nucleus(torch.where(kept, scores, -math.inf), draw.warp.top_p)
     kept &= (scores - best).exp() >= draw.warp.min_p
-    if not kept.any():
-        return -1
     return gumbel_argmax(torch.where(kept, scores, -math.inf), draw.key)
 
 
@@ -148,9 +145,11 @@ def _nucleus(scores: Tensor, share: float) -> Tensor:
 
 
 def gumbel_argmax(scores: Tensor, key: int) -> int:
-    """A token drawn from softmax(scores), float[vocab], not all of which are `-inf`: Gumbel-max (Maddison et al. 2014)
-    with the noise of `uniforms`."""
+    """A token drawn from softmax(scores), float[vocab], -1 where all are `-inf`: Gumbel-max (Maddison et al. 2014) with
+    the noise of `uniforms`."""
     possible = (scores > -math.inf).nonzero().flatten()
+    if possible.numel() == 0:
+        return -1
     noise = -torch.log(-torch.log(uniforms(key, possible)))
     return int(possible[(scores[possible].double() + noise).argmax()])
 

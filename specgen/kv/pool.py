@@ -127,8 +127,7 @@ class KVPool:
 
         In order: none may be copied onto one that is still to be copied.
         """
-        backend = pick("kv_commit", self.device, self.dtype)
-        kv_commit(self.stacks, torch.stack([source, destination], dim=1), backend=backend)
+        kv_commit(self.stacks, source, destination, backend=pick("kv_commit", self.device, self.dtype))
 
     def take(self, count: int, after: int | None = None) -> list[int]:
         """`count` free pages with one reference each, behind the page `after` where possible. Raises OutOfPages."""

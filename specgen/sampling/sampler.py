@@ -67,9 +67,9 @@ class PositionKeys:
 
 def gumbel_argmax(scores: Tensor, key: int) -> int:
     """A token drawn from softmax(scores), float[vocab]; `-inf` is never drawn. Raises RequestFailed if all are."""
-    if not (scores > -math.inf).any():
+    if (token := reference.gumbel_argmax(scores, key)) < 0:
         raise RequestFailed("no token is left to draw: the processors of this request ban them all")
-    return reference.gumbel_argmax(scores, key)
+    return token
 
 
 class Sampler:

@@ -9,39 +9,17 @@ from torch.nn import functional
 from specgen.kernels import reference
 from specgen.kernels.sample_rows import Draw, Warp, sample_rows
 from specgen.kv.formats import FORMATS, LayerShape
-from specgen.sampling.params import SamplingParams
-from specgen.sampling.sampler import PositionKeys, Sampler, processors
 from tests.support.attention import World
+from tests.support.sampled_rows import sampled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-SETTINGS: tuple[dict[str, float], ...] = (
-    {"temperature": 1.0},
-    {"temperature": 0.7},
-    {"temperature": 1.3, "top_k": 5},
-    {"temperature": 0.8, "top_p": 0.9},
-    {"temperature": 2.0, "min_p": 0.1},
-    {"temperature": 1.5, "top_k": 40, "top_p": 0.95, "min_p": 0.02},
-    {"temperature": 5.0, "top_k": 1},
-)
 
 
 @pytest.mark.parametrize("vocab", [7, 300])
 def test_rows_are_sampled_as_the_sampler_samples_them(vocab: int) -> None:
     torch.manual_seed(vocab)
     logits = 3 * torch.randn(20, vocab)
-    draws, expected = [], []
-    for options in SETTINGS:
-        params = SamplingParams(**options)  # type: ignore[arg-type]
-        found = processors(
-            params, prompt_length=0, end_ids=(), encode=lambda _: [], custom=(), device=torch.device("cpu")
-        )
-        sampler = Sampler(found, greedy=False, keys=PositionKeys(11, 2))
-        assert sampler.warp is not None
-        for position in range(len(logits)):
-            draws.append(Draw(position, sampler.key(position), sampler.warp))
-            ids = torch.zeros(1, position, dtype=torch.int64)
-            expected.append(sampler.draw(ids, logits[position : position + 1]))
+    draws, expected = sampled(logits)
     assert sample_rows(logits, draws).tolist() == expected
     assert len(set(expected)) > 3
 
@@ -69,7 +47,7 @@ def test_keys_and_values_are_written_as_the_format_writes_them(kind: str) -> Non
 def test_rows_move_in_every_layer_and_stack() -> None:
     stacks = [torch.arange(2 * 6 * 3.0).reshape(2, 6, 3), torch.arange(12).reshape(2, 6)]
     before = [stack.clone() for stack in stacks]
-    reference.kv_commit(stacks, torch.tensor([[3, 1], [5, 2]]))
+    reference.kv_commit(stacks, torch.tensor([3, 5]), torch.tensor([1, 2]))
     for stack, old in zip(stacks, before, strict=True):
         assert torch.equal(stack, old[:, [0, 3, 5, 3, 4, 5]])
 

@@ -10,47 +10,23 @@ import pytest
 import torch
 
 from specgen.kernels.sample_rows import Draw, Warp
-from specgen.sampling.params import SamplingParams
-from specgen.sampling.sampler import PositionKeys, Sampler, processors
+from tests.support.sampled_rows import sampled
 
 pytest.importorskip("triton")
 
 from specgen.kernels.triton.sample_rows import sample_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SETTINGS = (
-    {"temperature": 1.0},
-    {"temperature": 0.7},
-    {"temperature": 1.3, "top_k": 5},
-    {"temperature": 0.8, "top_p": 0.9},
-    {"temperature": 2.0, "min_p": 0.1},
-    {"temperature": 1.5, "top_k": 40, "top_p": 0.95, "min_p": 0.02},
-    {"temperature": 1e-3, "top_p": 0.5},
-    {"temperature": 5.0, "top_k": 1},
-)
 POSITIONS = 6
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def sampler(**options: float) -> Sampler:
-    params = SamplingParams(**options)  # type: ignore[arg-type]
-    found = processors(params, prompt_length=0, end_ids=(), encode=lambda _: [], custom=(), device=DEVICE)
-    return Sampler(found, greedy=False, keys=PositionKeys(11, 2))
 
 
 @pytest.mark.parametrize("vocab", [7, 300, pytest.param(5000, marks=pytest.mark.slow), 2100])
 def test_what_is_drawn_is_what_the_sampler_draws(vocab: int) -> None:
     torch.manual_seed(vocab)
     logits = 3 * torch.randn(POSITIONS, vocab, device=DEVICE)
-    draws, expected = [], []
-    for options in SETTINGS:
-        one = sampler(**options)
-        assert one.warp is not None
-        for position in range(POSITIONS):
-            ids = torch.zeros(1, position, dtype=torch.int64, device=DEVICE)
-            draws.append(Draw(position, one.key(position), one.warp))
-            expected.append(one.draw(ids, logits[position : position + 1]))
+    draws, expected = sampled(logits)
     found = sample_rows(logits, draws).tolist()
     assert found == expected
     assert len(set(found)) > 3
