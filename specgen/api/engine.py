@@ -315,15 +315,13 @@ class Engine:
         """The streams of one prompt or of several, and how their results are returned."""
         self._follow()
         params = with_options(params, options)
-        prompts = several(prompt)
-        built = [
-            self._builder.build(one, params, copies=prompts is not None and len(prompts) > 1)
-            for one in (prompts if prompts is not None else [cast(Prompt, prompt)])
-        ]
+        many = _is_batch(prompt)
+        prompts = list(cast("list[Prompt]", prompt)) if many else [cast("Prompt", prompt)]
+        built = [self._builder.build(one, params, copies=len(prompts) > 1) for one in prompts]
 
         def shape(found: list[list[Result]]) -> Any:
             each = [results if params.n > 1 else results[0] for results in found]
-            return each if prompts is not None else each[0]
+            return each if many else each[0]
 
         return self._runner.submit(*built), shape
 
@@ -421,10 +419,9 @@ def wrap(model: PreTrainedModel, tokenizer: AnyTokenizer | None = None, **option
     return Engine(model, tokenizer, **options)
 
 
-def several(prompt: Prompt | Prompts) -> list[Prompt] | None:
-    """The prompts of a list or tuple of them, `None` for one prompt: the items of several are texts or lists."""
-    is_several = isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], str | list | tuple | Chat)
-    return list(cast("list[Prompt]", prompt)) if is_several else None
+def _is_batch(prompt: Prompt | Prompts) -> bool:
+    """Whether it is a list or tuple of prompts: its items are texts, lists or chats."""
+    return isinstance(prompt, list | tuple) and bool(prompt) and isinstance(prompt[0], str | list | tuple | Chat)
 
 
 def _cancel(streams: Sequence[Stream]) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from specgen.draft.features import Features, Wanted
@@ -16,12 +15,8 @@ from specgen.lora.adapter import Adapter
 from specgen.types import AnyTokenizer, TokenTree
 
 if TYPE_CHECKING:
+    from specgen.model.forward.compiled import Example, Rows
     from specgen.model.runner import ModelRunner
-
-CompiledRows: TypeAlias = Callable[..., tuple[Tensor, ...]]
-"""A function of packed rows: tensors in, tensors out."""
-Example: TypeAlias = tuple[Tensor, int | tuple[int, ...]]
-"""An argument of such a function, and its dimensions that are rows."""
 
 
 class LoadedModel(NamedTuple):
@@ -114,7 +109,7 @@ class DrafterSetup:
     options: Mapping[str, object] = field(default_factory=dict)
     load_model: Callable[[str | Path | PreTrainedModel], LoadedModel] | None = None
     target: PreTrainedModel | None = None
-    compile_rows: Callable[[CompiledRows, Sequence[Example]], CompiledRows] = lambda function, examples: function
+    compile_rows: Callable[[Rows, Sequence[Example]], Rows] = lambda function, examples: function
 
 
 DrafterFactory: TypeAlias = Callable[[DrafterSetup], Drafter]

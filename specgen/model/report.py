@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from specgen.kernels import backends
 from specgen.kernels import cpu_backend as cpu_kernels
 from specgen.kernels import triton_backend as gpu_kernels
-from specgen.kernels.backends import available
 from specgen.model.attention.interface import Seam
 from specgen.model.runner import ModelRunner
 
 _PLAIN = "plain torch"
+_NAMES: Mapping[backends.Backend, str] = {"triton": "Triton kernel", "cpu": "CPU kernel", "torch": _PLAIN}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +29,16 @@ class Choice:
 def selection(target: ModelRunner) -> list[Choice]:
     """Device, back-end of each kernel, and what this model would be refused."""
     attention, why = _attention(target)
-    gpu_top = available("triton", target.device, target.architecture.dtype)
-    cpu_top = available("cpu", target.device, target.architecture.dtype)
-    likeliest = "Triton kernel" if gpu_top else "CPU kernel" if cpu_top else _PLAIN
-    moved = "Triton kernel" if gpu_top else _PLAIN
+    likeliest = backends.pick("top_tokens", target.device, target.architecture.dtype)
+    moved = backends.pick("kv_commit", target.device, target.architecture.dtype)
     compiled, eager = target.why_not_compiled(), target.why_no_graphs()
     return [
         Choice("device", _device(target.device), f"{target.architecture.dtype} weights lie there"),
         Choice("seam", target.seam.value, "the packed forward says there what the model says"),
         Choice("attention", attention, why),
         Choice("KV", target.pool.kind.name, f"{target.pool.bytes_per_token} bytes a token, written by: {attention}"),
-        Choice("likeliest tokens", likeliest, _no_kernel(target) or "one pass over the logits"),
-        Choice("moved rows", moved, "a GPU's memory" if gpu_top else "one copy a stack"),
+        Choice("likeliest tokens", _NAMES[likeliest], _no_kernel(target) or "one pass over the logits"),
+        Choice("moved rows", _NAMES[moved], "one copy a stack" if moved == "torch" else "a GPU's memory"),
         Choice("rows invariant", "yes" if target.batch_invariant else "no", _why_invariant(target)),
         Choice("graphs", "no" if eager else "yes", eager or "all steps but large ones and those under an adapter"),
         Choice("compile=True", "no" if compiled else "possible", compiled or "the CPU kernels carry the forward"),

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from specgen._base.log import Log
 from specgen._base.memory import available_bytes
 from specgen.errors import InvalidRequest, UnsupportedModel
+from specgen.kernels import backends
 from specgen.kernels import triton_backend as gpu
-from specgen.kernels.backends import Backend, available
+from specgen.kernels.backends import Backend
 from specgen.kernels.cpu_backend import why_not
 from specgen.kv.formats import NATIVE, KVFormat
 from specgen.kv.pool import PAGE_SIZE, KVPool
@@ -228,7 +229,7 @@ class ModelRunner:
         backend: Backend = "torch"
         if self._gpu:
             backend = "triton"
-        elif self._packs and available("cpu", self.device, self.architecture.dtype):
+        elif self._packs and backends.available("cpu", self.device, self.architecture.dtype):
             backend = "cpu"
         if self._compiled or self._compiling:
             raise UnsupportedModel("a compiled forward takes no adapters; build the engine with compile=False")
@@ -240,7 +241,7 @@ class ModelRunner:
         return AdaptedLayers(self.model, rows_seen(self), backend=backend)
 
     def read_adapter(self, folder: Path, *, max_rank: int, max_bytes: int) -> AdapterFiles:
-        """Read an adapter for this model, on any thread, once `adapted` is known. See `adapter_files.read_adapter`."""
+        """Read an adapter for this model, on any thread, once `adapted` is known. See `peft_files.read_adapter`."""
         fits, dtype = self.adapted.sees_wanted, self.architecture.dtype
         return read_adapter(folder, self._given, fits=fits, dtype=dtype, max_rank=max_rank, max_bytes=max_bytes)
 
@@ -335,7 +336,7 @@ class ModelRunner:
 
     def _take_cpu_kernels(self) -> Kernel | None:
         """Let linear layers run by the CPU kernels where they can; and say whether attention can too."""
-        if not (self._packs and available("cpu", self.device, self.architecture.dtype)):
+        if not (self._packs and backends.available("cpu", self.device, self.architecture.dtype)):
             return None
         pack_linears(self.model)
         stores = self.architecture.stores
@@ -343,7 +344,7 @@ class ModelRunner:
 
     def _gpu_executor(self, asked: bool | None) -> GraphForward | None:
         """The GPU kernels if they can run here. Raises UnsupportedModel where they are asked for and cannot."""
-        if asked is False or not (asked or available("triton", self.device, self.architecture.dtype)):
+        if asked is False or not (asked or backends.available("triton", self.device, self.architecture.dtype)):
             return None
         if reason := gpu.why_not(self.device, self.architecture.dtype):
             raise UnsupportedModel(f"gpu_kernels=True cannot be kept: {reason}")

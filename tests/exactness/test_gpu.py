@@ -47,8 +47,6 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 def imitated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter passes for a GPU, so that all kernels are used that a GPU would use."""
     monkeypatch.setattr(backends, "available", lambda *asked: backends.why_not(*asked) is None)
-    monkeypatch.setattr("specgen.model.runner.available", backends.available)
-    monkeypatch.setattr("specgen.model.report.available", backends.available)
 
 
 @pytest.fixture
