@@ -7,8 +7,8 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from itertools import count
 from typing import Any
@@ -30,6 +30,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 import specgen
 from specgen import (
+    Chat,
     ContextLengthExceeded,
     Engine,
     EngineClosed,
@@ -48,8 +49,9 @@ from specgen.engine import thread as runner
 from specgen.engine.request import Request
 from specgen.kv.pool import BlockTable
 from specgen.plugins.manager import load_plugins
+from tests.support.bench import greedy
 from tests.support.engines import close_kept
-from tests.support.letters import SECONDS, Letters, until
+from tests.support.letters import SECONDS, Letters, engine_threads, in_thread, until
 from tests.support.tiny import VOCABULARY, build
 
 PROMPT = [9, 31, 40, 9, 31, 77]
@@ -79,36 +81,10 @@ def engine(model: PreTrainedModel) -> Iterator[Engine]:
             engine.check()
 
 
-def greedy(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int, **settings: Any) -> list[int]:
-    """The new tokens of transformers' own greedy generate."""
-    ids = torch.tensor([prompt])
-    mask = torch.ones_like(ids)
-    text = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens, **settings)
-    return text[0, len(prompt) :].tolist()
-
-
 def read(stream: Stream, said: list[int]) -> None:
     """Append what a stream says, as far as it comes."""
     for output in stream:
         said += output.tokens
-
-
-def in_thread(function: Callable[[], Any]) -> Future[Any]:
-    """What comes of a call on a thread that holds up nobody if it waits for ever."""
-    answer: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(function())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return answer
-
-
-def engine_threads() -> int:
-    return sum(thread.name == "specgen-engine" for thread in threading.enumerate())
 
 
 # Prompts and results.
@@ -140,6 +116,12 @@ def test_several_prompts_and_samples_come_back_in_their_order(engine: Engine, mo
     grid = engine.generate(["abc", "de"], max_tokens=6, n=2, temperature=1.5, seed=1)
     assert [len(row) for row in grid] == [2, 2]
     assert engine.generate("de", max_tokens=6, n=2, temperature=1.5, seed=1)[1].ids == grid[1][1].ids
+
+
+def test_several_chats_are_several_prompts(engine: Engine) -> None:
+    chats = [Chat([{"role": "user", "content": text}]) for text in ("a", "bc")]
+    expected = [engine.generate(chat, max_tokens=4).ids for chat in chats]
+    assert [result.ids for result in engine.generate(chats, max_tokens=4)] == expected
 
 
 def test_prompts_of_one_call_have_processors_of_their_own(engine: Engine) -> None:

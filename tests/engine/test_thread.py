@@ -11,7 +11,6 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,10 +32,10 @@ from specgen.lora.adapter import AdapterOptions
 from specgen.lora.cache import AdapterCache
 from specgen.plugins.manager import load_plugins
 from tests.support.engines import close_kept
+from tests.support.letters import SECONDS, engine_threads, in_thread, until
 from tests.support.tiny import build
 
 PROMPT, OTHER = [9, 31, 40, 9, 31, 77], [88, 1, 60, 61]
-SECONDS = 30
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,31 +57,6 @@ def engine(model: PreTrainedModel) -> Iterator[Engine]:
 def said(model: PreTrainedModel) -> tuple[int, ...]:
     with Engine(model, kv_tokens=1024) as engine:
         return engine.generate(OTHER, max_tokens=6).ids
-
-
-def in_thread(function: Callable[[], Any]) -> Future[Any]:
-    """What comes of a call on a thread that holds up nobody if it waits for ever."""
-    answer: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(function())
-        except BaseException as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return answer
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.005)
-
-
-def engine_threads() -> int:
-    return sum(thread.name == "specgen-engine" for thread in threading.enumerate())
 
 
 class Slow:
@@ -555,8 +529,7 @@ def test_the_row_that_fails_first_ends_the_batch_at_once(engine: Engine) -> None
 
     with pytest.raises(LookupError, match="the last row"):
         engine.generate([PROMPT, PROMPT[1:], OTHER], max_tokens=110, processors=[Fails()])
-    until(lambda: not engine._core.busy)
-    assert engine.counters.finished == {"error": 1, "cancelled": 2}
+    until(lambda: engine.counters.finished == {"error": 1, "cancelled": 2})
     assert engine.counters.committed < 60
 
 
@@ -785,6 +758,7 @@ def test_a_program_ends_with_requests_running() -> None:
 import sys
 sys.path.insert(0, {root!r})
 from specgen import Engine
+from tests.support.letters import SECONDS, engine_threads, in_thread, until
 from tests.support.tiny import build
 engine = Engine(build("llama"), kv_tokens=512)
 stream = engine.stream([5, 6, 7], max_tokens=100, processors=[lambda ids, scores: scores])

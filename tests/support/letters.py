@@ -1,9 +1,12 @@
-"""A tokenizer of one letter for each token, and waiting for another thread."""
+"""A tokenizer of one letter for each token, and other threads: to call on, to wait for, to count."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
 
 SECONDS = 30
 
@@ -33,3 +36,21 @@ def until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
         time.sleep(0.005)
+
+
+def in_thread(function: Callable[[], Any]) -> Future[Any]:
+    """What comes of a call on a thread that holds up nobody if it waits for ever."""
+    answer: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(function())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return answer
+
+
+def engine_threads() -> int:
+    return sum(thread.name == "specgen-engine" for thread in threading.enumerate())

@@ -40,6 +40,7 @@ from specgen.api.dropin import custom_generate as dropin
 from specgen.api.dropin.arguments import keep_arguments_for
 from specgen.api.kept_engine import engine_of
 from tests.support.engines import close_kept
+from tests.support.letters import SECONDS, until
 from tests.support.tiny import VOCABULARY, build
 
 PROMPT = [9, 31, 40, 9, 31, 77]
@@ -49,7 +50,6 @@ BATCH = {
 }
 ONE = {name: value[:1] for name, value in BATCH.items()}
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20, "pad_token_id": 0}
-SECONDS = 30
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -116,13 +116,6 @@ class RaisingStop(StoppingCriteria):
         if self.calls == 3:
             raise self.error
         return False
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def drop_in(model: PreTrainedModel, **settings: Any) -> Any:
