@@ -123,7 +123,7 @@ def compare(
 
 def cost(engine: Engine, other: Engine, rows: int, rounds: int) -> float:
     """Seconds of a forward over another engine's, the median over rounds of both in turns."""
-    pairs = [(row_seconds(engine.target, rows), row_seconds(other.target, rows)) for _ in range(rounds)]
+    pairs = [(row_seconds(engine.target.current, rows), row_seconds(other.target.current, rows)) for _ in range(rounds)]
     return median(a / b for a, b in pairs)
 
 

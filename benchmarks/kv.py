@@ -30,7 +30,7 @@ from benchmarks.harness import REPEAT, Prompt, Sample, Sizes
 from specgen import Engine
 from specgen.kv.formats import FORMATS, NATIVE
 from specgen.model.kv_calibration import calibration_ids
-from specgen.model.runner import ModelRunner
+from specgen.model.runner import ModelRunner, load_runner
 from specgen.model.segment import Segment
 
 FULL = Sizes(tokens=64, rounds=1, limit=9)
@@ -77,7 +77,7 @@ class Prefix:
 def read_texts(model: PreTrainedModel, tokenizer: Any, kind: str, texts: Sequence[Sequence[int]]) -> Quality:
     """Read each text at once with its KV kept as `kind` says."""
     # Invariant rows would change nothing but the last bits, and take their time.
-    target = ModelRunner(
+    target = load_runner(
         model,
         kv_tokens=max(map(len, texts)),
         kv_format=FORMATS[kind](),
@@ -96,7 +96,7 @@ def _logits(target: ModelRunner, ids: Sequence[int]) -> Tensor:
     table = target.pool.open()
     try:
         table.reserve(len(ids))
-        return target.forward([Segment(table, ids, range(len(ids)), None, range(len(ids)))])
+        return target.forward([Segment(table, ids, range(len(ids)), None, range(len(ids)))]).logits
     finally:
         table.release()
 
@@ -113,7 +113,7 @@ def qualities(args: argparse.Namespace) -> dict[str, Quality]:
 
 def bytes_ratio(model: PreTrainedModel, kind: str) -> tuple[int, float]:
     """Bytes of a token, and over those of bfloat16."""
-    shapes = ModelRunner(model, kv_tokens=1, batch_invariant=False).architecture.shapes
+    shapes = load_runner(model, kv_tokens=1, batch_invariant=False).architecture.shapes
     taken = FORMATS[kind]().bytes_per_token(shapes, torch.bfloat16)
     return taken, taken / NATIVE.bytes_per_token(shapes, torch.bfloat16)
 

@@ -144,7 +144,7 @@ def _places(engine: Engine) -> list[tuple[Any, str, str]]:
         (core.drafting, "propose", "drafting"),
         (core.drafting, "commit", "drafting"),
         (EngineSequence, "rows", "rows"),
-        (engine.target, "score", "forward"),
+        (engine.target, "forward", "forward"),
         (core, "_score", "score"),
         (EngineSequence, "walk", "walk"),
         (EngineSequence, "commit", "commit"),
@@ -185,9 +185,9 @@ def steps(engine: Engine, rows: int, sequences: int, count: int) -> Steps:
 def forward_parts(engine: Engine, rows: int) -> dict[str, float]:
     """Shares of a forward over `rows` rows, by the profiler; the head's by timing it alone."""
     target = engine.target
-    row_seconds(target, rows)
+    row_seconds(target.current, rows)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        seconds = row_seconds(target, rows)
+        seconds = row_seconds(target.current, rows)
     calls = 3  # of `row_seconds`
     spent = {event.key: event.cpu_time_total / 1e6 / calls for event in profiler.key_averages()}
     linears = sum(spent.get(name, 0.0) for name in ("specgen::linear", "aten::linear", "aten::addmm"))

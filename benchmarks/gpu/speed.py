@@ -27,8 +27,8 @@ from benchmarks.gpu.floors import H100, LLAMA_8B, STEPS, Gpu, Shape, Step, floor
 from specgen import Engine
 from specgen.kv.formats import FORMATS, KVFormat, LayerShape
 from specgen.kv.pool import KVPool
-from specgen.model.attention.triton import GpuKernels
-from specgen.model.batch import EVERYTHING
+from specgen.model.attention.reach import EVERYTHING
+from specgen.model.attention.triton_backend import TritonBackend
 from specgen.model.segment import Segment, tree_segment
 
 LLAMA_1B = Shape("1B", 16, 2048, 8192, 32, 8, 64, 128_256)
@@ -103,12 +103,12 @@ class Attention:
         )
         self._dense_query = self._query.reshape(shape.heads, step.sequences, step.rows, -1).transpose(0, 1).contiguous()
         self._visible = self._mask(step, keys, device)
-        self._forward = GpuKernels.on(device).forward(self._segments, self._pool)
+        self._batch = TritonBackend(device).begin(self._segments, self._pool)
 
     def _segment(self, step: Step) -> Segment:
         table = self._pool.open()
         table.reserve(step.context + step.rows)
-        table.length = step.context
+        table.commit(step.context)
         # A binary tree below the root.
         return tree_segment(
             table, [1], [1] * (step.rows - 1), [-1 if n < 2 else n // 2 - 1 for n in range(step.rows - 1)]
@@ -125,7 +125,7 @@ class Attention:
     def ours(self) -> Tensor:
         """The kernel."""
         options = {"scale": 0.1, "softcap": None, "sinks": None}
-        return self._forward.attend(self._pool.layers[0], EVERYTHING, self._query, **options)  # type: ignore[arg-type]
+        return self._batch.attend(self._pool.layers[0], EVERYTHING, self._query, *self._dense, **options)  # type: ignore[arg-type]
 
     def torchs(self) -> Tensor:
         """Scaled dot-product attention over keys and values that lie side by side already."""

@@ -24,6 +24,7 @@ from specgen.api.preflight import check_options
 from specgen.config import EngineConfig, EngineOptions
 from specgen.context.pipeline import ContextPipeline
 from specgen.draft.drafter import Drafter, DrafterSetup, LoadedModel
+from specgen.draft.features import Wanted
 from specgen.engine.core import Counters, EngineCore, Load
 from specgen.engine.request import PreparedRequest
 from specgen.engine.request_builder import RequestBuilder, model_ends, with_options
@@ -36,8 +37,10 @@ from specgen.kv.pool import KVPool
 from specgen.model.checks.architecture import context_limit
 from specgen.model.forward.compiled import compile_rows
 from specgen.model.kv_calibration import calibration_ids
+from specgen.model.kv_size import context_of
 from specgen.model.loading import check_device, check_model_options, dtype_of, load_model, load_tokenizer, located
-from specgen.model.runner import ModelRunner
+from specgen.model.packed import PackedModel, pack_model
+from specgen.model.runner import ModelRunner, open_pool, reuse_pool
 from specgen.plugins.manager import Plugins, load_plugins
 from specgen.sampling.constraint import Constraints, ConstraintSetup
 from specgen.sampling.keywords import SamplingOptions
@@ -85,15 +88,19 @@ class Engine:
         self._shared = True
         promise(self, self.config.host_cache_bytes + self.config.response_cache_bytes)
         self._draft_targets: list[ModelRunner] = []
-        self.target = self._own_target()
+        packed = self._packed(self._model, batch_invariant=self._own_invariance())
+        sizes = {"kv_tokens": self.config.kv_tokens, "max_context": self.config.max_context}
+        pool = open_pool(packed, **sizes, calibration=calibration_ids(tokenizer))
+        drafters = self._drafters(packed, pool)
+        self._layers = Wanted.union(drafter.wanted for drafter in drafters.values()).layers
+        self.target = self._target(packed, pool)
         self._core = EngineCore(
             self.target,
-            self._drafters(),
+            drafters,
             max_num_seqs=self.config.max_num_seqs,
             max_prefill_tokens=self.config.max_prefill_tokens,
             inter_token_seconds=self.config.inter_token_seconds,
             prefix_cache=_cache_options(self.config),
-            compile=self.config.compile,
             adapters=self.config.adapters,
         )
         self.responses = ResponseCache(self.config.response_cache_bytes, self.config.response_cache_seconds)
@@ -343,7 +350,8 @@ class Engine:
             raise ModelChanged(f"{why} {told}")
         self._runner.end_all(ModelChanged(f"{why} while this request ran"))
         old = self.target
-        fresh = self._own_target(old.pool)
+        packed = self._packed(self._model, batch_invariant=self._own_invariance())
+        fresh = self._target(packed, reuse_pool(packed, old.pool, calibration_ids(self.tokenizer)))
         if (fresh.vocab_size, fresh.context_length) != (old.vocab_size, old.context_length):
             sizes = f"{fresh.vocab_size} tokens of vocabulary and {fresh.context_length} of context"
             was = f"{old.vocab_size} and {old.context_length}"
@@ -352,12 +360,11 @@ class Engine:
         self.target = fresh
         self.responses.clear()
 
-    def _drafters(self) -> dict[str, Drafter]:
+    def _drafters(self, target: PackedModel, pool: KVPool) -> dict[str, Drafter]:
         offered = self.plugins.collect("drafters")
-        setup = DrafterSetup(
-            self.target.vocab_size, self.tokenizer, load_model=self._load_draft_model, target=self.target.model
-        )
-        if self.config.compile is True and self.target.why_not_compiled() is None:
+        load = partial(self._load_draft_model, target, pool)
+        setup = DrafterSetup(target.vocab_size, self.tokenizer, load_model=load, target=target.model)
+        if self.config.compile is True and target.no_compiled is None:
             setup = replace(setup, compile_rows=compile_rows)
         built = {}
         for name, options in self.config.drafters.items():
@@ -365,45 +372,42 @@ class Engine:
             built[name] = made(f"drafter {name!r}", options, make, param="drafters")
         return built
 
-    def _load_draft_model(self, source: str | Path | PreTrainedModel) -> LoadedModel:
+    def _load_draft_model(self, target: PackedModel, pool: KVPool, source: str | Path | PreTrainedModel) -> LoadedModel:
         tokenizer = load_tokenizer(source)
         if not isinstance(source, PreTrainedModel):
-            source = load_model(source, dtype=self.target.model.dtype, device=self.target.device)
-        context = min(self.context_length, context_limit(source) or self.context_length)
+            source = load_model(source, dtype=target.model.dtype, device=target.device)
+        longest = context_of(pool.capacity, limit=context_limit(target.model), max_context=self.config.max_context)
+        context = min(longest, context_limit(source) or longest)
         # What a drafter rounds changes no text.
-        drafter = self._target(source, tokenizer, self.target.pool.capacity, context, batch_invariant=False)
-        drafter.compile(self.config.compile)
+        packed = self._packed(source, batch_invariant=False)
+        own = open_pool(packed, kv_tokens=pool.capacity, max_context=context, calibration=calibration_ids(tokenizer))
+        drafter = ModelRunner(
+            packed, own, max_context=context, compile=self.config.compile, graphs=self.config.gpu_graphs
+        )
         self._draft_targets.append(drafter)
         return LoadedModel(drafter, tokenizer)
 
-    def _own_target(self, pool: KVPool | None = None) -> ModelRunner:
-        config = self.config
+    def _own_invariance(self) -> bool | None:
         # Not by itself where the forward is exchanged on the way.
-        batch_invariant = False if config.compile == "background" else config.batch_invariant
-        sizes = (config.kv_tokens, config.max_context)
-        return self._target(self._model, self.tokenizer, *sizes, batch_invariant=batch_invariant, pool=pool)
+        return False if self.config.compile == "background" else self.config.batch_invariant
 
-    def _target(
-        self,
-        model: PreTrainedModel,
-        tokenizer: AnyTokenizer | None,
-        kv_tokens: int | None,
-        max_context: int | None,
-        *,
-        batch_invariant: bool | None,
-        pool: KVPool | None = None,
-    ) -> ModelRunner:
-        return ModelRunner(
+    def _packed(self, model: PreTrainedModel, *, batch_invariant: bool | None) -> PackedModel:
+        return pack_model(
             model,
-            kv_tokens=kv_tokens,
-            max_context=max_context,
             kv_format=self.plugins.collect("kv_formats")[self.config.kv_format](),
-            calibration=calibration_ids(tokenizer),
             batch_invariant=batch_invariant,
             cpu_kernels=self.config.cpu_kernels,
             gpu_kernels=self.config.gpu_kernels,
-            gpu_graphs=self.config.gpu_graphs,
-            pool=pool,
+        )
+
+    def _target(self, packed: PackedModel, pool: KVPool) -> ModelRunner:
+        return ModelRunner(
+            packed,
+            pool,
+            max_context=self.config.max_context,
+            layers=self._layers,
+            compile=self.config.compile,
+            graphs=self.config.gpu_graphs,
         )
 
 

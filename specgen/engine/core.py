@@ -30,7 +30,7 @@ from specgen.lora.adapter import AdapterOptions
 from specgen.lora.cache import AdapterCache
 from specgen.model.fingerprint import kv_identity, model_name
 from specgen.model.profiling import row_seconds
-from specgen.model.runner import Compile, ModelRunner
+from specgen.model.runner import ModelRunner
 from specgen.model.segment import Segment
 from specgen.sampling.user_code import UserCodeRaised
 from specgen.tree import depths
@@ -82,14 +82,11 @@ class EngineCore:
         max_prefill_tokens: int = 512,
         inter_token_seconds: float | None = None,
         prefix_cache: CacheOptions | None = _DEFAULT_CACHE,
-        compile: Compile = False,
         adapters: AdapterOptions = _DEFAULT_ADAPTERS,
     ) -> None:
         self.target = target
         self._key = CacheKey(model_name(target.model), target.pool.kind.name)
         self.drafting = DraftManager(drafters, target.vocab_size)
-        self._compile: Compile = compile
-        self._ready(target)
         self.prefix = None
         if prefix_cache is not None:
             self.prefix = open_cache(
@@ -102,6 +99,8 @@ class EngineCore:
         )
         self.counters = Counters()
         self._awaits_nobody = False
+        # Whether the forward whose rows were measured is the compiled one.
+        self._measured_compiled = target.compiled
         if drafters or inter_token_seconds is not None:
             self._measure()
             self._measure_context()
@@ -142,9 +141,8 @@ class EngineCore:
     def retarget(self, target: ModelRunner) -> None:
         """Go on with a new target over the same pool, whose model says something else: no KV of the old one is read
         again. While nothing runs."""
-        if "adapted" in vars(self.target):
+        if self.target.has_adapted:
             _ = target.adapted  # asks by a forward, and those that bring rows under an adapter come later
-        self._ready(target)
         if self.prefix:
             self.prefix.forget()
         self.target, self._key = target, CacheKey(model_name(target.model), target.pool.kind.name)
@@ -208,11 +206,6 @@ class EngineCore:
         if not self.busy and self.target.pool.open_tables:
             raise RuntimeError("KV pool: tables are open though no sequence is left")
 
-    def _ready(self, target: ModelRunner) -> None:
-        """Let a target answer what the drafters want of it, and compile it, before its first step."""
-        target.watch(self.drafting.wanted.layers)
-        target.compile(self._compile)
-
     def _sequence(self, request: Request, index: int, sample: SampleSpec, undo: ExitStack) -> Sequence:
         """A sequence to be queued; `undo` gives back what was opened for it."""
         drafts = self.drafting.open(request.ids, _hints(request), request.speculation, sample.constraint)
@@ -236,22 +229,22 @@ class EngineCore:
 
     def _measure(self) -> None:
         """Begin with what rows cost on this machine, so that not even the first tree is larger than it pays."""
-        pool = self.target.pool
+        pool, self._measured_compiled = self.target.pool, self.target.compiled
         self.drafting.cost = RowCost(self.drafting.cost.context_seconds)
         for rows in _MEASURED_ROWS:
             if rows <= self.target.context_length and pool.has(pool.pages_for(rows)):
-                self.drafting.cost.observe(rows, row_seconds(self.target, rows))
+                self.drafting.cost.observe(rows, row_seconds(self.target.current, rows))
 
     def _measure_context(self) -> None:
         """What a forward takes longer for each token that its rows hang under. To be asked while no page is taken."""
         context = min(_MEASURED_CONTEXT, self.target.pool.capacity // 2, self.target.context_length - 1)
-        more = row_seconds(self.target, 1, context) - self.drafting.cost.seconds(1)
+        more = row_seconds(self.target.current, 1, context) - self.drafting.cost.seconds(1)
         self.drafting.cost.context_seconds = max(0.0, more) / max(1, context)
 
     def _plan(self) -> list[ScheduledSequence]:
         """The turns of the step, side by side where they run under one adapter, whose rows are one product then."""
         try:
-            if self.target.take_compiled():
+            if self.target.compiled is not self._measured_compiled:
                 self._measure()
             turns = self.scheduler.plan()
             turns.sort(key=lambda turn: (turn.sequence.key.adapter, turn.sequence.key.revision))
@@ -306,7 +299,7 @@ class EngineCore:
     def _score(self, segments: Many[Segment], draws: Many[Draw]) -> list[SequenceOutput]:
         """One forward, and per segment its view of it."""
         started = time.perf_counter()
-        scores = self.target.score(segments)
+        scores = self.target.forward(segments)
         count = min(max(1, self.drafting.wanted.successors), self.target.vocab_size)
         drawn = sample_rows(scores.logits, draws) if draws else None
         *top, tokens = on_host(*top_tokens(scores.logits, count), drawn)

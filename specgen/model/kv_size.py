@@ -33,6 +33,9 @@ def kv_size(
     A context that became shorter than the model's, or than was asked for because the model's is, is a warning.
     Raises InvalidRequest where `max_context` or `kv_tokens` cannot be had.
     """
+    for name, asked in (("kv_tokens", kv_tokens), ("max_context", max_context)):
+        if asked is not None and asked < 1:
+            raise InvalidRequest(f"{name} is {asked}; it must be at least 1", param=name)
     longest = context_of(_LONGEST_CONTEXT, limit=limit, max_context=None)
     if max_context is not None and max_context > longest:
         log.warning("max_context is beyond the model's positions", max_context=max_context, context=longest)

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from specgen.kernels import backends
-from specgen.kernels import cpu_backend as cpu_kernels
-from specgen.kernels import triton_backend as gpu_kernels
-from specgen.model.attention.interface import Seam
 from specgen.model.runner import ModelRunner
-
-_PLAIN = "plain torch"
-_NAMES: Mapping[backends.Backend, str] = {"triton": "Triton kernel", "cpu": "CPU kernel", "torch": _PLAIN}
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One part of a target: what does its work, and why that does."""
+    """One part of a model runner: what does its work, and why that does."""
 
     part: str
     chosen: str
@@ -27,21 +21,19 @@ class Choice:
 
 
 def selection(target: ModelRunner) -> list[Choice]:
-    """Device, back-end of each kernel, and what this model would be refused."""
-    attention, why = _attention(target)
-    likeliest = backends.pick("top_tokens", target.device, target.architecture.dtype)
-    moved = backends.pick("kv_commit", target.device, target.architecture.dtype)
-    compiled, eager = target.why_not_compiled(), target.why_no_graphs()
+    """Device, attention backends, kernels, and what this model would be refused."""
+    packed, pool = target.packed, target.pool
+    linears = "packed weights, CPU kernel" if packed.wrapped.packs_linears else "the model's own"
     return [
         Choice("device", _device(target.device), f"{target.architecture.dtype} weights lie there"),
-        Choice("seam", target.seam.value, "the packed forward says there what the model says"),
-        Choice("attention", attention, why),
-        Choice("KV", target.pool.kind.name, f"{target.pool.bytes_per_token} bytes a token, written by: {attention}"),
-        Choice("likeliest tokens", _NAMES[likeliest], _no_kernel(target) or "one pass over the logits"),
-        Choice("moved rows", _NAMES[moved], "one copy a stack" if moved == "torch" else "a GPU's memory"),
-        Choice("rows invariant", "yes" if target.batch_invariant else "no", _why_invariant(target)),
-        Choice("graphs", "no" if eager else "yes", eager or "all steps but large ones and those under an adapter"),
-        Choice("compile=True", "no" if compiled else "possible", compiled or "the CPU kernels carry the forward"),
+        *_attention(target),
+        Choice("KV", pool.kind.name, f"{pool.bytes_per_token} bytes a token, {pool.capacity} tokens"),
+        Choice("linear layers", linears, _no_kernel("linear", target) or "one sum in one order for each number"),
+        Choice("top tokens", _picked("top_tokens", target), _no_kernel("top_tokens", target) or "one pass over logits"),
+        Choice("moved rows", _picked("kv_commit", target), "one launch a step on a GPU, one copy a stack elsewhere"),
+        Choice("batch-invariant", "yes" if target.batch_invariant else "no", _why_invariant(target)),
+        Choice("graphs", *_optional(target.no_graphs, "all steps but large ones and those under an adapter")),
+        Choice("compile=True", *_optional(packed.no_compiled, "attention and linear layers are the CPU kernels'")),
     ]
 
 
@@ -49,31 +41,36 @@ def _device(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-def _attention(target: ModelRunner) -> tuple[str, str]:
-    kind = target.pool.kind
-    if target.kernel == "gpu":
-        if reason := target.why_no_gpu(kind):
-            return _PLAIN, reason
-        return "Triton kernel", "a GPU" if target.device.type == "cuda" else "asked for; Triton interprets it"
-    if target.kernel == "cpu" and target.seam is Seam.DIRECT:
-        if kind.lossless:
-            return "CPU kernel", "built for this processor, and the data type is one of its"
-        return _PLAIN, f"the CPU kernel reads KV as it is, not {kind.name!r}"
-    if target.seam is not Seam.DIRECT:
-        return _PLAIN, f"the seam is {target.seam.value!r}; kernels need 'direct'"
-    return _PLAIN, _no_kernel(target) or "switched off, or not able to say what the model says"
+def _attention(target: ModelRunner) -> Iterator[Choice]:
+    """The backend, then those that come before it in the list."""
+    packed = target.packed
+    how = "the first of the list that can, and that says what the model says alone"
+    yield Choice("attention", packed.backend.name, how)
+    for name, reason in packed.passed_over.items():
+        yield Choice(f"attention, not {name}", "", reason)
 
 
-def _no_kernel(target: ModelRunner) -> str | None:
-    """Why no kernel can run where the target is."""
-    if target.device.type != "cpu":
-        return gpu_kernels.why_not(target.device, target.architecture.dtype)
-    if target.architecture.dtype not in cpu_kernels.DTYPES:
-        return f"no CPU kernel takes {target.architecture.dtype}"
-    return cpu_kernels.why_not()
+def _picked(operation: backends.Operation, target: ModelRunner) -> str:
+    return backends.pick(operation, target.device, target.architecture.dtype)
+
+
+def _no_kernel(operation: backends.Operation, target: ModelRunner) -> str | None:
+    """Why plain torch does an operation where a kernel could."""
+    if _picked(operation, target) != "torch":
+        return None
+    kernels = next(backend for backend in backends.BACKENDS[operation] if backend != "triton" or _is_gpu(target))
+    return backends.why_not(kernels, target.device, target.architecture.dtype)
+
+
+def _is_gpu(target: ModelRunner) -> bool:
+    return target.device.type == "cuda"
+
+
+def _optional(reason: str | None, otherwise: str) -> tuple[str, str]:
+    return ("no", reason) if reason else ("possible", otherwise)
 
 
 def _why_invariant(target: ModelRunner) -> str:
     if target.batch_invariant:
-        return "proven when it was loaded: a row has the same bits in any company"
+        return "proven when it was loaded: a row has the same bits whatever rows stand beside it"
     return "it costs more than it gives here, or was not asked for"

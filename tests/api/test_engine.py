@@ -414,7 +414,7 @@ def test_a_step_that_fails_fails_those_who_ran_and_nobody_else(
 ) -> None:
     """As when memory runs out: what waits is served, and so is what comes later."""
     with Engine(model, kv_tokens=1024, max_num_seqs=1) as engine:
-        score, calls = engine.target.score, []
+        score, calls = engine.target.forward, []
 
         def fails_once(segments: Any) -> Any:
             calls.append(segments)
@@ -699,7 +699,7 @@ def test_nothing_stays_of_an_engine_that_is_dropped(closed: bool) -> None:
     """Not the thread, nor the model, nor the name of its attention function."""
     model = build("llama")
     engine = Engine(model, kv_tokens=512, draft_model=model)
-    attention = engine.target._attention._name
+    attention = engine.target.packed.wrapped.route.name
     assert attention in AttentionInterface._global_mapping
     assert len(engine.generate(PROMPT, max_tokens=3).ids) == 3
     if closed:

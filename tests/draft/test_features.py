@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from specgen import Drafter, DraftHints, DraftSession, Features, InvalidRequest, TokenTree, UnsupportedModel, Wanted
 from specgen.kernels.cpu_backend import why_not
-from specgen.model.runner import ModelRunner
+from specgen.model.runner import load_runner
 from specgen.types import EMPTY_TREE
 from tests.support.bench import PROMPTS, Bench, echoes
 from tests.support.tiny import build
@@ -140,11 +140,11 @@ def test_a_compiled_forward_shows_the_same() -> None:
 @pytest.mark.parametrize("layers", [(-1,), (4,)])
 def test_a_layer_that_there_is_not_is_refused(layers: tuple[int, ...]) -> None:
     with pytest.raises(InvalidRequest, match="there are 0 to 3"):
-        ModelRunner(build("llama"), kv_tokens=64).watch(layers)
+        load_runner(build("llama"), kv_tokens=64, layers=layers)
 
 
 def test_a_model_without_a_list_of_layers_is_refused() -> None:
     model: Any = build("llama")
     model.config.num_hidden_layers = 2
     with pytest.raises(UnsupportedModel, match="has no list of 2 layers"):
-        ModelRunner(model, kv_tokens=64).watch((1,))
+        load_runner(model, kv_tokens=64, layers=(1,))

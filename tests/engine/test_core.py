@@ -42,7 +42,7 @@ from specgen.draft.merge import Merged
 from specgen.engine.outputs import SequenceOutput
 from specgen.engine.scheduler import ScheduledSequence, Scheduler
 from specgen.kv.pool import BlockTable
-from specgen.model.runner import ModelRunner
+from specgen.model.runner import load_runner
 from specgen.sampling.sampler import PositionKeys, gumbel_argmax, processors
 from specgen.testing import DrafterContract
 from specgen.tree import chain, check, depths, path
@@ -81,7 +81,7 @@ class Letters:
 
 
 def drafted_by(model: PreTrainedModel, *, kv_tokens: int = 2048, **options: int) -> DraftModel:
-    return DraftModel(ModelRunner(model, kv_tokens=kv_tokens), VOCABULARY, **options)
+    return DraftModel(load_runner(model, kv_tokens=kv_tokens), VOCABULARY, **options)
 
 
 def all_drafters(smaller: PreTrainedModel) -> dict[str, Drafter]:

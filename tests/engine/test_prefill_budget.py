@@ -12,7 +12,7 @@ from specgen import Engine
 from specgen.draft.budget import RowCost
 from specgen.engine.core import EngineCore
 from specgen.engine.prefill_budget import PrefillBudget
-from specgen.model.runner import ModelRunner
+from specgen.model.runner import load_runner
 from tests.support.tiny import build
 
 LONG = [5 + n % 60 for n in range(110)]
@@ -152,7 +152,7 @@ def test_alone_a_prompt_is_read_at_once(model: PreTrainedModel) -> None:
 
 
 def test_without_drafters_rows_are_measured_too(model: PreTrainedModel) -> None:
-    target = ModelRunner(model, kv_tokens=512)
+    target = load_runner(model, kv_tokens=512)
     assert EngineCore(target, {}).drafting.cost.most_rows == 0
     core = EngineCore(target, {}, inter_token_seconds=0.2)
     assert core.drafting.cost.most_rows == 32

@@ -91,7 +91,7 @@ class Gate:
         self.waiting = False
         self._permits = threading.Semaphore(0)
         self._open = False
-        score = engine.target.score
+        score = engine.target.forward
 
         def held(segments: Any) -> Any:
             if not self._open:
@@ -100,7 +100,7 @@ class Gate:
                 self.waiting = False
             return score(segments)
 
-        engine.target.score = held  # type: ignore[method-assign]
+        engine.target.forward = held  # type: ignore[method-assign]
 
     def step(self) -> None:
         """One forward, and all that follows from it, up to the next."""
@@ -409,7 +409,7 @@ def test_a_twin_may_leave_when_some_samples_are_finished(engine: Engine) -> None
 
 
 def test_a_run_that_fails_fails_all_its_listeners_and_is_not_kept(engine: Engine) -> None:
-    score, calls = engine.target.score, []
+    score, calls = engine.target.forward, []
 
     def fails_once(segments: Any) -> Any:
         calls.append(segments)
@@ -417,7 +417,7 @@ def test_a_run_that_fails_fails_all_its_listeners_and_is_not_kept(engine: Engine
             raise MemoryError("no memory for this step")
         return score(segments)
 
-    engine.target.score = fails_once  # type: ignore[method-assign]
+    engine.target.forward = fails_once  # type: ignore[method-assign]
     twins = engine._runner.submit(
         *(engine._builder.build(PROMPT, SamplingParams(**GREEDY), copies=False) for _ in range(2))
     )

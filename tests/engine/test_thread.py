@@ -166,7 +166,6 @@ PLANNED: dict[str, tuple[Any, str]] = {
     "the plan": (Scheduler, "plan"),
     "admission": (Scheduler, "_admit"),
     "pages of a running one": (BlockTable, "reserve"),
-    "what is compiled": (specgen.api.engine.ModelRunner, "take_compiled"),
     "adapters that were lost": (EngineCore, "_end_lost"),
 }
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from specgen.errors import UnsupportedModel
 from specgen.kv.pool import BlockTable
-from specgen.model.attention import interface as attention
-from specgen.model.batch import EVERYTHING, Reach
-from specgen.model.runner import ModelRunner
+from specgen.model.attention.cpu_backend import CpuBatch
+from specgen.model.attention.reach import EVERYTHING, Reach
+from specgen.model.runner import ModelRunner, load_runner
 from specgen.model.segment import Segment, tree_segment
 from tests.support import decoding
 from tests.support import model_table as table
@@ -22,7 +22,7 @@ from tests.support.architectures import KV_TOKENS, NEW_TOKENS, PROMPTS, REFUSED,
 from tests.support.decoding import decode, follows, generate, uncached
 from tests.support.tiny import MODELS, VOCABULARY, WINDOW, build
 
-# One for each way to attend: every seam, every mix of layers, KV shared between layers, soft caps and sinks.
+# One for each way to attend: every route, every mix of layers, KV shared between layers, soft caps and sinks.
 EVERY_KIND = ("deepseek_v3", "gemma2", "gemma4_text (shared KV)", "gpt_oss", "gptj", "llama", "llama4_text", "mistral")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,8 +42,8 @@ class Case:
 @pytest.fixture(scope="module", params=SUPPORTED)
 def case(request: pytest.FixtureRequest) -> Case:
     model = build(request.param)
-    target = ModelRunner(model, kv_tokens=KV_TOKENS)
-    plain = ModelRunner(model, kv_tokens=KV_TOKENS, cpu_kernels=False)
+    target = load_runner(model, kv_tokens=KV_TOKENS)
+    plain = load_runner(model, kv_tokens=KV_TOKENS, cpu_kernels=False)
     return Case(request.param, model, target, plain, [generate(model, prompt, NEW_TOKENS) for prompt in PROMPTS])
 
 
@@ -94,9 +94,11 @@ def test_a_wrong_mask_shows(case: Case, monkeypatch: pytest.MonkeyPatch) -> None
     if set(case.target.architecture.reaches) != {EVERYTHING}:
         monkeypatch.setattr(Reach, "oldest", lambda reach, position: 0)
         monkeypatch.setattr(Reach, "allows", lambda reach, query, key: torch.ones(1, 1, dtype=torch.bool))
-        by_kernel = attention._by_kernel
+        attend = CpuBatch.attend
         monkeypatch.setattr(
-            attention, "_by_kernel", lambda plan, store, reach, *rest: by_kernel(plan, store, EVERYTHING, *rest)
+            CpuBatch,
+            "attend",
+            lambda batch, store, reach, *rest, **options: attend(batch, store, EVERYTHING, *rest, **options),
         )
         for target in (case.target, case.plain):
             assert decode(target, PROMPTS, case.truths) != case.truths, "a forgotten window does not show"
@@ -110,7 +112,7 @@ def _all_visible(table: BlockTable, chain: Sequence[int], tokens: Sequence[int],
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_exact_is_refused_by_name(name: str, listed: Mapping[str, str]) -> None:
     with pytest.raises(UnsupportedModel) as refusal:
-        ModelRunner(build(name), kv_tokens=KV_TOKENS)
+        load_runner(build(name), kv_tokens=KV_TOKENS)
     message = str(refusal.value)
     assert REFUSED[name] in message
     assert message.startswith("model type '")
@@ -120,7 +122,7 @@ def test_what_cannot_be_exact_is_refused_by_name(name: str, listed: Mapping[str,
 
 def test_a_row_that_was_left_out_of_the_move_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
-    target = ModelRunner(model, kv_tokens=KV_TOKENS)
+    target = load_runner(model, kv_tokens=KV_TOKENS)
     truths = [generate(model, prompt, NEW_TOKENS) for prompt in PROMPTS]
     monkeypatch.setattr(target.pool, "move", lambda source, destination: None)
     assert decode(target, PROMPTS, truths) != truths
@@ -137,7 +139,7 @@ def test_a_window_that_the_kv_cache_does_not_tell_of_is_refused() -> None:
     model = build("qwen2")
     model.model.layers[1].self_attn.sliding_window = 4096
     with pytest.raises(UnsupportedModel, match=r"layer 1 .* looks back over 4096 tokens, but its KV cache says None"):
-        ModelRunner(model, kv_tokens=KV_TOKENS)
+        load_runner(model, kv_tokens=KV_TOKENS)
 
 
 def test_a_window_that_only_the_config_tells_of_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +148,7 @@ def test_a_window_that_only_the_config_tells_of_is_refused(monkeypatch: pytest.M
 
     monkeypatch.setattr(modeling_mistral, "DynamicCache", lambda config: DynamicCache())
     with pytest.raises(UnsupportedModel, match=r"layer 0 .* looks back over 8 tokens by its config and None by its"):
-        ModelRunner(build("mistral"), kv_tokens=KV_TOKENS)
+        load_runner(build("mistral"), kv_tokens=KV_TOKENS)
 
 
 def test_what_a_layer_asks_of_its_attention_is_never_ignored() -> None:
@@ -157,4 +159,4 @@ def test_what_a_layer_asks_of_its_attention_is_never_ignored() -> None:
 
     model.model.layers[2].self_attn.register_forward_pre_hook(ask, with_kwargs=True)
     with pytest.raises(UnsupportedModel, match="layer 2 .* asks its attention for attn_bias"):
-        ModelRunner(model, kv_tokens=KV_TOKENS)
+        load_runner(model, kv_tokens=KV_TOKENS)

@@ -16,7 +16,8 @@ from specgen.errors import InvalidRequest, UnsupportedModel
 from specgen.kernels import backends
 from specgen.kernels import triton_backend as gpu_kernels
 from specgen.kv.formats import FORMATS
-from specgen.model.runner import ModelRunner
+from specgen.model.forward.eager import EagerForward
+from specgen.model.runner import ModelRunner, load_runner
 from specgen.types import Speculation
 from tests.support.adapters import save_adapter
 from tests.support.engines import watched
@@ -105,7 +106,7 @@ def check(family: str, kind: str, *, count: int = 3, tokens: int = 10) -> ModelR
             )
             truth[name] = [tuple(result.ids) for result in alone]
     with engine(family, kind, gpu=True) as fast:
-        assert fast.target._kernel == "gpu"
+        assert fast.target.packed.backend.name == "triton"
         assert texts(fast, count, tokens, speculation=ON, **GREEDY) == truth["greedy"]
         assert fast.counters.drafted, "nothing was drafted, so nothing is proven"
         assert texts(fast, count, tokens, speculation=ON, **SEEDED) == truth["seeded"]
@@ -114,10 +115,11 @@ def check(family: str, kind: str, *, count: int = 3, tokens: int = 10) -> ModelR
 
 def check_replayed(tapes: Tapes, target: ModelRunner) -> None:
     """Steps were replayed, and graphs look at nothing but the weights, the pool and the buffer."""
-    assert target._gpu is not None
-    assert target._gpu._buffer is not None
+    graphs = target._graphs
+    assert graphs is not None
+    assert graphs._buffer is not None
     centres = [store.kept.centre for store in target.pool.layers if store.kept and store.kept.centre is not None]
-    lasting = [*target.model.parameters(), *target.model.buffers(), *target.pool.stacks, *centres, target._gpu._buffer]
+    lasting = [*target.model.parameters(), *target.model.buffers(), *target.pool.stacks, *centres, graphs._buffer]
     assert tapes.replays > len(tapes.kept) > 0
     for tape in tapes.kept:
         assert tape.launches
@@ -133,7 +135,7 @@ def test_the_kernels_say_what_plain_torch_says(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("imitated")
 def test_a_step_launches_and_copies_no_more_than_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """See `GpuForward`: the bounds of a step of greedy decoding, whatever the number of sequences."""
+    """See `GraphForward`: the bounds of a step of greedy decoding, whatever the number of sequences."""
     copies = copied(monkeypatch)
     with engine("llama", "native", gpu=True) as fast:
         core, layers = fast._core, len(fast.target.architecture.shapes)
@@ -171,7 +173,7 @@ def test_a_captured_step_is_one_copy_one_replay_and_one_copy_back(
 
 def copied(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts copies to the device and back from now on."""
-    from specgen.model.attention import triton as gpu
+    from specgen.model.attention import triton_backend as gpu
 
     copies: Counter[str] = Counter()
     for module, name in ((gpu, "sent"), (specgen.engine.core, "on_host")):
@@ -216,7 +218,7 @@ def test_a_model_whose_own_code_waits_for_the_device_is_not_captured(taped: Tape
     """Gemma 3n asks a tensor whether it is zero: its forwards go on without graphs, and the reason is kept."""
     target = check("gemma3n_text", "native", count=2, tokens=6)
     assert not taped.kept
-    assert "is_nonzero" in str(target.why_no_graphs())
+    assert "is_nonzero" in str(target.no_graphs)
 
 
 @pytest.mark.slow
@@ -249,11 +251,11 @@ def test_rows_of_several_adapters_in_one_step(tmp_path: Path, monkeypatch: pytes
 
 def test_they_are_used_unasked_on_a_gpu_alone() -> None:
     with Engine(build("llama").to(DEVICE), kv_tokens=64) as unasked:
-        assert (unasked.target._kernel == "gpu") == (DEVICE.type == "cuda")
+        assert (unasked.target.packed.backend.name == "triton") == (DEVICE.type == "cuda")
 
 
 def test_what_they_cannot_do_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedModel, match=r"gpu_kernels=True cannot be kept: the seam is 'gathered'"):
+    with pytest.raises(UnsupportedModel, match=r"gpu_kernels=True cannot be kept: its (packed )?forward "):
         Engine(build("deepseek_v3").to(DEVICE), kv_tokens=64, gpu_kernels=True)
     with pytest.raises(UnsupportedModel, match=r"data type is torch.float64; choices: torch.bfloat16"):
         Engine(build("llama").to(DEVICE, torch.float64), kv_tokens=64, gpu_kernels=True)
@@ -266,14 +268,16 @@ def test_what_they_cannot_do_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("family", "options", "why"),
     [
-        ("llama", {"gpu_graphs": False}, "gpu_graphs is False"),
-        ("llama", {"gpu_kernels": False}, "no GPU kernels carry the forward"),
+        ("llama", {"graphs": False}, "gpu_graphs is False"),
+        ("llama", {"gpu_kernels": False}, "attention is computed by 'torch', it must be 'triton'"),
         ("gpt_oss", {}, "model.layers.0.mlp asks the device which experts have rows"),
     ],
 )
 def test_forwards_that_are_not_captured_are_so_by_name(
     family: str, options: dict[str, Any], why: str, taped: Tapes
 ) -> None:
-    target = ModelRunner(build(family).to(DEVICE), kv_tokens=64, **{"gpu_kernels": True, **options})
-    assert target.why_no_graphs() == why
-    assert target._gpu is None or target._gpu._pool is None
+    target = load_runner(
+        build(family).to(DEVICE), kv_tokens=64, **{"gpu_kernels": True, "cpu_kernels": False, **options}
+    )
+    assert target.no_graphs == why
+    assert isinstance(target.current, EagerForward)

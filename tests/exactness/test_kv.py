@@ -14,7 +14,7 @@ from specgen import Engine
 from specgen.engine.core import EngineCore
 from specgen.kernels.cpu_backend import why_not
 from specgen.kv.formats import FORMATS, LayerShape
-from specgen.model import runner as target
+from specgen.model import packed
 from specgen.sampling.params import SamplingParams
 from specgen.types import Speculation
 from tests.support.engines import evict, watched
@@ -165,7 +165,7 @@ def test_prompts_in_chunks_and_warm_prefixes(kind: str) -> None:
 def test_smollm(smollm: PreTrainedModel, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same in one engine, whose pool is too small for two texts, its memory for one page."""
     # What takes seconds at load and is not looked at here.
-    monkeypatch.setattr(target, "check_invariance", lambda *args: None)
+    monkeypatch.setattr(packed, "check_invariance", lambda *args: None)
     monkeypatch.setattr(EngineCore, "_measure", lambda self: None)
     prompts = [[*COPY, *range(600, 630), *COPY]]
     layers = [LayerShape(3, 64, 64)] * smollm.config.num_hidden_layers

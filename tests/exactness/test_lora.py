@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from specgen import DrafterFactory, Engine, Result, SamplingParams, hookimpl
 from specgen.draft.drafters.translation import draft_model
 from specgen.errors import AdapterRefused
-from specgen.model.runner import ModelRunner
+from specgen.model.forward.compiled import CompiledForward, CompiledModel
+from specgen.model.runner import load_runner
 from specgen.plugins.manager import load_plugins
 from tests.support.adapters import ATTENTION, by_peft, save_adapter
 from tests.support.engines import watched
@@ -211,7 +212,7 @@ def test_rows_under_an_adapter_do_not_depend_on_their_neighbours(
     from specgen.model.segment import Segment
 
     half = copy.deepcopy(llama).to(torch.bfloat16)
-    target = ModelRunner(half, kv_tokens=512, batch_invariant=True)
+    target = load_runner(half, kv_tokens=512, batch_invariant=True)
     weights = [
         target.read_adapter(folder, max_rank=64, max_bytes=1 << 30).weights
         for folder in folders.values()
@@ -227,7 +228,7 @@ def test_rows_under_an_adapter_do_not_depend_on_their_neighbours(
             for table in tables:
                 table.reserve(start + part)
             segments = [Segment(t, ids, positions, None, range(part), a) for t, a in zip(tables, adapters, strict=True)]
-            for mine, logits in zip(rows, target.forward(segments).split(part), strict=True):
+            for mine, logits in zip(rows, target.forward(segments).logits.split(part), strict=True):
                 mine.append(logits)
             for table in tables:
                 table.commit(part)
@@ -305,7 +306,7 @@ def test_a_compiled_engine_refuses_adapters(
     opened: Callable[..., Engine], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = opened(load=False)
-    monkeypatch.setattr(engine.target, "_compiled", object())
+    monkeypatch.setattr(engine.target, "_forward", CompiledForward(cast("CompiledModel", None), engine.target.pool))
     with pytest.raises(AdapterRefused, match="compile=False"):
         engine.adapters.load("it", folders["wide"])
 

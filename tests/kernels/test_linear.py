@@ -8,7 +8,7 @@ from torch import nn
 
 from specgen.kernels.cpu_backend import why_not
 from specgen.model.packed_linear import PackedLinear, linears_together, pack_linears
-from specgen.model.runner import ModelRunner
+from specgen.model.runner import load_runner
 from tests.support.tiny import build
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no CPU kernels: {why_not()}")
@@ -119,8 +119,8 @@ def test_only_plain_layers_are_packed() -> None:
 
 def test_a_target_uses_it_and_leaves_the_model_as_it_is() -> None:
     model = build("llama")
-    target = ModelRunner(model, kv_tokens=64)
+    target = load_runner(model, kv_tokens=64)
     assert all(isinstance(m, PackedLinear) for m in target.model.modules() if isinstance(m, nn.Linear))
     assert not any(isinstance(m, PackedLinear) for m in model.modules())
-    plain = ModelRunner(model, kv_tokens=64, cpu_kernels=False)
+    plain = load_runner(model, kv_tokens=64, cpu_kernels=False)
     assert not any(isinstance(m, PackedLinear) for m in plain.model.modules())

@@ -11,7 +11,7 @@ from torch import Tensor
 from specgen.kernels.cpu_backend import why_not
 from specgen.kv.formats import LayerShape
 from specgen.model.attention.cpu_plan import plan
-from specgen.model.batch import Reach
+from specgen.model.attention.reach import Reach
 from specgen.model.segment import Segment, tree_segment
 from tests.support.attention import REACHES, SCALE, World, chain, later, tree
 

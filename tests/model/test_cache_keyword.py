@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from specgen.kv.formats import FORMATS
 from specgen.model.cache_keyword import cache_keyword, cache_of
-from specgen.model.runner import ModelRunner
+from specgen.model.runner import load_runner
 from tests.support.decoding import decode, generate
 from tests.support.tiny import build
 
@@ -74,8 +74,8 @@ def test_a_model_is_packed_whatever_it_calls_its_cache(kind: type[LlamaForCausal
     kv = FORMATS[kv_format]()
     truths = [generate(plain, prompt, 16) for prompt in PROMPTS]
     if not kv.lossless:
-        truths = decode(ModelRunner(plain, kv_tokens=640, kv_format=kv), PROMPTS, truths)
-    assert decode(ModelRunner(renamed, kv_tokens=640, kv_format=kv), PROMPTS, truths) == truths
+        truths = decode(load_runner(plain, kv_tokens=640, kv_format=kv), PROMPTS, truths)
+    assert decode(load_runner(renamed, kv_tokens=640, kv_format=kv), PROMPTS, truths) == truths
 
 
 def test_an_output_is_not_asked_for_names_that_it_warns_of(recwarn: pytest.WarningsRecorder) -> None:

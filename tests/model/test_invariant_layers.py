@@ -14,7 +14,7 @@ from specgen.kernels.cpu_backend import why_not
 from specgen.kv.formats import FORMATS
 from specgen.model.attention.rowwise import VisibleKeys, row_by_row, visible_in_chain, visible_in_mask
 from specgen.model.invariant_layers import InvariantLayers
-from specgen.model.runner import ModelRunner
+from specgen.model.runner import load_runner
 from tests.support.tiny import build
 
 KEPT = (
@@ -38,18 +38,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", KEPT)
 @pytest.mark.parametrize("kind", ["native", "k8v4"])
 def test_models_that_keep_it(name: str, kind: str) -> None:
-    assert ModelRunner(build(name), kv_tokens=64, kv_format=FORMATS[kind](), batch_invariant=True).batch_invariant
+    assert load_runner(build(name), kv_tokens=64, kv_format=FORMATS[kind](), batch_invariant=True).batch_invariant
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "deepseek_v3"])
 def test_models_that_keep_it_in_bfloat16(name: str) -> None:
-    assert ModelRunner(build(name).bfloat16(), kv_tokens=64, batch_invariant=True).batch_invariant
+    assert load_runner(build(name).bfloat16(), kv_tokens=64, batch_invariant=True).batch_invariant
 
 
 @pytest.mark.parametrize("name", OWN_ATTENTION)
 def test_models_that_attend_by_themselves_are_refused(name: str) -> None:
     with pytest.raises(UnsupportedModel, match=r"batch_invariant=True cannot be kept: it computes attention itself"):
-        ModelRunner(build(name), kv_tokens=64, batch_invariant=True)
+        load_runner(build(name), kv_tokens=64, batch_invariant=True)
 
 
 @pytest.mark.parametrize("name", OWN_ATTENTION)
@@ -57,8 +57,8 @@ def test_a_format_that_rounds_is_refused_where_it_would_not_be_exact(name: str) 
     with pytest.raises(
         UnsupportedModel, match=r"kv_format='int8' is not exact: take 'native', or batch_invariant=False"
     ):
-        ModelRunner(build(name), kv_tokens=64, kv_format=FORMATS["int8"]())
-    assert not ModelRunner(
+        load_runner(build(name), kv_tokens=64, kv_format=FORMATS["int8"]())
+    assert not load_runner(
         build(name), kv_tokens=64, kv_format=FORMATS["int8"](), batch_invariant=False
     ).batch_invariant
 
@@ -84,24 +84,24 @@ def test_any_layer_that_mixes_rows_is_named() -> None:
     model = build("llama")
     model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * (1 + 1e-6 * output.shape[1]))
     with pytest.raises(UnsupportedModel, match=r"model\.layers\.1\.mlp \(LlamaMLP\) rounds a row differently beside"):
-        ModelRunner(model, kv_tokens=64, batch_invariant=True)
+        load_runner(model, kv_tokens=64, batch_invariant=True)
 
 
 def test_it_is_on_by_itself_for_formats_that_round_below_float64() -> None:
     model = build("llama")
-    assert not ModelRunner(model, kv_tokens=64, cpu_kernels=False).batch_invariant
-    assert ModelRunner(model, kv_tokens=64, kv_format=FORMATS["int4"]()).batch_invariant
-    assert not ModelRunner(model, kv_tokens=64, kv_format=FORMATS["int4"](), batch_invariant=False).batch_invariant
-    assert not ModelRunner(model.double(), kv_tokens=64, kv_format=FORMATS["int4"]()).batch_invariant
+    assert not load_runner(model, kv_tokens=64, cpu_kernels=False).batch_invariant
+    assert load_runner(model, kv_tokens=64, kv_format=FORMATS["int4"]()).batch_invariant
+    assert not load_runner(model, kv_tokens=64, kv_format=FORMATS["int4"](), batch_invariant=False).batch_invariant
+    assert not load_runner(model.double(), kv_tokens=64, kv_format=FORMATS["int4"]()).batch_invariant
 
 
 @pytest.mark.skipif(why_not() is not None, reason=f"no CPU kernels: {why_not()}")
 def test_it_is_on_by_itself_where_kernels_make_it_cheap() -> None:
-    assert ModelRunner(build("llama"), kv_tokens=64).batch_invariant
-    assert not ModelRunner(build("llama"), kv_tokens=64, batch_invariant=False).batch_invariant
+    assert load_runner(build("llama"), kv_tokens=64).batch_invariant
+    assert not load_runner(build("llama"), kv_tokens=64, batch_invariant=False).batch_invariant
     mixing = build("llama")
     mixing.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * (1 + 1e-6 * output.shape[1]))
-    assert not ModelRunner(mixing, kv_tokens=64).batch_invariant, "a model that cannot keep it runs all the same"
+    assert not load_runner(mixing, kv_tokens=64).batch_invariant, "a model that cannot keep it runs all the same"
 
 
 def test_the_engine_passes_it_on() -> None:

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from specgen import Engine, InvalidRequest
 from specgen.model import kv_size as kv_size_module
-from specgen.model import runner as target_module
+from specgen.model import runner
 from specgen.model.kv_size import KVSize, kv_size
-from specgen.model.runner import ModelRunner
+from specgen.model.runner import load_runner
 from tests.support.tiny import CONTEXT, build
 
 PLENTY = 1 << 40
@@ -90,15 +90,15 @@ def model() -> PreTrainedModel:
 
 
 def test_a_target_is_sized_by_what_is_available(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    token_bytes = ModelRunner(model, kv_tokens=64).pool.bytes_per_token
-    monkeypatch.setattr(target_module, "_free_memory", lambda device: 4 * 96 * token_bytes)
+    token_bytes = load_runner(model, kv_tokens=64).pool.bytes_per_token
+    monkeypatch.setattr(runner, "available_bytes", lambda device: 4 * 96 * token_bytes)
     with capture_logs() as logs, Engine(model, drafters=[]) as engine:
         assert (engine.context_length, engine.target.pool.capacity) == (96, 96)
     (log,) = (log for log in logs if "shorter" in log["event"])
     assert (log["context"], log["model_context"]) == (96, CONTEXT)
     with Engine(model, drafters=[], max_context=CONTEXT) as engine:
         assert engine.context_length == CONTEXT
-    monkeypatch.setattr(target_module, "_free_memory", lambda device: (CONTEXT - 1) * token_bytes)
+    monkeypatch.setattr(runner, "available_bytes", lambda device: (CONTEXT - 1) * token_bytes)
     with pytest.raises(InvalidRequest, match=f"max_context is {CONTEXT}: "):
         Engine(model, drafters=[], max_context=CONTEXT)
 

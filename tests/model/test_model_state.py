@@ -21,7 +21,8 @@ from transformers.models.llama import modeling_llama
 import specgen
 from specgen import Engine, InvalidRequest, ModelChanged, RequestFailed, UnsupportedModel
 from specgen.api import kept_engine as api
-from specgen.model.runner import ModelRunner
+from specgen.model.packed import pack_model
+from specgen.model.runner import ModelRunner, load_runner, reuse_pool
 from tests.support.engines import close_kept
 from tests.support.tiny import VOCABULARY, build
 
@@ -313,9 +314,9 @@ def test_state_costs_a_few_python_calls_for_each_module(monkeypatch: pytest.Monk
     sizes = []
     for layers in (3, 6, 9):
         model = build("llama", num_hidden_layers=layers)
-        target = ModelRunner(model, kv_tokens=64)
-        sizes.append(len(target._state._entries))
-        assert len(target._state._entries) < 12 * len(list(model.modules())) + 100
+        target = load_runner(model, kv_tokens=64)
+        sizes.append(len(target.packed.wrapped._state._entries))
+        assert len(target.packed.wrapped._state._entries) < 12 * len(list(model.modules())) + 100
     assert sizes[1] - sizes[0] == sizes[2] - sizes[1]
 
 
@@ -487,9 +488,9 @@ def _evaluated(engine: Engine) -> Engine:
 
 
 def test_a_model_of_other_sizes_needs_a_new_engine() -> None:
-    pool = ModelRunner(build("llama"), kv_tokens=64).pool
+    pool = load_runner(build("llama"), kv_tokens=64).pool
     with pytest.raises(UnsupportedModel, match="make a new engine"):
-        ModelRunner(build("gpt2"), pool=pool)
+        reuse_pool(pack_model(build("gpt2")), pool)
     model = build("llama")
     with Engine(model, **OPTIONS) as engine:
         model.resize_token_embeddings(VOCABULARY + 8)

@@ -11,7 +11,7 @@ from specgen.kernels import cpu_backend as cpu_kernels
 from specgen.kernels import triton_backend as gpu_kernels
 from specgen.kv.formats import FORMATS
 from specgen.model.report import selection
-from specgen.model.runner import ModelRunner
+from specgen.model.runner import load_runner
 from tests.support.tiny import build
 
 CPU = torch.device("cpu")
@@ -22,25 +22,35 @@ needs_triton = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize(
-    ("family", "options", "attention", "why"),
+    ("family", "options", "attention", "passed_over"),
     [
-        pytest.param("llama", {}, "CPU kernel", "built for this processor", marks=needs_cpu_kernels),
-        pytest.param("llama", {"kv_format": FORMATS["int8"]()}, "plain torch", "not 'int8'", marks=needs_cpu_kernels),
-        ("deepseek_v3", {}, "plain torch", "the seam is 'gathered'"),
-        ("llama", {"cpu_kernels": False}, "plain torch", "switched off" if not cpu_kernels.why_not() else ""),
-        pytest.param("llama", {"gpu_kernels": True}, "Triton kernel", "interprets it", marks=needs_triton),
+        pytest.param("llama", {}, "cpu", {"triton": ""}, marks=needs_cpu_kernels),
+        pytest.param(
+            "llama", {"kv_format": FORMATS["int8"]()}, "torch", {"cpu": "kv_format is 'int8'"}, marks=needs_cpu_kernels
+        ),
+        ("deepseek_v3", {}, "torch-gathered", {"torch": "its "}),
+        ("gptj", {}, "torch-dense", {"torch": "layer 0 (GPTJBlock) computes attention itself"}),
+        ("llama", {"cpu_kernels": False}, "torch", {"cpu": "cpu_kernels is False"}),
+        ("llama", {"gpu_kernels": False, "cpu_kernels": False}, "torch", {"triton": "gpu_kernels is False"}),
+        pytest.param("llama", {"gpu_kernels": True}, "triton", {}, marks=needs_triton),
     ],
 )
-def test_attention_is_named_with_its_reason(family: str, options: dict[str, Any], attention: str, why: str) -> None:
-    choices = {choice.part: choice for choice in selection(ModelRunner(build(family), kv_tokens=64, **options))}
+def test_attention_is_named_with_the_backends_before_it_and_their_reasons(
+    family: str, options: dict[str, Any], attention: str, passed_over: dict[str, str]
+) -> None:
+    choices = {choice.part: choice for choice in selection(load_runner(build(family), kv_tokens=64, **options))}
     assert choices["attention"].chosen == attention
-    assert why in choices["attention"].why
+    for name, reason in passed_over.items():
+        assert reason in choices[f"attention, not {name}"].why
+        assert choices[f"attention, not {name}"].why
     assert choices["device"].chosen == "cpu"
     assert choices["graphs"].chosen == "no"
     assert choices["graphs"].why == (
-        "the device is 'cpu', which has none" if attention == "Triton kernel" else "no GPU kernels carry the forward"
+        "the device is 'cpu', which has none"
+        if attention == "triton"
+        else f"attention is computed by {attention!r}, it must be 'triton'"
     )
-    assert (choices["compile=True"].chosen == "possible") == (attention == "CPU kernel")
+    assert (choices["compile=True"].chosen == "possible") == (attention == "cpu")
 
 
 def test_the_command_prints_a_line_for_each_part(tmp_path: Any) -> None:
@@ -51,7 +61,7 @@ def test_the_command_prints_a_line_for_each_part(tmp_path: Any) -> None:
     build("llama").save_pretrained(tmp_path)
     done = CliRunner().invoke(app, ["doctor", "-m", str(tmp_path), "--kv-format", "int4"])
     assert done.exit_code == 0, done.output
-    for part in ("torch ", "triton ", "device ", "attention ", "KV ", "rows invariant ", "graphs ", "compile=True "):
+    for part in ("torch ", "triton ", "device ", "attention ", "KV ", "batch-invariant ", "graphs ", "compile=True "):
         assert f"\n{part}" in done.output
     assert "int4" in done.output
     refused = CliRunner().invoke(app, ["doctor", "-m", str(tmp_path), "--kv-format", "int5"])

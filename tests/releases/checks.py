@@ -55,7 +55,7 @@ def test_a_model_is_exact_or_refused_by_name(name: str) -> None:
         truths = [generate(model, prompt, NEW_TOKENS) for prompt in PROMPTS]
         assert decode(found, PROMPTS, truths) == truths
     else:
-        # An older release may not offer the seam; a newer one that takes it away breaks what README promises.
+        # An older release may not offer the interface; a newer one that takes it away breaks what README promises.
         assert OLDER or name not in SUPPORTED, found
 
 

@@ -607,7 +607,7 @@ async def test_what_was_generated_for_a_client_that_left_is_counted(world: World
 async def test_a_step_without_memory_fails_those_who_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     """With 503, so that they come again; health says so when it goes on."""
     with engine(max_num_seqs=1) as own, capture_logs():
-        score, failing = own.target.score, True
+        score, failing = own.target.forward, True
 
         def fails(segments: Any) -> Any:
             if failing:
@@ -638,7 +638,7 @@ async def test_a_step_without_memory_for_its_drafts_is_taken_without_them(monkey
     with engine() as own, capture_logs() as logs:
         options: dict[str, Any] = {"max_tokens": 30, "speculation": {"adaptive": False}}
         expected = own.generate(Chat(HELLO), **options).text
-        score = own.target.score
+        score = own.target.forward
 
         def fails(segments: Any) -> Any:
             if sum(len(segment.tokens) for segment in segments) > 1 and not any(

@@ -12,7 +12,8 @@ from torch import Tensor
 from specgen.kernels.reference import tree_attention
 from specgen.kv.formats import NATIVE, KVFormat, LayerShape
 from specgen.kv.pool import PAGE_SIZE, BlockTable, KVPool
-from specgen.model.batch import Batch, Reach
+from specgen.model.attention.masks import first_key, segment_mask
+from specgen.model.attention.reach import Reach
 from specgen.model.segment import Segment, tree_segment
 
 SCALE = 0.3
@@ -72,10 +73,10 @@ class World:
         self, segments: Sequence[Segment], query: Tensor, reach: Reach, softcap: float, sinks: Tensor | None
     ) -> Tensor:
         """float64[rows, heads, value_dim] for query [1, heads, rows, key_dim]; the pool must hold the rows already."""
-        batch = Batch(segments, self.pool)
         store, outputs, row = self.store, [], 0
-        for index, segment in enumerate(segments):
-            span, visible = batch.view(index, reach)
+        for segment in segments:
+            start = first_key(segment, reach)
+            span, visible = segment.table.span(start, segment.end), segment_mask(segment, start, reach)
             keys, values = (side.double().transpose(0, 1) for side in store.read(span))
             count = len(segment.tokens)
             mine = query[0, :, row : row + count].double().transpose(0, 1)

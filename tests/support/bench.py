@@ -19,9 +19,10 @@ from specgen import (
     StepOutput,
 )
 from specgen.context.pipeline import ContextPipeline
+from specgen.draft.features import Wanted
 from specgen.engine.core import EngineCore
 from specgen.engine.request_builder import RequestBuilder
-from specgen.model.runner import ModelRunner
+from specgen.model.runner import load_runner
 from specgen.plugins.manager import load_plugins
 from specgen.sampling.constraint import Constraints, ConstraintSetup
 from tests.support.tiny import VOCABULARY
@@ -68,7 +69,8 @@ class Bench:
         max_prefill_tokens: int = 512,
         compile: bool = False,
     ) -> None:
-        self.target = ModelRunner(model, kv_tokens=kv_tokens, max_context=max_context)
+        layers = Wanted.union(drafter.wanted for drafter in (drafters or {}).values()).layers
+        self.target = load_runner(model, kv_tokens=kv_tokens, max_context=max_context, layers=layers, compile=compile)
         # Without the prefix cache: rows are counted here, and every page must be free in the end.
         self.core = EngineCore(
             self.target,
@@ -76,7 +78,6 @@ class Bench:
             max_num_seqs=max_num_seqs,
             max_prefill_tokens=max_prefill_tokens,
             prefix_cache=None,
-            compile=compile,
         )
         stages = load_plugins().collect("context_stages")
         self._builder = RequestBuilder(

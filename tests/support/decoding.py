@@ -145,7 +145,7 @@ def decode(target: ModelRunner, prompts: Sequence[Sequence[int]], truths: Sequen
     with model_calls(target.model) as calls:
         while running:
             hung = [decoding.hang(rng) for decoding in running]
-            logits = target.forward([segment for segment, _ in hung])
+            logits = target.forward([segment for segment, _ in hung]).logits
             assert calls.pop() == sum(len(segment.tokens) for segment, _ in hung)
             assert not calls
             wanted = logits.split([len(segment.logits) for segment, _ in hung])

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from specgen.errors import UnsupportedModel
-from specgen.model.batch import Reach
+from specgen.model.attention.reach import Reach
 from specgen.model.checks.architecture import Architecture
-from specgen.model.runner import ModelRunner
+from specgen.model.runner import ModelRunner, load_runner
 from tests.support.tiny import MODELS, build
 
 START = "<!-- architectures -->"
@@ -33,7 +33,7 @@ def listed() -> dict[str, str]:
 
 def exact(name: str, target: ModelRunner) -> str:
     """The line of a model that a target carries."""
-    return f"| {name} | {target.seam.value} | {_layers(target.architecture)} |"
+    return f"| {name} | {target.packed.backend.route} | {_layers(target.architecture)} |"
 
 
 def refused(name: str, refusal: UnsupportedModel) -> str:
@@ -44,7 +44,7 @@ def refused(name: str, refusal: UnsupportedModel) -> str:
 
 def _line(name: str) -> str:
     try:
-        return exact(name, ModelRunner(build(name), kv_tokens=64))
+        return exact(name, load_runner(build(name), kv_tokens=64))
     except UnsupportedModel as refusal:
         return refused(name, refusal)
 

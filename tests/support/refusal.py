@@ -10,7 +10,7 @@ from packaging.version import Version
 from transformers import PreTrainedModel
 
 from specgen.errors import UnsupportedModel
-from specgen.model.runner import ModelRunner
+from specgen.model.runner import ModelRunner, load_runner
 from tests.releases.environment import pinned
 
 OLDER = Version(version("transformers")) < Version(pinned()["transformers"])
@@ -19,7 +19,7 @@ OLDER = Version(version("transformers")) < Version(pinned()["transformers"])
 def target_or_refusal(model: PreTrainedModel, **options: Any) -> ModelRunner | str:
     """The model behind a packed forward, or why it is refused; `options` are ModelRunner's."""
     try:
-        return ModelRunner(model, **options)
+        return load_runner(model, **options)
     except UnsupportedModel as error:
         refusal = str(error)
         assert refusal.startswith(f"model type {model.config.model_type!r}: ")

@@ -5,7 +5,6 @@ al. 2024): one packed forward per depth for the whole batch, the most confident 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,25 +12,15 @@ from torch import Tensor
 from specgen.draft.drafter import Drafter, DraftHints, DraftSession
 from specgen.draft.growth import Growth, Levels
 from specgen.errors import OutOfPages
-from specgen.kv.pool import BlockTable, KVPool
+from specgen.kv.pool import BlockTable
 from specgen.kv.prefix_cache import PrefixCache
 from specgen.kv.radix_tree import CacheKey
 from specgen.lora.adapter import LoraWeights
+from specgen.model.runner import ModelRunner
 from specgen.model.segment import Segment
 from specgen.types import TokenTree
 
 _ROWS_PER_FORWARD = 512
-
-
-class PackedModel(Protocol):
-    """What this drafter needs of a model: the packed forward over a pool of its own."""
-
-    pool: KVPool
-    vocab_size: int
-    context_length: int
-
-    def forward(self, segments: Sequence[Segment]) -> Tensor:
-        """[wanted rows, vocab]."""
 
 
 class DraftModel(Drafter):
@@ -40,7 +29,7 @@ class DraftModel(Drafter):
     depth: levels of a tree, at least 1. width: nodes grown per level, and children of each, at least 1.
     """
 
-    def __init__(self, model: PackedModel, vocab_size: int, *, depth: int = 5, width: int = 3) -> None:
+    def __init__(self, model: ModelRunner, vocab_size: int, *, depth: int = 5, width: int = 3) -> None:
         self.model = model
         self.vocab_size = vocab_size
         self.depth, self.width = depth, width
@@ -71,7 +60,7 @@ class DraftModel(Drafter):
             if not alive or not self._levels.pay(alive, self.token_seconds):
                 break
             with self._levels.timed():
-                logits = self.model.forward([growth.segment() for growth in alive])
+                logits = self.model.forward([growth.segment() for growth in alive]).logits
                 for growth, rows in zip(alive, logits.split([len(g.picked) for g in alive]), strict=True):
                     growth.read(rows[:, : self.vocab_size], self.width)
         return [growth.best(growth.kept) for growth in growths]
@@ -89,7 +78,7 @@ class DraftModel(Drafter):
         while behind:
             room = max(1, _ROWS_PER_FORWARD // len(behind))
             segments = [growth.session.unread(room) for growth in behind]
-            rows = iter(self.model.forward(segments))
+            rows = iter(self.model.forward(segments).logits)
             for growth, segment in zip(behind, segments, strict=True):
                 growth.session.table.commit(len(segment.tokens))
                 if segment.logits:

@@ -12,7 +12,6 @@ ancestors, itself included, are the tail rows from place starts[i] to starts[i +
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -37,12 +36,6 @@ def plan(segments: Sequence[Segment]) -> Tensor:
         numbers[1 + _HEADER * index : 1 + _HEADER * (index + 1)] = header
         first += len(segment.tokens)
     return torch.tensor(numbers, dtype=torch.int32)
-
-
-def wanted_rows(segments: Sequence[Segment]) -> list[int]:
-    """The rows whose logits are wanted, counted over the whole forward."""
-    starts = accumulate((len(segment.tokens) for segment in segments), initial=0)
-    return [start + row for start, segment in zip(starts, segments, strict=False) for row in segment.logits]
 
 
 def _ancestors(visible: Tensor, place: int) -> list[int]:

@@ -3,8 +3,9 @@
 A tile is a few rows of one sequence that are looked at together. Where there are fewer tiles than a GPU has room for,
 each is cut along its keys too. A row of a tree is told which rows of its tail are ancestors by 64 bits.
 
-`by_path`: such a row is given its keys as they would lie had its path been committed, so that its bits are those of
-plain decoding. Spans inside the committed prefix are shared with the rows beside it; the last ones it has to itself.
+`batch_invariant`: such a row is given its keys as they would lie had its path been committed, so that its bits are
+those of plain decoding. Spans inside the committed prefix are shared with the rows beside it; the last ones it has to
+itself.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specgen.kernels.triton.kv_splits import starts
-from specgen.model.batch import Reach
+from specgen.model.attention.reach import Reach
 from specgen.model.segment import Segment
 
 _BITS = 64
@@ -34,12 +35,12 @@ class SplitPolicy:
     tile_rows: int
     programs: int
     partials: int
-    by_path: bool = False
+    batch_invariant: bool = False
 
     def most_items(self, rows: int) -> int:
         """Of a forward over so many rows: a row is in one item or shares it, a tile of paths has one more for what they
         share, and cutting along the keys makes no more than `programs`."""
-        return (1 + self.by_path) * rows + self.programs
+        return (1 + self.batch_invariant) * rows + self.programs
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ class _Cutter:
         edges = starts(segment.end)
         for begin in range(0, len(segment.tokens), self._how.tile_rows):
             rows = range(begin, min(begin + self._how.tile_rows, len(segment.tokens)))
-            if self._how.by_path and any(len(sight.listed[row]) for row in rows):
+            if self._how.batch_invariant and any(len(sight.listed[row]) for row in rows):
                 self._add_paths(segment, sight, first_row, rows, edges, places)
             else:
                 self._add_rows(segment, sight, first_row, rows, edges, places)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +13,16 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from specgen.errors import UnsupportedModel
-from specgen.kv.formats import LayerShape
-from specgen.model.batch import EVERYTHING, Reach
+from specgen.kv.formats import NATIVE, KVFormat, LayerShape
+from specgen.kv.pool import KVPool
+from specgen.model.attention.reach import EVERYTHING, Reach
 from specgen.model.cache_keyword import cache_of
 
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 _ALTERNATIVE = "run it with transformers' own generate"
+# Models that compute attention themselves, read line by line: they mask by the given mask and by nothing else. A window
+# or a bias inside a model's own code would not show on the few tokens of the check at load.
+_READ = ("codegen", "falcon", "gpt_neox_japanese", "gptj", "xglm")
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
@@ -28,14 +34,29 @@ class Architecture:
     stores: for each layer of the model, the pool layer it writes to, or reads from when it shares an earlier layer's
         KV; `None` for a layer without attention.
     reaches: for each layer of the model, how far back it looks.
+    dtype, device: of keys and values.
     vocab_size: length of a row of logits.
+    no_interface: why attention cannot go through transformers' attention interface; `None` if it does.
+    no_dense_mask: why it cannot be left to the model's own code under a dense mask; `None` if it can.
     """
 
     shapes: tuple[LayerShape, ...]
     stores: tuple[int | None, ...]
     reaches: tuple[Reach, ...]
     dtype: torch.dtype
+    device: torch.device
     vocab_size: int
+    no_interface: str | None
+    no_dense_mask: str | None
+
+    @property
+    def shares_kv(self) -> bool:
+        """Whether layers read the KV of earlier ones."""
+        return len(set(self.stores)) < len(self.stores)
+
+    def new_pool(self, pages: int, kind: KVFormat = NATIVE) -> KVPool:
+        """A pool for the model's KV."""
+        return KVPool(self.shapes, pages, dtype=self.dtype, device=self.device, kind=kind)
 
 
 def refuse(model: PreTrainedModel, reason: str) -> UnsupportedModel:
@@ -74,7 +95,16 @@ def inspect_layers(model: PreTrainedModel) -> Architecture:
     dtypes = {layer.keys.dtype for layer in layers if layer.keys is not None}
     if len(dtypes) != 1:
         raise refuse(model, f"its layers keep KV of {len(dtypes)} data types ({', '.join(map(str, dtypes))})")
-    return Architecture(tuple(shapes), tuple(stores), tuple(reaches), dtypes.pop(), vocab_size)
+    return Architecture(
+        tuple(shapes),
+        tuple(stores),
+        tuple(reaches),
+        dtypes.pop(),
+        model.device,
+        vocab_size,
+        _no_interface(model),
+        _no_dense_mask(model, reaches),
+    )
 
 
 def _two_tokens(model: PreTrainedModel) -> tuple[DynamicCache, int]:
@@ -89,6 +119,25 @@ def _two_tokens(model: PreTrainedModel) -> tuple[DynamicCache, int]:
         state = "keeps no KV cache" if cache is None else f"keeps its state in {type(cache).__name__}"
         raise refuse(model, f"{first_layer(model)} {state}, so that a rejected draft cannot be rolled back")
     return cache, output.logits.shape[-1]
+
+
+def _no_interface(model: PreTrainedModel) -> str | None:
+    if any(hasattr(inspect.getmodule(type(module)), "ALL_ATTENTION_FUNCTIONS") for module in model.modules()):
+        return None
+    return f"{first_layer(model)} computes attention itself, not through transformers' attention interface"
+
+
+def _no_dense_mask(model: PreTrainedModel, reaches: Sequence[Reach]) -> str | None:
+    if (own := _no_interface(model)) is None:
+        return "the model calls transformers' attention interface, which builds no mask"
+    if model.config.model_type not in _READ:
+        return f"{own}, and maybe with a bias or window (of such models these are known to work: {', '.join(_READ)})"
+    if getattr(model.config, "alibi", False):
+        return f"{first_layer(model)} adds a bias that grows with distance (ALiBi), which is not packed"
+    if set(reaches) != {EVERYTHING}:
+        # A dense mask is one for all layers, so it cannot carry windows.
+        return f"{first_layer(model)} computes attention itself, over a window"
+    return None
 
 
 def _layers_by_config(model: PreTrainedModel, config: PreTrainedConfig) -> list[Any]:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from specgen.errors import UnsupportedModel
-from specgen.kv.pool import PAGE_SIZE, KVPool
-from specgen.model.attention.interface import Seam
-from specgen.model.batch import EVERYTHING
-from specgen.model.checks.architecture import Architecture, first_layer, refuse
+from specgen.kv.pool import PAGE_SIZE
+from specgen.model.checks.architecture import Architecture
+from specgen.model.forward.base import Forward
 from specgen.model.segment import Segment, tree_segment
+
+EQUIVALENCE_PAGES = 2
+"""Pages that the check needs at once."""
 
 # Thousandths of the vocabulary: ordinary tokens of any tokenizer, where special ones, which stand at both ends, make
 # a model's answer hang on the last bit of a rounding.
@@ -27,68 +27,21 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 # the same row at the end of a text and in the middle of a longer one.
 _COARSE_TOLERANCE = 0.05
 _NOISE_FACTOR = 3.0
-# Models that compute attention themselves, read line by line: they mask by the given mask and by nothing else. A window
-# or a bias inside a model's own code would not show on the few tokens of the check.
-_READ = ("codegen", "falcon", "gpt_neox_japanese", "gptj", "xglm")
-
-
-class PackedModel(Protocol):
-    """What the check needs of a target."""
-
-    model: PreTrainedModel
-    architecture: Architecture
-    pool: KVPool
-    seam: Seam
-    vocab_size: int
-
-    def forward(self, segments: Sequence[Segment]) -> Tensor:
-        """Score all rows; see `ModelRunner.forward`."""
-
-
-def choose_seam(target: PackedModel) -> Seam:
-    """The first seam at which the packed forward equals the model's own, on two sequences and a branching tree.
-
-    Raises UnsupportedModel with the first seam's difference or error when none does.
-    """
-    reasons = []
-    for seam in _possible(target):
-        target.seam = seam
-        if (reason := difference(target)) is None:
-            return seam
-        reasons.append(reason)
-    raise refuse(target.model, reasons[0])
-
-
-def _possible(target: PackedModel) -> tuple[Seam, ...]:
-    model = target.model
-    if any(hasattr(inspect.getmodule(type(module)), "ALL_ATTENTION_FUNCTIONS") for module in model.modules()):
-        return Seam.DIRECT, Seam.GATHERED
-    config = model.config
-    if config.model_type not in _READ:
-        own = (
-            "computes attention itself, not through transformers' attention interface, and maybe with a bias or window"
-        )
-        raise refuse(model, f"{first_layer(model)} {own} (of such models these are known to work: {', '.join(_READ)})")
-    if getattr(config, "alibi", False):
-        raise refuse(model, f"{first_layer(model)} adds a bias that grows with distance (ALiBi), which is not packed")
-    if set(target.architecture.reaches) != {EVERYTHING}:
-        # A dense mask is one for all layers, so it cannot carry windows.
-        raise refuse(model, f"{first_layer(model)} computes attention itself, over a window")
-    return (Seam.DENSE,)
 
 
 @torch.inference_mode()
-def difference(target: PackedModel) -> str | None:
-    """How the packed forward differs from the model's own; `None` if it does not."""
+def difference(forward: Forward, model: PreTrainedModel, architecture: Architecture) -> str | None:
+    """How `forward`, on two sequences and a branching tree, differs from `model` run by transformers; `None` if it does
+    not."""
     try:
-        packed = _packed_logits(target)
-        alone = torch.stack([_alone(target.model, ids) for ids in _paths(target.vocab_size)])
+        packed = _packed_logits(forward, architecture.vocab_size)
+        alone = torch.stack([_alone(model, ids) for ids in _paths(architecture.vocab_size)])
     except UnsupportedModel as error:
         return str(error)
     except Exception as error:  # a model's own code may raise anything
         return f"its forward does not take packed rows ({type(error).__name__}: {error})"
     worst = _distance(packed, alone)
-    if worst <= _tolerance(target, alone):
+    if worst <= _tolerance(model, architecture, alone):
         return None
     return f"its packed forward differs from its own by {worst:.1%} in the logits"
 
@@ -98,11 +51,11 @@ def _distance(logits: Tensor, others: Tensor) -> float:
     return float(((logits - others).norm(dim=-1) / others.norm(dim=-1)).max())
 
 
-def _tolerance(target: PackedModel, alone: Tensor) -> float:
-    exact = _TOLERANCE.get(target.architecture.dtype)
+def _tolerance(model: PreTrainedModel, architecture: Architecture, alone: Tensor) -> float:
+    exact = _TOLERANCE.get(architecture.dtype)
     if exact is not None:
         return exact
-    longer = [_alone(target.model, (*ids, *ids), len(ids) - 1) for ids in _paths(target.vocab_size)]
+    longer = [_alone(model, (*ids, *ids), len(ids) - 1) for ids in _paths(architecture.vocab_size)]
     return max(_COARSE_TOLERANCE, _NOISE_FACTOR * _distance(torch.stack(longer), alone))
 
 
@@ -110,22 +63,19 @@ def _ids(thousandths: Sequence[int], vocab_size: int) -> tuple[int, ...]:
     return tuple(vocab_size * n // 1000 for n in thousandths)
 
 
-def _packed_logits(target: PackedModel) -> Tensor:
-    prompts = [_ids(prompt, target.vocab_size) for prompt in _PROMPTS]
-    tables = [target.pool.open() for _ in _PROMPTS]
+def _packed_logits(forward: Forward, vocab_size: int) -> Tensor:
+    prompts = [_ids(prompt, vocab_size) for prompt in _PROMPTS]
+    tables = [forward.pool.open() for _ in _PROMPTS]
     try:
         for table in tables:
             table.reserve(PAGE_SIZE)
-        target.forward([Segment(t, p[:2], range(2)) for t, p in zip(tables, prompts, strict=True)])
+        forward([Segment(t, p[:2], range(2)) for t, p in zip(tables, prompts, strict=True)])
         for table in tables:
             table.commit(2)
-        trees: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
-            (_ids(_TREE, target.vocab_size), _PARENTS),
-            ((), ()),
-        ]
-        return target.forward(
+        trees: list[tuple[tuple[int, ...], tuple[int, ...]]] = [(_ids(_TREE, vocab_size), _PARENTS), ((), ())]
+        return forward(
             [tree_segment(t, p[2:], *tree) for t, p, tree in zip(tables, prompts, trees, strict=True)]
-        )
+        ).logits
     finally:
         for table in tables:
             table.release()

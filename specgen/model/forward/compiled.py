@@ -1,6 +1,6 @@
-"""A target's packed forward, compiled: one graph for any number of rows, without Python between its layers.
+"""A packed forward, compiled: one graph for any number of rows, without Python between its layers.
 
-`torch.compile` takes the model's own code through the DIRECT seam. Linear layers and attention are the CPU kernels'
+`torch.compile` takes the model's own code over the CPU backend. Linear layers and attention are the CPU kernels'
 operators, what lies between them is fused by Inductor; one graph with a symbolic number of rows serves all steps, so
 that nothing is compiled again and a row meets the same loops whatever stands beside it. Guards are skipped: all that
 may change between two calls is an input of the graph.
@@ -29,9 +29,10 @@ from specgen._base.log import Log
 from specgen._base.paths import cache_folder
 from specgen.errors import UnsupportedModel
 from specgen.kv.pool import KVPool
-from specgen.model.attention.cpu_plan import plan, wanted_rows
-from specgen.model.attention.interface import PackedAttention, PackedCache, Seam
-from specgen.model.batch import PlannedBatch
+from specgen.model.attention.cpu_backend import CpuBatch
+from specgen.model.attention.cpu_plan import plan
+from specgen.model.attention.inputs import wanted_rows
+from specgen.model.attention.interface import AttentionRoute, PackedCache
 from specgen.model.cache_keyword import cache_keyword
 from specgen.model.checks.architecture import Architecture
 from specgen.model.checks.equivalence import difference
@@ -39,7 +40,9 @@ from specgen.model.checks.invariance import CHECK_PAGES, check_invariance
 from specgen.model.forward.inductor_pass import OwnProducts
 from specgen.model.hidden_states import HiddenStateTap
 from specgen.model.output import ForwardOutput
+from specgen.model.packed_linear import pack_linears
 from specgen.model.segment import Segment
+from specgen.model.twin import twin
 
 log = Log("specgen.model")
 
@@ -57,10 +60,9 @@ Example: TypeAlias = tuple[Tensor, int | tuple[int, ...]]
 """An argument of such a function, and the dimensions whose size may be any."""
 
 
-class CompiledForward:
-    """A compiled forward of `model`, which nobody else may run. Not thread-safe.
+class CompiledModel:
+    """A compiled forward of `model`, which nobody else may run, over pools like `pool`. Not thread-safe.
 
-    pool: where keys and values are; may be replaced by another of the same shapes.
     layers: those whose hidden states are wanted too; see `HiddenStateTap`.
     """
 
@@ -68,26 +70,26 @@ class CompiledForward:
         self, model: PreTrainedModel, architecture: Architecture, pool: KVPool, layers: Sequence[int] = ()
     ) -> None:
         self.model = model
-        self._watched = HiddenStateTap(model, layers)
-        self.pool = pool
+        self._tap = HiddenStateTap(model, layers)
         self._stores = architecture.stores
         self._cache_keyword = cache_keyword(model)
-        self._attention = PackedAttention(model, architecture.reaches, architecture.stores)
-        self._attention.install()
+        self._route = AttentionRoute(model, architecture.reaches, architecture.stores)
+        self._route.install()
         self._graph = _compiled(self._run)
-        self._warm_up()
+        self._warm_up(pool)
 
-    def __call__(self, segments: Sequence[Segment], tokens: Sequence[int], positions: Sequence[int]) -> ForwardOutput:
-        """Score all rows and write their KV."""
+    def forward(self, segments: Sequence[Segment], pool: KVPool) -> ForwardOutput:
+        """Score all rows and write their KV to `pool`; see `forward.base.Forward`."""
+        tokens = [token for segment in segments for token in segment.tokens]
+        positions = [position for segment in segments for position in segment.new_positions]
         wanted = wanted_rows(segments)
-        filled = [*tokens, *[0] * (_LEAST - len(tokens))], [*positions, *[0] * (_LEAST - len(positions))]
-        ids, position_ids = torch.tensor(filled)[:, None]
-        logits, *hidden = self._graph(ids, position_ids, plan(segments), torch.tensor(_filled(wanted)))
+        ids, position_ids = torch.tensor([_padded(tokens), _padded(positions)])[:, None]
+        logits, *hidden = self._graph(ids, position_ids, plan(segments), torch.tensor(_padded(wanted)), pool)
         return ForwardOutput(logits[: len(wanted)], tuple(states[: len(tokens)] for states in hidden))
 
-    def _run(self, ids: Tensor, position_ids: Tensor, plan: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
-        batch = PlannedBatch(self.pool, plan, position_ids)
-        self._attention.batch = batch
+    def _run(self, ids: Tensor, position_ids: Tensor, plan: Tensor, wanted: Tensor, pool: KVPool) -> tuple[Tensor, ...]:
+        batch = CpuBatch(pool, plan, ids, position_ids, wanted)
+        self._route.batch = batch
         logits: Tensor = self.model(
             input_ids=ids,
             position_ids=position_ids,
@@ -96,13 +98,25 @@ class CompiledForward:
             logits_to_keep=wanted,
             **{self._cache_keyword: PackedCache(batch, self._stores)},
         ).logits[0]
-        return logits, *self._watched.take()
+        return logits, *self._tap.take()
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, pool: KVPool) -> None:
         """Compile, on rows that belong to no sequence."""
         rows = torch.zeros(1, _EXAMPLE_ROWS, dtype=torch.int64)
         inputs = rows, rows.clone(), torch.zeros(_EXAMPLE_ROWS, dtype=torch.int32), torch.arange(_EXAMPLE_ROWS)
-        _first_call(self._graph, [(tensor, (tensor.ndim - 1,)) for tensor in inputs])
+        _first_call(self._graph, [(tensor, (tensor.ndim - 1,)) for tensor in inputs], pool)
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledForward:
+    """A compiled model over one KV pool. See `forward.base.Forward`."""
+
+    model: CompiledModel
+    pool: KVPool
+
+    def __call__(self, segments: Sequence[Segment]) -> ForwardOutput:
+        """See `forward.base.Forward`."""
+        return self.model.forward(segments, self.pool)
 
 
 def compile_rows(function: Rows, examples: Sequence[Example]) -> Rows:
@@ -158,13 +172,13 @@ def _compiled(function: Rows) -> Rows:
     )
 
 
-def _first_call(graph: Rows, examples: Sequence[tuple[Tensor, tuple[int, ...]]]) -> None:
-    """Compile for these arguments, whose size in the dimensions given may be any in later calls."""
+def _first_call(graph: Rows, examples: Sequence[tuple[Tensor, tuple[int, ...]]], *others: object) -> None:
+    """Compile for these arguments, whose size in the dimensions given may be any in later calls, and `others`."""
     for tensor, dims in examples:
         for dim in dims:
             torch._dynamo.mark_dynamic(tensor, dim)
     with _kept(), _uncollected(), torch.inference_mode():
-        graph(*(tensor for tensor, _ in examples))
+        graph(*(tensor for tensor, _ in examples), *others)
 
 
 @contextmanager
@@ -195,58 +209,39 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _filled(wanted: list[int]) -> list[int]:
-    return wanted + [0] * (_LEAST - len(wanted))
+def _padded(numbers: list[int]) -> list[int]:
+    return numbers + [0] * (_LEAST - len(numbers))
 
 
-@dataclass
-class _Trial:
-    """A compiled forward as the proofs at load want a target to be."""
+def compile_model(
+    given: PreTrainedModel, architecture: Architecture, *, layers: Sequence[int], batch_invariant: bool
+) -> CompiledModel:
+    """Compile a twin of `given` and prove that it says what `given` says, run by transformers.
 
-    compiled: CompiledForward
-    model: PreTrainedModel
-    architecture: Architecture
-    vocab_size: int
-    pool: KVPool
-    seam: Seam = Seam.DIRECT
-
-    def forward(self, segments: Sequence[Segment]) -> Tensor:
-        tokens = [token for segment in segments for token in segment.tokens]
-        return self.compiled(segments, tokens, [p for segment in segments for p in segment.new_positions]).logits
-
-
-def compile_forward(
-    model: PreTrainedModel,
-    alone: PreTrainedModel,
-    architecture: Architecture,
-    *,
-    layers: Sequence[int],
-    batch_invariant: bool,
-) -> CompiledForward:
-    """Compile `model` and prove that it says what `alone` says, the same weights run by transformers.
-
-    The pool is a small one for the proof; set the real one. Raises UnsupportedModel with the reason when the model
-    cannot be compiled, when it answers otherwise, or when invariance is asked for and not kept.
+    Raises UnsupportedModel with the reason when the model cannot be compiled, when it answers otherwise, or when
+    invariance is asked for and not kept.
     """
     started = time.perf_counter()
-    pool = KVPool(architecture.shapes, CHECK_PAGES, dtype=architecture.dtype, device=model.device)
+    alone, packed = twin(given).eval(), twin(given).eval()
+    pack_linears(packed)
+    pool = architecture.new_pool(CHECK_PAGES)
     try:
-        compiled = CompiledForward(model, architecture, pool, layers)
+        compiled = CompiledModel(packed, architecture, pool, layers)
     except Exception as error:  # a compiler, a model's code, a full disk
         message = " ".join(str(error).split()[:60])  # the compiler's own errors name the cause in their second line
         raise UnsupportedModel(f"the forward cannot be compiled ({type(error).__name__}: {message})") from error
-    trial = _Trial(compiled, alone, architecture, architecture.vocab_size, pool)
-    if reason := difference(trial):
+    forward = CompiledForward(compiled, pool)
+    if reason := difference(forward, alone, architecture):
         raise UnsupportedModel(f"compiled, {reason}")
     if batch_invariant:
-        check_invariance(trial, "take compile=False")
+        check_invariance(forward, packed, architecture.vocab_size, "take compile=False")
     log.info("forward compiled", seconds=round(time.perf_counter() - started, 1))
     return compiled
 
 
-def in_background(work: Callable[[], CompiledForward]) -> Future[CompiledForward]:
+def in_background(work: Callable[[], CompiledModel]) -> Future[CompiledModel]:
     """Run `work` on a daemon thread: a program may end before it is done, and waits for no more than what it is at."""
-    future: Future[CompiledForward] = Future()
+    future: Future[CompiledModel] = Future()
 
     def run() -> None:
         try:

@@ -18,7 +18,8 @@ from torch import Tensor
 from specgen._base.log import Log
 from specgen.kernels.triton.tree_attention import Tile
 from specgen.kv.pool import KVPool
-from specgen.model.attention.triton import GpuForward, GpuKernels
+from specgen.model.attention.base import ForwardBatch
+from specgen.model.attention.triton_backend import TritonBackend, TritonBatch
 from specgen.model.output import ForwardOutput
 from specgen.model.segment import Segment
 
@@ -31,7 +32,7 @@ _MOST_GRAPHS = 2 * len(SIZES)
 _TABLES = 1 << 16
 _SHARERS = 16
 
-RunForward: TypeAlias = Callable[[GpuForward], ForwardOutput]
+RunBatch: TypeAlias = Callable[[ForwardBatch, Sequence[Segment]], ForwardOutput]
 Replay: TypeAlias = Callable[[], object]
 Key: TypeAlias = tuple[int, tuple[Tile, ...]]
 
@@ -76,7 +77,9 @@ class _Graph(NamedTuple):
 
 
 class GraphForward:
-    """Runs the forwards of one target through the GPU kernels.
+    """Forwards over the Triton backend, captured where that can be. See `forward.base.Forward`.
+
+    run: runs the model over a batch that the backend prepared for these segments.
 
     Bounds of a step, whatever the number of sequences and rows.
     To the device: one copy, of all that a forward is told; one for each sequence whose accepted rows have to move; one
@@ -94,55 +97,52 @@ class GraphForward:
     their lists do not fit the buffer.
     """
 
-    def __init__(self, kernels: GpuKernels) -> None:
-        self.kernels = kernels
-        self._capture = capture_on(kernels.device)
-        self.why_not = None if self._capture else f"the device is {kernels.device.type!r}, which has none"
+    def __init__(self, backend: TritonBackend, pool: KVPool, run: RunBatch) -> None:
+        self.pool = pool
+        self._backend = backend
+        self._run = run
+        self._capture = capture_on(pool.device)
+        self.why_not = None if self._capture else f"the device is {pool.device.type!r}, which has none"
         """Why no more forwards are captured."""
 
-        self._pool: KVPool | None = None
         self._buffer: Tensor | None = None
         self._met: set[Key] = set()
         self._graphs: OrderedDict[Key, _Graph] = OrderedDict()
 
-    def capture_over(self, pool: KVPool) -> None:
-        """From now on capture forwards over `pool`, where that can be."""
-        self._pool = pool
-
-    def __call__(self, segments: Sequence[Segment], pool: KVPool, run: RunForward) -> ForwardOutput:
-        """What `run` answers for these segments; it is called with the forward, and at times not at all."""
+    def __call__(self, segments: Sequence[Segment]) -> ForwardOutput:
+        """See `forward.base.Forward`."""
         adapted = any(segment.adapter for segment in segments)
-        if pool is self._pool and not adapted and (scores := self._replayed(segments, pool, run)):
-            return scores
-        return run(self.kernels.forward(segments, pool))
+        if not adapted and (output := self._replayed(segments)):
+            return output
+        return self._run(self._backend.begin(segments, self.pool), segments)
 
-    def _replayed(self, segments: Sequence[Segment], pool: KVPool, run: RunForward) -> ForwardOutput | None:
+    def _replayed(self, segments: Sequence[Segment]) -> ForwardOutput | None:
         """By a graph, if there is one for the step or it is time for one."""
         rows = sum(len(segment.tokens) for segment in segments)
         if rows > SIZES[-1]:
             return None
         size = next(size for size in SIZES if size >= rows)
-        key = size, self.kernels.tiles(segments)
+        key = size, self._backend.tiles(segments)
         graph, capture = self._graphs.get(key), self._capture
         if graph is None and (capture is None or key not in self._met):
             self._met.add(key)
             return None
-        forward = GpuForward(self.kernels, segments, pool, size=size)
+        batch = TritonBatch(self._backend, segments, self.pool, size=size)
         if self._buffer is None:
-            length = _TABLES + _SHARERS * pool.pages
-            self._buffer = torch.empty(length, dtype=torch.int32, device=pool.device)
-        if forward.length > len(self._buffer):
+            length = _TABLES + _SHARERS * self.pool.pages
+            self._buffer = torch.empty(length, dtype=torch.int32, device=self.pool.device)
+        if batch.length > len(self._buffer):
             return None
-        forward.send(self._buffer)
+        batch.send(self._buffer)
         if graph is None and capture is not None:
-            graph = self._captured(capture, key, partial(run, forward))
+            graph = self._captured(capture, key, partial(self._run, batch, segments))
         if graph is None:
             return None
         self._graphs.move_to_end(key)
         graph.replay()
         # The next replay writes over the graph's own.
         logits, hidden = graph.answer.logits, graph.answer.hidden
-        return ForwardOutput(logits[: forward.wanted_rows].clone(), tuple(states[:rows].clone() for states in hidden))
+        return ForwardOutput(logits[: batch.wanted_rows].clone(), tuple(states[:rows].clone() for states in hidden))
 
     def _captured(self, capture: Capture, key: Key, work: Callable[[], ForwardOutput]) -> _Graph | None:
         """A new graph; `None` if `work` cannot be captured, and then nothing is any more."""

@@ -17,7 +17,7 @@ from specgen.draft.budget import survivals
 from specgen.draft.drafters.draft_model import DraftModel
 from specgen.draft.drafters.spelling import Spelling
 from specgen.draft.drafters.translation import TranslatedDraftModel, Translation, draft_model
-from specgen.model.runner import ModelRunner
+from specgen.model.runner import load_runner
 from specgen.testing import DrafterContract
 from specgen.tree import chain, check
 from tests.support.engines import watched
@@ -93,7 +93,7 @@ def translated(model: PreTrainedModel, target: Any, draft: Any, **options: int) 
         len(target),
         target,
         {"model": model, **options},
-        lambda source: (ModelRunner(source, kv_tokens=2048), draft),
+        lambda source: (load_runner(source, kv_tokens=2048), draft),
     )
     drafter = draft_model(setup)
     assert isinstance(drafter, TranslatedDraftModel)
@@ -333,7 +333,7 @@ def test_the_draft_model_is_told_what_a_token_is_worth(learned: dict[str, PreTra
 def test_ids_that_are_taken_back_leave_what_others_read_alone(learned: dict[str, PreTrainedModel]) -> None:
     """Two sessions share pages; one goes back into them and says something else there, the other goes on as before."""
     ids = TOKENIZERS["pieces"].encode(TEXT)[:40]
-    drafter = DraftModel(ModelRunner(learned["pieces"], kv_tokens=1024), len(TOKENIZERS["pieces"]))
+    drafter = DraftModel(load_runner(learned["pieces"], kv_tokens=1024), len(TOKENIZERS["pieces"]))
     first = drafter.open((), DraftHints())
     first.commit(ids)
     expected = first.propose(20)

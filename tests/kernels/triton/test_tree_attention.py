@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specgen.kv.formats import FORMATS, LayerShape
 from specgen.kv.pool import BlockTable
-from specgen.model.batch import Reach
+from specgen.model.attention.reach import Reach
 from specgen.model.segment import Segment, tree_segment
 from tests.support.attention import REACHES, SCALE, World, chain, later, tree
 
@@ -36,7 +36,7 @@ NEAR_BY_CODES = {torch.float32: 2e-5, torch.bfloat16: 5e-2}
 SHAPES = ((6, 2, 64, 64), (8, 2, 128, 128), (4, 2, 40, 24), (14, 1, 32, 80), (3, 1, 5, 3), (2, 1, 256, 192))
 ALONE = SplitPolicy(tile_rows=4, programs=0, partials=0)
 SPLIT = SplitPolicy(tile_rows=4, programs=64, partials=4096)
-BY_PATH = replace(SPLIT, by_path=True)
+BY_PATH = replace(SPLIT, batch_invariant=True)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

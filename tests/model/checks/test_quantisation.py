@@ -16,7 +16,7 @@ from specgen.kernels.cpu_backend import why_not
 from specgen.model.checks.quantisation import check_quantised, quantised_layers
 from specgen.model.fingerprint import kv_identity
 from specgen.model.packed_linear import PackedLinear, pack_linears
-from specgen.model.runner import ModelRunner
+from specgen.model.runner import load_runner
 from specgen.model.twin import twin
 from tests.support.decoding import generate
 from tests.support.tiny import build
@@ -89,7 +89,7 @@ def test_quantised_layers_are_left_alone_and_their_weights_shared(tmp_path: Path
 
 @pytest.mark.parametrize("kind", WEIGHTS_ALONE)
 def test_kv_of_another_quantised_model_is_told_apart(tmp_path: Path, kind: str) -> None:
-    target = ModelRunner(quantised(tmp_path, WEIGHTS_ALONE[kind]()), kv_tokens=64)
+    target = load_runner(quantised(tmp_path, WEIGHTS_ALONE[kind]()), kv_tokens=64)
 
     def name(model: PreTrainedModel) -> str:
         return kv_identity(model, target.pool, arithmetic="")
@@ -104,29 +104,28 @@ def test_kv_of_another_quantised_model_is_told_apart(tmp_path: Path, kind: str) 
 
 def test_activations_in_codes_are_refused_in_float32(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match=r"layers\.0\.self_attn\.q_proj \(Int8Tensor\) rounds what it reads"):
-        ModelRunner(quantised(tmp_path, by_row()), kv_tokens=64)
+        load_runner(quantised(tmp_path, by_row()), kv_tokens=64)
     check_quantised(quantised(tmp_path, by_row(), dtype=torch.bfloat16), torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_scale_for_all_rows_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     with pytest.raises(UnsupportedModel, match=r"q_proj \(Int8Tensor\) quantises what it reads by one scale for all"):
-        ModelRunner(quantised(tmp_path, by_one_scale(), dtype=dtype), kv_tokens=64)
+        load_runner(quantised(tmp_path, by_one_scale(), dtype=dtype), kv_tokens=64)
 
 
 def test_weights_alone_pass_in_half_precision(tmp_path: Path) -> None:
     model = quantised(tmp_path, WEIGHTS_ALONE["int8"](), dtype=torch.bfloat16)
-    assert ModelRunner(model, kv_tokens=64).architecture.dtype == torch.bfloat16
+    assert load_runner(model, kv_tokens=64).architecture.dtype == torch.bfloat16
 
 
 @pytest.mark.skipif(why_not() is not None, reason=f"no CPU kernels: {why_not()}")
 def test_what_compiled_would_not_be_invariant_is_not_compiled(tmp_path: Path) -> None:
-    target = ModelRunner(quantised(tmp_path, WEIGHTS_ALONE["int8"]()), kv_tokens=64)
-    target.compile(True)
+    target = load_runner(quantised(tmp_path, WEIGHTS_ALONE["int8"]()), kv_tokens=64, compile=True)
     assert target.batch_invariant
     assert not target.compiled
-    assert "q_proj is quantised, and compiled" in str(target.why_not_compiled())
-    assert ModelRunner(build("llama"), kv_tokens=64).why_not_compiled() is None
+    assert "q_proj is quantised, and compiled" in str(target.packed.no_compiled)
+    assert load_runner(build("llama"), kv_tokens=64).packed.no_compiled is None
 
 
 def test_from_pretrained_quantises(tmp_path: Path) -> None:

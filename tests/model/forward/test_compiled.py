@@ -22,7 +22,7 @@ from specgen.errors import InvalidRequest
 from specgen.kernels.cpu_backend import why_not
 from specgen.model.forward import compiled
 from specgen.model.forward.compiled import compile_rows
-from specgen.model.runner import ModelRunner
+from specgen.model.runner import load_runner
 from tests.support.architectures import REFUSED
 from tests.support.tiny import MODELS, build
 
@@ -229,10 +229,9 @@ def test_a_function_that_cannot_be_compiled_is_given_back(capsys: pytest.Capture
 
 
 def test_a_compiled_forward_that_says_something_else_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = compiled.CompiledForward._run
-    monkeypatch.setattr(compiled.CompiledForward, "_run", lambda self, *inputs: (run(self, *inputs)[0] * 1.1,))
-    target = ModelRunner(build("llama"), kv_tokens=64)
-    target.compile(True)
+    run = compiled.CompiledModel._run
+    monkeypatch.setattr(compiled.CompiledModel, "_run", lambda self, *inputs: (run(self, *inputs)[0] * 1.1,))
+    target = load_runner(build("llama"), kv_tokens=64, compile=True)
     assert not target.compiled
 
 
@@ -250,8 +249,8 @@ def test_a_cache_folder_that_cannot_be_written_is_no_reason_to_fail(
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
-        ("falcon", {}, "the seam is 'dense'"),
-        ("deepseek_v3", {}, "the seam is 'gathered'"),
+        ("falcon", {}, "attention is computed by 'torch-dense', it must be 'cpu'"),
+        ("deepseek_v3", {}, "attention is computed by 'torch-gathered', it must be 'cpu'"),
         ("llama", {"kv_format": "int8"}, "kv_format is 'int8'"),
         ("llama", {"cpu_kernels": False}, "cpu_kernels is False"),
     ],

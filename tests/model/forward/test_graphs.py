@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 
 from specgen.kv.formats import LayerShape
 from specgen.kv.pool import KVPool
+from specgen.model.attention.base import ForwardBatch
 from specgen.model.output import ForwardOutput
 from specgen.model.segment import Segment
 from tests.support.attention import chain
@@ -18,7 +19,7 @@ from tests.support.tape import Tapes
 
 pytest.importorskip("triton")
 
-from specgen.model.attention.triton import GpuForward, GpuKernels
+from specgen.model.attention.triton_backend import TritonBackend
 from specgen.model.forward import graphs as module
 from specgen.model.forward.graphs import SIZES, GraphForward
 
@@ -34,8 +35,7 @@ class Here:
 
     def __init__(self) -> None:
         self.pool = KVPool([LayerShape(1, 4, 4)], 64, dtype=torch.float32, device=CPU)
-        self.executor = GraphForward(GpuKernels.on(CPU))
-        self.executor.capture_over(self.pool)
+        self.executor = GraphForward(TritonBackend(CPU), self.pool, self.run)
         self.runs = 0
 
     def segments(self, rows: int, count: int = 1) -> list[Segment]:
@@ -50,7 +50,7 @@ class Here:
     def __call__(self, segments: list[Segment]) -> bool:
         """Whether a forward over these segments was replayed; its answer is checked."""
         before = self.tapes.replays
-        scores = self.executor(segments, self.pool, self.run)
+        scores = self.executor(segments)
         told = [token for segment in segments for token in segment.tokens]
         asked = [segment.tokens[-1] for segment in segments]
         assert scores.logits.tolist() == [[token] for token in asked]
@@ -59,10 +59,10 @@ class Here:
             segment.table.release()
         return self.tapes.replays > before
 
-    def run(self, forward: GpuForward) -> ForwardOutput:
+    def run(self, batch: ForwardBatch, segments: Sequence[Segment]) -> ForwardOutput:
         self.runs += 1
-        ids = forward.ids[0]
-        return ForwardOutput(ids[forward.wanted][:, None], (ids,))
+        ids = batch.ids[0]
+        return ForwardOutput(ids[batch.wanted][:, None], (ids,))
 
 
 @pytest.fixture
@@ -101,13 +101,6 @@ def test_steps_that_are_not_captured(here: Here, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "_SHARERS", 0)
     assert not any(here(here.segments(1)) for _ in range(3))
     assert not here.tapes.kept
-
-
-def test_another_pool_is_none_that_graphs_know(here: Here) -> None:
-    for _ in range(2):
-        here(here.segments(1))
-    here.pool = KVPool([LayerShape(1, 4, 4)], 8, dtype=torch.float32, device=CPU)
-    assert not here(here.segments(1))
 
 
 def test_a_forward_that_cannot_be_captured_runs_as_it_is(here: Here) -> None:

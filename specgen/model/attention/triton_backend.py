@@ -1,24 +1,28 @@
-"""A packed forward as the GPU kernels see it: what all layers share, brought over in one copy."""
+"""Attention by the Triton kernels: what all layers of a forward share is brought to the GPU in one copy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from specgen.kernels import backends
+from specgen.kernels.backends import Backend
 from specgen.kernels.triton.kv_splits import starts
 from specgen.kernels.triton.kv_write import kv_write
 from specgen.kernels.triton.tree_attention import Tile, WorkItems, tile, tree_attention
-from specgen.kv.formats import LayerStore
+from specgen.kv.formats import KVFormat, LayerStore
 from specgen.kv.pool import KVPool
-from specgen.model.attention.cpu_plan import wanted_rows
+from specgen.model.attention.base import ForwardBatch, Route
 from specgen.model.attention.gpu_plan import Places, SplitPolicy, cut
+from specgen.model.attention.inputs import wanted_rows
+from specgen.model.attention.reach import Reach
 from specgen.model.attention.transfer import Array, Packed, filled, sent
-from specgen.model.batch import Reach
+from specgen.model.checks.architecture import Architecture
 from specgen.model.segment import Segment
 
 _HOPPER = 9
@@ -40,26 +44,37 @@ class LayerKind(NamedTuple):
 
 
 @dataclass(slots=True)
-class GpuKernels:
-    """The kernels for one target. kinds: of its layers, as far as forwards have met them.
+class TritonBackend:
+    """The kernels in `specgen.kernels.triton`, for one model.
 
-    by_path: give each row of a tree its keys as if its path had been committed; see `specgen.model.attention.gpu_plan`.
+    batch_invariant: give each row of a tree its keys as if its path had been committed; see `gpu_plan`.
+    kinds: of the model's layers, as far as forwards have met them: work that the next forward plans at once.
     """
 
     device: torch.device
-    kinds: dict[LayerKind, None]
-    by_path: bool = False
+    batch_invariant: bool = False
+    kinds: dict[LayerKind, None] = field(default_factory=dict)
+    name: str = "triton"
+    route: Route = "direct"
+    kernels: Backend = "triton"
 
-    @classmethod
-    def on(cls, device: torch.device) -> GpuKernels:
-        """For a device that the kernels can run on."""
-        return cls(device, {})
+    def unusable(self, architecture: Architecture, kv_format: KVFormat) -> str | None:
+        """See `AttentionBackend`."""
+        if reason := backends.why_not("triton", architecture.device, architecture.dtype) or architecture.no_interface:
+            return reason
+        if kv_format.key.coding is None or kv_format.value.coding is None:
+            return f"kv_format is {kv_format.name!r}, which the kernels do not know"
+        return None
 
-    def forward(self, segments: Sequence[Segment], pool: KVPool) -> GpuForward:
-        """What the layers of one forward need, on the device."""
-        forward = GpuForward(self, segments, pool)
-        forward.send()
-        return forward
+    def invariant(self) -> TritonBackend:
+        """Rows of trees by their paths."""
+        return TritonBackend(self.device, batch_invariant=True)
+
+    def begin(self, segments: Sequence[Segment], pool: KVPool) -> TritonBatch:
+        """See `AttentionBackend`."""
+        batch = TritonBatch(self, segments, pool)
+        batch.send()
+        return batch
 
     def tiles(self, segments: Sequence[Segment]) -> tuple[Tile, ...]:
         """Of each kind of layer, in a forward over these segments."""
@@ -69,14 +84,14 @@ class GpuKernels:
     def tile(self, kind: LayerKind, rows: int) -> Tile:
         """For a forward whose largest segment has `rows` rows. Rows that must not know of one another get one tile in
         all company: products of tiles of another size may add up in another order."""
-        wide = self.by_path or rows * kind.group > tile(kind.head_bytes, wide=False).lanes
+        wide = self.batch_invariant or rows * kind.group > tile(kind.head_bytes, wide=False).lanes
         chosen = tile(kind.head_bytes, wide=wide, warpgroups=self._warpgroups)
         return replace(chosen, lanes=max(chosen.lanes, 1 << (kind.group - 1).bit_length()))
 
     def cut(self, kind: LayerKind, tile: Tile) -> SplitPolicy:
         """How a forward's attention is cut in layers of a kind."""
         programs = max(1, self._programs // kind.kv_heads)
-        return SplitPolicy(tile.lanes // kind.group, programs, _PARTIALS, self.by_path)
+        return SplitPolicy(tile.lanes // kind.group, programs, _PARTIALS, self.batch_invariant)
 
     @property
     def _warpgroups(self) -> bool:
@@ -93,20 +108,20 @@ class GpuKernels:
         return _PROGRAMS_PER_PROCESSOR * int(properties.multi_processor_count)
 
 
-class GpuForward:
+class TritonBatch(ForwardBatch):
     """One forward's metadata, on the device once it is sent; `specgen.model.forward.graphs` has the bounds of a step.
 
-    size: rows that the forward is filled up to. They belong to nobody: their KV is not kept, they attend to nothing,
-    and logits are computed at `size` rows. What forwards of one size and the same `GpuKernels.tiles` are told then lies
-    alike, and their launches are the same.
+    size: rows that the forward is padded to. Padding rows belong to no sequence: their KV is not kept, they attend to
+    nothing, and logits are computed at `size` rows. What forwards of one size and the same `TritonBackend.tiles` are
+    told then lies alike, and their launches are the same.
     """
 
     def __init__(
-        self, kernels: GpuKernels, segments: Sequence[Segment], pool: KVPool, *, size: int | None = None
+        self, backend: TritonBackend, segments: Sequence[Segment], pool: KVPool, *, size: int | None = None
     ) -> None:
-        self._kernels = kernels
+        self._backend = backend
         self._segments = segments
-        self._pool = pool
+        self.pool = pool
         self._fixed = size is not None
         tokens = [token for segment in segments for token in segment.tokens]
         positions = [position for segment in segments for position in segment.new_positions]
@@ -116,7 +131,7 @@ class GpuForward:
         self.size = size or self.rows
         self._works: dict[LayerKind, tuple[WorkItems, Tile]] = {}
         self._message = self._cut(
-            list(kernels.kinds),
+            list(backend.kinds),
             filled(tokens, self.size),
             filled(positions, self.size),
             filled(slots, self.size, _NOWHERE),
@@ -133,41 +148,44 @@ class GpuForward:
         self._ids, self._positions, self.slots, self._wanted = self._told(self._message, into)
 
     @property
-    def ids(self) -> Tensor:
+    def ids(self) -> Tensor:  # type: ignore[override]
         """int64[1, size], computed on the device."""
         return self._ids.long()[None]
 
     @property
-    def positions(self) -> Tensor:
+    def position_ids(self) -> Tensor:  # type: ignore[override]
         """int64[1, size], computed on the device."""
         return self._positions.long()[None]
 
     @property
-    def wanted(self) -> Tensor:
-        """int64: the rows with logits, computed on the device; filled up to `size` where the forward is."""
+    def wanted(self) -> Tensor:  # type: ignore[override]
+        """int64: the rows with logits, computed on the device; padded to `size` where the forward is."""
         return self._wanted.long()
 
-    def write(self, store: LayerStore, key: Tensor, value: Tensor) -> None:
-        """Keep the new rows' key and value, [1, kv_heads, rows, dim] each."""
+    def write(self, store: LayerStore, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """See `ForwardBatch`."""
         kv_write(_rows(key), _rows(value), store.kept, self.slots)
+        return key, value
 
     def attend(
         self,
         store: LayerStore,
         reach: Reach,
         query: Tensor,
+        key: Tensor,
+        value: Tensor,
         *,
         scale: float,
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """Query [1, heads, rows, key_dim]; returns [1, rows, heads, value_dim]. The new rows are written already."""
+        """See `ForwardBatch`."""
         layout = store.kept.layout
         head_bytes = max(layout.key_dim, layout.value_dim) * query.element_size()
         kind = LayerKind(reach, query.shape[1] // layout.kv_heads, layout.kv_heads, head_bytes)
         if kind not in self._works:
             self._told(self._cut([kind]))
-            self._kernels.kinds[kind] = None
+            self._backend.kinds[kind] = None
         work, chosen = self._works[kind]
         output = tree_attention(_rows(query), store.kept, work, scale=scale, softcap=softcap, sinks=sinks, tile=chosen)
         return output[None]
@@ -178,10 +196,10 @@ class GpuForward:
         places = Places()
         shares, tables = [], []
         for kind in kinds:
-            chosen = self._kernels.tile(kind, most)
-            how = self._kernels.cut(kind, chosen)
+            chosen = self._backend.tile(kind, most)
+            how = self._backend.cut(kind, chosen)
             if self._fixed:
-                spans = len(starts(self._pool.capacity)) - 1
+                spans = len(starts(self.pool.capacity)) - 1
                 how = replace(how, partials=min(how.partials, self.size * spans))
             found = cut(self._segments, kind.reach, how, places, self.size)
             items = filled(found.items, how.most_items(self.size)) if self._fixed else found.items
@@ -192,10 +210,10 @@ class GpuForward:
 
     def _told(self, message: _Message, into: Tensor | None = None) -> list[Tensor]:
         """Send a message, and keep what it says of kinds of layers; the others come back."""
-        *views, pages = message.packed.views(sent(message.packed.numbers, self._pool.device, into))
+        *views, pages = message.packed.views(sent(message.packed.numbers, self.pool.device, into))
         others = len(views) - 2 * len(message.shares)
         for share, items, rows in zip(message.shares, views[others::2], views[others + 1 :: 2], strict=True):
-            self._works[share.kind] = WorkItems(items, rows, pages, share.partials, self._pool.page_size), share.tile
+            self._works[share.kind] = WorkItems(items, rows, pages, share.partials, self.pool.page_size), share.tile
         return views[:others]
 
 
