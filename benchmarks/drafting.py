@@ -97,7 +97,7 @@ class Bench:
         """Time steps until `stack` ends."""
         core = self._engine._core
         parts = [(core.drafting, name, "drafting") for name in ("propose", "observe", "commit")]
-        stack.enter_context(timed(self._clock, [*parts, (core, "_score", "verifying")]))
+        stack.enter_context(timed(self._clock, [*parts, (core, "_forward", "verifying")]))
         step = core.step
 
         def whole() -> Any:

@@ -140,13 +140,13 @@ def _places(engine: Engine) -> list[tuple[Any, str, str]]:
     """The parts of the engine's steps."""
     core = engine._core
     return [
-        (core.scheduler, "plan", "scheduling"),
+        (core.scheduler, "schedule", "scheduling"),
         (core.drafting, "propose", "drafting"),
         (core.drafting, "commit", "drafting"),
         (EngineSequence, "rows", "rows"),
         (engine.target, "forward", "forward"),
-        (core, "_score", "score"),
-        (EngineSequence, "walk", "walk"),
+        (core, "_forward", "score"),
+        (EngineSequence, "verify", "walk"),
         (EngineSequence, "commit", "commit"),
     ]
 
@@ -178,7 +178,8 @@ def steps(engine: Engine, rows: int, sequences: int, count: int) -> Steps:
         core.cancel(sequence.request.id)
     core.check()
     parts = dict(clock.steps)
-    parts["logits"] = [score - forward for score, forward in zip(parts.pop("score"), parts["forward"], strict=True)]
+    inside = zip(parts.pop("score"), parts["forward"], parts["rows"], strict=True)
+    parts["logits"] = [score - forward - rows for score, forward, rows in inside]
     return Steps(rows, sequences, parts)
 
 

@@ -25,7 +25,8 @@ from specgen.config import EngineConfig, EngineOptions
 from specgen.context.pipeline import ContextPipeline
 from specgen.draft.drafter import Drafter, DrafterSetup, LoadedModel
 from specgen.draft.features import Wanted
-from specgen.engine.core import Counters, EngineCore, Load
+from specgen.engine.core import EngineCore
+from specgen.engine.load import Counters, Load
 from specgen.engine.request import PreparedRequest
 from specgen.engine.request_builder import RequestBuilder, model_ends, with_options
 from specgen.engine.response_cache import ResponseCache

@@ -35,6 +35,10 @@ class RowCost:
         self._groups: dict[int, tuple[float, float]] = {}
         self._known: list[tuple[float, float]] | None = None
 
+    def forget_rows(self) -> None:
+        """Another forward runs from now on, whose rows cost something else; what they hang under costs the same."""
+        self._groups, self._known = {}, None
+
     def observe(self, rows: int, seconds: float, context: int = 0) -> None:
         """A forward over `rows` rows, hung under `context` tokens in all, took `seconds`."""
         seconds -= min(context * self.context_seconds, _MOST_READING * seconds)

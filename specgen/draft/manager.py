@@ -12,10 +12,10 @@ from specgen.draft.backoff import DrafterBackoff, DrafterHistory
 from specgen.draft.budget import AcceptanceModel, RowCost, likeliest, worthwhile
 from specgen.draft.drafter import Drafter, DraftHints, DraftSession
 from specgen.draft.features import Features, Wanted
-from specgen.draft.merge import Merged
+from specgen.draft.merge import NO_DRAFT, Draft, Merged
 from specgen.errors import UnknownName
 from specgen.sampling.constraint import Constrained
-from specgen.tree import check, depths, select
+from specgen.tree import check, depths
 from specgen.types import EMPTY_TREE, MAX_TREE_NODES, DrafterStats, Speculation, TokenTree
 
 log = Log("specgen.draft")
@@ -130,9 +130,9 @@ class DraftManager:
 
     def propose(
         self, sequences: Sequence[DraftState], deepest: Sequence[int], base_rows: int, context: int = 0
-    ) -> list[TokenTree]:
-        """The tree to verify for each sequence, at most `deepest[i]` deep, when `base_rows` rows run anyway, hung under
-        `context` tokens in all."""
+    ) -> list[Draft]:
+        """What to verify for each sequence, a tree at most `deepest[i]` deep, when `base_rows` rows run anyway, hung
+        under `context` tokens in all."""
         if not sequences:
             return []
         started = time.perf_counter()
@@ -141,11 +141,11 @@ class DraftManager:
             self._ask(name, drafter, [d for d, depth in zip(sequences, deepest, strict=True) if depth > 0])
             for name, drafter in self.drafters.items()
         )
-        trees = [_shallow(self._merged(d), depth) for d, depth in zip(sequences, deepest, strict=True)]
+        merged = [_shallow(self._merged(d), depth) for d, depth in zip(sequences, deepest, strict=True)]
         spent = time.perf_counter() - started
-        chosen = self._choose(sequences, trees, base_rows, context, spent)
+        chosen = self._choose(sequences, [draft.tree for draft in merged], base_rows, context, spent)
         _share(spent - asking, sequences)
-        return [select(tree, nodes) for tree, nodes in zip(trees, chosen, strict=True)]
+        return [draft.select(nodes) for draft, nodes in zip(merged, chosen, strict=True)]
 
     def forget_offers(self, sequences: Sequence[DraftState]) -> None:
         """Go on as if nothing had been proposed in this step."""
@@ -178,15 +178,7 @@ class DraftManager:
         self._row_seconds = (self.cost.seconds(rows + taken) - self.cost.seconds(rows)) / max(1, taken)
         return [[*all_of, *nodes] for all_of, nodes in zip(fixed, chosen, strict=True)]
 
-    def guessers(self, drafts: DraftState, verified: TokenTree) -> tuple[tuple[str, ...], ...]:
-        """For each node of the tree of this step, who offered it. To be asked before `commit`."""
-        names: list[list[str]] = [[] for _ in verified.tokens]
-        for name, active in drafts.active.items():
-            for node in _common(active.offer, verified):
-                names[node].append(name)
-        return tuple(map(tuple, names))
-
-    def commit(self, drafts: DraftState, verified: TokenTree, committed: Sequence[int]) -> None:
+    def commit(self, drafts: DraftState, verified: Draft, committed: Sequence[int]) -> None:
         """Tell the sessions what was committed, and learn what their offers were worth."""
         nodes: dict[str, list[int]] = {name: [] for name in drafts.active}
         accepted = dict.fromkeys(drafts.active, 0)
@@ -194,7 +186,7 @@ class DraftManager:
             if not active.offer:
                 continue
             held = active.calibration.observe(active.offer, committed, active.shared)
-            nodes[name] = _common(active.offer, verified)
+            nodes[name] = verified.nodes_of(name)
             accepted[name] = min(held, len(committed) - 1) if nodes[name] else 0
             active.stats = replace(
                 active.stats,
@@ -205,7 +197,7 @@ class DraftManager:
         if drafts.speculation.adaptive:
             self._learn_pace(drafts, nodes, accepted)
             if any(active.offer for active in drafts.active.values()):
-                asked = max(_FEWEST_ASKED, 2 * len(verified), int(_SHRINK * drafts.most))
+                asked = max(_FEWEST_ASKED, 2 * len(verified.tree), int(_SHRINK * drafts.most))
                 drafts.most = min(drafts.speculation.max_nodes, asked)
         for name, active in drafts.active.items():
             active.offer, active.shared = EMPTY_TREE, ()
@@ -306,14 +298,15 @@ class DraftManager:
             else:
                 yield drafts, drafts.constraint.prune(tree) if drafts.constraint and tree else tree
 
-    def _merged(self, drafts: DraftState) -> TokenTree:
-        offers = [active for active in drafts.active.values() if active.offer]
+    def _merged(self, drafts: DraftState) -> Draft:
+        offers = {name: active for name, active in drafts.active.items() if active.offer}
         if not offers:
-            return EMPTY_TREE
-        merged = Merged([active.offer for active in offers])
-        for number, active in enumerate(offers):
+            return NO_DRAFT
+        merged = Merged([active.offer for active in offers.values()])
+        for number, active in enumerate(offers.values()):
             active.shared = merged.shared(number)
-        return merged.tree([active.calibration.calibrated(active.offer, active.shared) for active in offers])
+        confidences = [active.calibration.calibrated(active.offer, active.shared) for active in offers.values()]
+        return Draft(merged.tree(confidences), merged.offered_by(list(offers)))
 
     def _disable(self, name: str, sequences: Sequence[DraftState], reason: str) -> None:
         log.warning("drafter switched off", drafter=name, requests=len(sequences), reason=reason)
@@ -336,20 +329,8 @@ def _plain(tree: TokenTree) -> TokenTree:
     )
 
 
-def _shallow(tree: TokenTree, deepest: int) -> TokenTree:
-    levels = depths(tree)
+def _shallow(draft: Draft, deepest: int) -> Draft:
+    levels = depths(draft.tree)
     if max(levels, default=0) <= deepest:
-        return tree
-    return select(tree, [node for node, level in enumerate(levels) if level <= deepest])
-
-
-def _common(offer: TokenTree, verified: TokenTree) -> list[int]:
-    """The nodes of `verified` whose paths stand in `offer`."""
-    if not offer:
-        return []
-    below = {place: node for node, place in enumerate(zip(verified.parents, verified.tokens, strict=True))}
-    places: dict[int, int] = {-1: -1}
-    for node, (token, parent) in enumerate(zip(offer.tokens, offer.parents, strict=True)):
-        if parent in places and (place := below.get((places[parent], token))) is not None:
-            places[node] = place
-    return list(places.values())[1:]
+        return draft
+    return draft.select(node for node, level in enumerate(levels) if level <= deepest)

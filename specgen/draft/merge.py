@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from specgen.types import TokenTree
+from specgen.tree import select
+from specgen.types import EMPTY_TREE, TokenTree
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A tree to verify, and of each of its nodes which drafters offered it."""
+
+    tree: TokenTree = EMPTY_TREE
+    offered_by: tuple[tuple[str, ...], ...] = ()
+
+    def select(self, nodes: Iterable[int]) -> Draft:
+        """The draft of `nodes` alone; parents must be among them."""
+        kept = sorted(nodes)
+        return Draft(select(self.tree, kept), tuple(self.offered_by[node] for node in kept))
+
+    def nodes_of(self, drafter: str) -> list[int]:
+        """The nodes that a drafter offered."""
+        return [node for node, names in enumerate(self.offered_by) if drafter in names]
+
+
+NO_DRAFT = Draft()
 
 
 class Merged:
@@ -23,6 +45,14 @@ class Merged:
     def shared(self, tree: int) -> list[bool]:
         """For each node of a tree whether another tree holds it too."""
         return [self._holders[place] > 1 for place in self.places[tree]]
+
+    def offered_by(self, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+        """For each node of the union the names of the trees that hold it. names: of each tree."""
+        found: list[list[str]] = [[] for _ in self._holders]
+        for name, places in zip(names, self.places, strict=True):
+            for place in places:
+                found[place].append(name)
+        return tuple(map(tuple, found))
 
     def tree(self, confidences: Sequence[Sequence[float]]) -> TokenTree:
         """The union, given the confidence of each tree's nodes. Where several hold a node, the mean is taken: each

@@ -1,4 +1,4 @@
-"""The loop: plan, propose, score, walk, commit."""
+"""The loop: schedule, draft, forward and sample, verify, commit."""
 
 from __future__ import annotations
 
@@ -6,68 +6,37 @@ import time
 from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 
 import torch
 
 from specgen._base.log import Log
-from specgen.draft.budget import RowCost
 from specgen.draft.drafter import Drafter, DraftHints
 from specgen.draft.manager import DraftManager
-from specgen.engine.outputs import SequenceOutput, views
+from specgen.engine.load import Counters, Load
+from specgen.engine.outputs import SequenceOutput, sequence_outputs
 from specgen.engine.prefill_budget import PrefillBudget
 from specgen.engine.request import Request, SampleSpec
 from specgen.engine.scheduler import NotPlanned, ScheduledSequence, Scheduler
 from specgen.engine.sequence import Sequence
+from specgen.engine.step_costs import StepCosts
 from specgen.errors import AdapterRefused, OutOfPages, RequestCancelled
-from specgen.kernels.backends import pick
-from specgen.kernels.sample_rows import Draw, sample_rows
-from specgen.kernels.top_tokens import on_host, top_tokens
 from specgen.kv.offload.persistence import CacheOptions, PrefixStore, open_cache
 from specgen.kv.radix_tree import CacheKey
 from specgen.lora.adapter import AdapterOptions
 from specgen.lora.cache import AdapterCache
 from specgen.model.fingerprint import kv_identity, model_name
-from specgen.model.profiling import row_seconds
 from specgen.model.runner import ModelRunner
-from specgen.model.segment import Segment
+from specgen.sampling.batch_sampler import sample_batch
 from specgen.sampling.user_code import UserCodeRaised
-from specgen.tree import depths
-from specgen.types import EMPTY_TREE, Acceptance, DraftTrace, Finish, StepOutput, TokenTree
+from specgen.types import DraftTrace, Finish, StepOutput
 
 log = Log("specgen.engine")
 
-_MEASURED_ROWS = (1, 2, 4, 8, 16, 32)
-_MEASURED_CONTEXT = 1024
 _DEFAULT_CACHE = CacheOptions()
 _DEFAULT_ADAPTERS = AdapterOptions()
 _ARRIVAL_SECONDS = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """How busy an engine is: sequences that run and wait, pages of the KV pool in use by them and the prefix cache, and
-    how often a sequence had to give its pages back. prefix_: tokens of admitted prompts, and those found cached."""
-
-    running: int
-    waiting: int
-    used_pages: int
-    total_pages: int
-    preemptions: int
-    prefix_queried: int = 0
-    prefix_cached: int = 0
-
-
-@dataclass(slots=True)
-class Counters:
-    """What an engine has done since it was built. Counts, not seconds: they are the same on every machine."""
-
-    steps: int = 0
-    committed: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    finished: dict[str, int] = field(default_factory=dict)
 
 
 class EngineCore:
@@ -87,23 +56,20 @@ class EngineCore:
         self.target = target
         self._key = CacheKey(model_name(target.model), target.pool.kind.name)
         self.drafting = DraftManager(drafters, target.vocab_size)
+        prefill = PrefillBudget(max_prefill_tokens, inter_token_seconds, lambda: self.drafting.cost)
+        self._costs = StepCosts(self.drafting, prefill, compiled=target.compiled)
         self.prefix = None
         if prefix_cache is not None:
             self.prefix = open_cache(
-                target.pool, prefix_cache, identity=lambda: self._identity, token_seconds=self._token_seconds
+                target.pool, prefix_cache, identity=lambda: self._identity, token_seconds=self._costs.token_seconds
             )
-        self._prefill = PrefillBudget(max_prefill_tokens, inter_token_seconds, lambda: self.drafting.cost)
         self.adapters = AdapterCache(adapters, target.device)
-        self.scheduler = Scheduler(
-            target.pool, self.prefix, self.adapters, max_num_seqs=max_num_seqs, prefill=self._prefill
-        )
+        self.scheduler = Scheduler(target.pool, self.prefix, self.adapters, max_num_seqs=max_num_seqs, prefill=prefill)
         self.counters = Counters()
         self._awaits_nobody = False
-        # Whether the forward whose rows were measured is the compiled one.
-        self._measured_compiled = target.compiled
         if drafters or inter_token_seconds is not None:
-            self._measure()
-            self._measure_context()
+            self._costs.measure(target)
+            self._costs.measure_context(target)
 
     @property
     def busy(self) -> bool:
@@ -176,7 +142,7 @@ class EngineCore:
 
     @torch.no_grad()
     def step(self, *, drafting: bool = True) -> list[StepOutput]:
-        """One forward over everything that runs; what it added to each sequence that drew.
+        """Schedule, draft, forward and sample, verify and commit: what it added to each sequence that drew.
 
         Where it raises nothing is committed, so it may be tried again: what fails behind the forward ends the sequence
         that it concerns. drafting: False verifies no trees, so that the forward is as small as it can be.
@@ -184,16 +150,15 @@ class EngineCore:
         """
         if lost := self._end_lost():
             return lost
-        turns = self._plan()
-        if not turns:
+        work = self._schedule()
+        if not work:
             return self._await_adapter() if self.scheduler.awaits_adapter else self._refuse()
         self._awaits_nobody = False
-        trees = self._propose(turns) if drafting else [EMPTY_TREE] * len(turns)
-        segments = [turn.sequence.rows(turn.chain, tree) for turn, tree in zip(turns, trees, strict=True)]
-        views = self._score(segments, self._draws(turns, trees))
+        if drafting:
+            work = self._draft(work)
+        outputs = self._forward(work)
         self.counters.steps += 1
-        settled = (self._settle(turn, tree, view) for turn, tree, view in zip(turns, trees, views, strict=True))
-        return [output for outputs in settled for output in outputs]
+        return [said for item, output in zip(work, outputs, strict=True) for said in self._finish(item, output)]
 
     def check(self) -> None:
         """Raise RuntimeError if anything is held that no sequence owns. Cheap; tests call it after every step."""
@@ -227,108 +192,58 @@ class EngineCore:
     def _of(self, request_id: str) -> list[Sequence]:
         return [s for s in (*self.scheduler.running, *self.scheduler.waiting) if s.request.id == request_id]
 
-    def _measure(self) -> None:
-        """Begin with what rows cost on this machine, so that not even the first tree is larger than it pays."""
-        pool, self._measured_compiled = self.target.pool, self.target.compiled
-        self.drafting.cost = RowCost(self.drafting.cost.context_seconds)
-        for rows in _MEASURED_ROWS:
-            if rows <= self.target.context_length and pool.has(pool.pages_for(rows)):
-                self.drafting.cost.observe(rows, row_seconds(self.target.current, rows))
-
-    def _measure_context(self) -> None:
-        """What a forward takes longer for each token that its rows hang under. To be asked while no page is taken."""
-        context = min(_MEASURED_CONTEXT, self.target.pool.capacity // 2, self.target.context_length - 1)
-        more = row_seconds(self.target.current, 1, context) - self.drafting.cost.seconds(1)
-        self.drafting.cost.context_seconds = max(0.0, more) / max(1, context)
-
-    def _plan(self) -> list[ScheduledSequence]:
-        """The turns of the step, side by side where they run under one adapter, whose rows are one product then."""
+    def _schedule(self) -> list[ScheduledSequence]:
+        """Who runs, side by side where they run under one adapter, whose rows are one product then."""
         try:
-            if self.target.compiled is not self._measured_compiled:
-                self._measure()
-            turns = self.scheduler.plan()
-            turns.sort(key=lambda turn: (turn.sequence.key.adapter, turn.sequence.key.revision))
+            self._costs.follow(self.target)
+            work = self.scheduler.schedule()
+            work.sort(key=lambda item: (item.sequence.key.adapter, item.sequence.key.revision))
         except NotPlanned:
             raise
         except Exception as error:
             raise NotPlanned from error
-        return turns
+        return work
 
-    def _propose(self, turns: Many[ScheduledSequence]) -> list[TokenTree]:
-        """The tree of each turn, as far as there are pages for it; empty where the prompt is not through."""
-        drawing = [turn.sequence for turn in turns if turn.complete]
+    def _draft(self, work: list[ScheduledSequence]) -> list[ScheduledSequence]:
+        """The same with a draft for each that draws, as far as there are pages for it."""
+        drawing = [item.sequence for item in work if item.complete]
         try:
-            trees = iter(
+            drafts = iter(
                 self.drafting.propose(
                     [sequence.drafts for sequence in drawing],
                     [sequence.deepest_draft for sequence in drawing],
-                    base_rows=sum(turn.chain for turn in turns),
-                    context=sum(turn.sequence.table.length for turn in turns),
+                    base_rows=sum(item.num_tokens for item in work),
+                    context=sum(item.sequence.table.length for item in work),
                 )
             )
-            return [_housed(turn, next(trees)) if turn.complete else EMPTY_TREE for turn in turns]
+            return [item.drafted(next(drafts)) if item.complete else item for item in work]
         except BaseException:  # drafts are a bonus: no text ends for them
             log.exception("a step goes without drafts")
             self.drafting.forget_offers([sequence.drafts for sequence in drawing])
-            return [EMPTY_TREE] * len(turns)
+            return work
 
-    def _draws(self, turns: Many[ScheduledSequence], trees: Many[TokenTree]) -> list[Draw]:
-        """What a GPU can draw of the rows whose logits are wanted, whichever of them the walks will come to."""
-        draws: list[Draw] = []
-        row = 0
-        for turn, tree in zip(turns, trees, strict=True):
-            if not turn.complete:
-                continue
-            sampler, start = turn.sequence.sampler, len(turn.sequence.ids)
-            if sampler.warp and self._draws_at_once:
-                places = enumerate((0, *depths(tree)))
-                draws += [Draw(row + n, sampler.key(start + depth), sampler.warp) for n, depth in places]
-            row += 1 + len(tree)
-        return draws
-
-    @property
-    def _draws_at_once(self) -> bool:
-        """Whether warped rows are drawn by a kernel."""
-        return pick("sample_rows", self.target.device, self.target.architecture.dtype) != "torch"
-
-    def _is_drawn(self, sequence: Sequence, view: SequenceOutput) -> bool:
-        """Whether the view holds the draws of all rows; of one with no token left the sampler has to complain."""
-        sampler = sequence.sampler
-        return sampler.is_argmax or (sampler.warp is not None and self._draws_at_once and min(view.drawn) >= 0)
-
-    def _score(self, segments: Many[Segment], draws: Many[Draw]) -> list[SequenceOutput]:
-        """One forward, and per segment its view of it."""
+    def _forward(self, work: Many[ScheduledSequence]) -> list[SequenceOutput]:
+        """One forward and the sampling of its rows, as each sequence sees it."""
+        segments = [item.segment() for item in work]
         started = time.perf_counter()
-        scores = self.target.forward(segments)
+        output = self.target.forward(segments)
         count = min(max(1, self.drafting.wanted.successors), self.target.vocab_size)
-        drawn = sample_rows(scores.logits, draws) if draws else None
-        *top, tokens = on_host(*top_tokens(scores.logits, count), drawn)
-        # The draw of a greedy row; a warped one has its own.
-        drawn_rows = top[1][:, 0].tolist()
-        for one, token in zip(draws, tokens, strict=True):
-            drawn_rows[one.row] = token
-        self._learn_cost(segments, time.perf_counter() - started)
-        return views(segments, scores, (top[0], top[1]), drawn_rows, self.drafting.wanted.layers)
+        sampled = sample_batch(output.logits, [item.asked_rows() for item in work], count)
+        self._costs.observe(segments, time.perf_counter() - started)
+        return sequence_outputs(segments, output, sampled, self.target.layers)
 
-    def _learn_cost(self, segments: Many[Segment], seconds: float) -> None:
-        """A forward over these rows took `seconds`."""
-        rows, context = sum(len(s.tokens) for s in segments), sum(s.table.length for s in segments)
-        if any(not s.logits for s in segments):
-            self._prefill.observe(rows, context, seconds)
-        self.drafting.cost.observe(rows, seconds, context)
-
-    def _settle(self, turn: ScheduledSequence, tree: TokenTree, view: SequenceOutput) -> list[StepOutput]:
-        """Walk and commit one turn. A sequence for which anything raises ends with the error; the others go on."""
-        sequence = turn.sequence
+    def _finish(self, item: ScheduledSequence, output: SequenceOutput) -> list[StepOutput]:
+        """Verify and commit for one sequence. One for which anything raises ends with the error; the others go on."""
+        sequence = item.sequence
         outputs: list[StepOutput] = []
         try:
-            if turn.complete:
-                outputs.append(self._commit(turn, tree, view))
+            if item.complete:
+                outputs.append(self._commit(item, output))
             else:
-                self._read(turn, view)
+                self._prefilled(item, output)
             # One that has ended is published as a whole when its pages are given back.
-            if sequence.finish is None and (turn.chain > 1 or not turn.complete):
-                self.scheduler.publish(sequence, tail=turn.complete)
+            if sequence.finish is None and (item.num_tokens > 1 or not item.complete):
+                self.scheduler.publish(sequence, tail=item.complete)
         except UserCodeRaised as raised:
             raised.error.add_note(f"raised in request {sequence.request.id}, sample {sequence.index}")
             outputs.append(sequence.end(Finish("error", error=raised.error, is_callers_error=True)))
@@ -336,29 +251,29 @@ class EngineCore:
             outputs.append(sequence.end(Finish("error", error=error)))
         return [self._close(sequence, output) if output.result else output for output in outputs]
 
-    def _read(self, turn: ScheduledSequence, view: SequenceOutput) -> None:
-        """Take in a part of a prompt, behind which nothing is drawn."""
-        sequence = turn.sequence
+    def _prefilled(self, item: ScheduledSequence, output: SequenceOutput) -> None:
+        """Take in a chunk of a prompt, behind which nothing is drawn."""
+        sequence = item.sequence
         if self.drafting.wants(sequence.drafts):
-            self.drafting.observe(sequence.drafts, view.features(turn.chain))
-        sequence.table.commit(turn.chain)
+            self.drafting.observe(sequence.drafts, output.features(item.num_tokens))
+        sequence.prefilled(item.num_tokens)
 
-    def _commit(self, turn: ScheduledSequence, tree: TokenTree, view: SequenceOutput) -> StepOutput:
-        """Walk a tree and take in what was accepted of it."""
-        sequence = turn.sequence
-        walked = sequence.walk(tree, view.logits, view.drawn if self._is_drawn(sequence, view) else None)
-        trace = self._trace(sequence, tree, walked[0])
+    def _commit(self, item: ScheduledSequence, output: SequenceOutput) -> StepOutput:
+        """Walk down a tree and take in what was accepted of it."""
+        sequence, draft = item.sequence, item.draft
+        verified = sequence.verify(draft.tree, output.logits, output.tokens)
+        accepted = verified.accepted
         # Before the sequence, whose result may hold the drafters' share in this step.
         if self.drafting.wants(sequence.drafts):
-            self.drafting.observe(sequence.drafts, view.features(turn.chain, walked[0].nodes))
-        self.drafting.commit(sequence.drafts, tree, walked[0].committed)
-        output = sequence.commit(turn.chain, len(tree), *walked)
-        if trace:
-            output = replace(output, trace=trace)
-        self.counters.committed += len(output.tokens)
-        self.counters.drafted += len(tree)
-        self.counters.accepted += len(output.tokens) - 1
-        return output
+            self.drafting.observe(sequence.drafts, output.features(item.num_tokens, accepted.nodes))
+        self.drafting.commit(sequence.drafts, draft, accepted.committed)
+        said = sequence.commit(item.num_tokens, len(draft.tree), verified)
+        if sequence.request.params.trace and draft.tree:
+            said = replace(said, trace=DraftTrace(draft.tree, draft.offered_by, accepted.nodes))
+        self.counters.committed += len(said.tokens)
+        self.counters.drafted += len(draft.tree)
+        self.counters.accepted += len(said.tokens) - 1
+        return said
 
     def _end_lost(self) -> list[StepOutput]:
         """End those whose adapter cannot be brought back."""
@@ -385,11 +300,6 @@ class EngineCore:
                 return [self._close(sequence, sequence.end(Finish("error", error=error)))]
         return []
 
-    def _trace(self, sequence: Sequence, tree: TokenTree, walked: Acceptance) -> DraftTrace | None:
-        if not sequence.request.params.trace or not tree:
-            return None
-        return DraftTrace(tree, self.drafting.guessers(sequence.drafts, tree), walked.nodes)
-
     def _refuse(self) -> list[StepOutput]:
         """The first in line fails when nobody can run: all pages are free for it by then, so it can never fit."""
         for sequence in (*self.scheduler.waiting, *self.scheduler.running):
@@ -401,11 +311,6 @@ class EngineCore:
     def _identity(self) -> str:
         target = self.target
         return kv_identity(target.model, target.pool, arithmetic=target.arithmetic, settings=target.settings)
-
-    def _token_seconds(self) -> float:
-        """What a token of a long prompt costs."""
-        rows = self._prefill.most_rows
-        return self.drafting.cost.at_most(rows) / rows
 
     def _close(self, sequence: Sequence, output: StepOutput) -> StepOutput:
         self.scheduler.remove(sequence)
@@ -429,13 +334,3 @@ def _hints(request: Request) -> DraftHints:
     if request.adapter:
         salt = f"{salt}\0{request.adapter.name}"
     return DraftHints(request.prediction, salt, request.adapter)
-
-
-def _housed(turn: ScheduledSequence, tree: TokenTree) -> TokenTree:
-    """The tree if the pool has room for its rows, else none: drafting never takes a page that a sequence needs."""
-    table = turn.sequence.table
-    try:
-        table.reserve(table.length + turn.chain + len(tree))
-    except OutOfPages:
-        return EMPTY_TREE
-    return tree

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 from torch import Tensor
 
 from specgen.draft.features import Features
 from specgen.model.output import ForwardOutput
 from specgen.model.segment import Segment
+from specgen.sampling.batch_sampler import SampledRows
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceOutput:
-    """The part of a forward that belongs to one segment. `logits`, `drawn` and `top` are of its wanted rows, `hidden`
+    """The part of a forward that belongs to one segment. `logits`, `tokens` and `top` are of its wanted rows, `hidden`
     of all of them.
 
-    logits: [wanted, vocab]. drawn: the token of each where rows are drawn at once, else the argmax. top: scores and ids
-    of their likeliest tokens, [wanted, k] each. hidden: per watched layer [rows, width].
+    logits: [wanted, vocab]. tokens: the token drawn at each, `None` where they are drawn one by one; see
+    `SampledRows`. top: scores and ids of their likeliest tokens, [wanted, k] each. hidden: per watched layer
+    [rows, width].
     """
 
     segment: Segment
     logits: Tensor
-    drawn: list[int]
+    tokens: Sequence[int] | None
     top: tuple[Tensor, Tensor]
     hidden: dict[int, Tensor]
 
@@ -39,29 +40,30 @@ class SequenceOutput:
         return Features(self.segment.first_position, hidden, asked, successors, scores)
 
 
-def views(
-    segments: Sequence[Segment],
-    scores: ForwardOutput,
-    top: tuple[Tensor, Tensor],
-    drawn: list[int],
-    layers: Sequence[int],
+def sequence_outputs(
+    segments: Sequence[Segment], output: ForwardOutput, sampled: SampledRows, layers: Sequence[int]
 ) -> list[SequenceOutput]:
-    """A forward, taken apart. `top` and `drawn` are of the wanted rows of all segments."""
+    """A forward, taken apart. layers: those whose hidden states it holds."""
     wanted = [len(segment.logits) for segment in segments]
     rows = [len(segment.tokens) for segment in segments]
-    ends = list(accumulate(wanted))
-    hidden = [states.split(rows) for states in scores.hidden]
+    hidden = [states.split(rows) for states in output.hidden]
+    parts = zip(
+        segments,
+        output.logits.split(wanted),
+        sampled.tokens,
+        sampled.scores.split(wanted),
+        sampled.ids.split(wanted),
+        strict=True,
+    )
     return [
         SequenceOutput(
             segment,
             logits,
-            drawn[end - len(logits) : end],
-            (values, ids),
+            tokens,
+            (scores, ids),
             {layer: states[index] for layer, states in zip(layers, hidden, strict=True)},
         )
-        for index, (segment, logits, values, ids, end) in enumerate(
-            zip(segments, scores.logits.split(wanted), top[0].split(wanted), top[1].split(wanted), ends, strict=True)
-        )
+        for index, (segment, logits, tokens, scores, ids) in enumerate(parts)
     ]
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
 from specgen._base.log import Log
+from specgen.draft.merge import NO_DRAFT, Draft
 from specgen.engine.prefill_budget import PrefillBudget
 from specgen.engine.sequence import Sequence
+from specgen.errors import OutOfPages
 from specgen.kv.pool import KVPool
 from specgen.kv.prefix_cache import PrefixCache
 from specgen.lora.cache import AdapterCache, Presence
+from specgen.model.segment import Segment
+from specgen.sampling.batch_sampler import AskedRows
 
 log = Log("specgen.engine")
 
@@ -47,16 +51,38 @@ def _concerning(
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
-    """One sequence's part in a step: its next `chain` pending tokens; `complete` if they are all that is pending."""
+    """One sequence's part in a step: its next `num_tokens` pending tokens, and what is drafted behind them.
+
+    complete: whether they are all that is pending, so that the sequence draws in this step.
+    """
 
     sequence: Sequence
-    chain: int
+    num_tokens: int
     complete: bool
+    draft: Draft = NO_DRAFT
 
     @classmethod
-    def of(cls, sequence: Sequence, chain: int) -> ScheduledSequence:
-        """The turn of a sequence as it stands now. It draws in this step if the turn is complete."""
-        return cls(sequence, chain, chain == sequence.pending)
+    def of(cls, sequence: Sequence, num_tokens: int) -> ScheduledSequence:
+        """For a sequence as it stands now."""
+        return cls(sequence, num_tokens, num_tokens == sequence.pending)
+
+    def segment(self) -> Segment:
+        """Its rows in the step's forward."""
+        return self.sequence.rows(self.num_tokens, self.draft.tree)
+
+    def asked_rows(self) -> AskedRows:
+        """The rows that tokens are drawn at."""
+        sequence = self.sequence
+        return AskedRows(sequence.sampler, len(sequence.ids), self.draft.tree if self.complete else None)
+
+    def drafted(self, draft: Draft) -> ScheduledSequence:
+        """The same with a draft, if the pool has room for its rows: drafts never take pages that a sequence needs."""
+        table = self.sequence.table
+        try:
+            table.reserve(table.length + self.num_tokens + len(draft.tree))
+        except OutOfPages:
+            return self
+        return replace(self, draft=draft)
 
 
 class Scheduler:
@@ -64,7 +90,7 @@ class Scheduler:
     admission: one that comes back stands behind those that stayed. Those that run are served first, in that order.
 
     max_num_seqs: sequences in one forward. prefill: prompt tokens in one forward, over all sequences, so that a long
-    prompt does not hold up running streams. awaits_adapter: whether the last plan left out a sequence whose
+    prompt does not hold up running streams. awaits_adapter: whether the last step left out a sequence whose
     adapter is not there.
     """
 
@@ -88,7 +114,7 @@ class Scheduler:
         self.awaits_adapter = False
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait for its turn."""
+        """Queue a sequence."""
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -99,30 +125,30 @@ class Scheduler:
             self.waiting.remove(sequence)
         self._retire(sequence)
 
-    def plan(self) -> list[ScheduledSequence]:
-        """The turns of the next step; every one owns the pages for its chain. None when nobody can run.
+    def schedule(self) -> list[ScheduledSequence]:
+        """Who runs in the next step; every one owns the pages for its tokens. None when nobody can run.
 
         Raises NotPlanned for a sequence that can be made no room.
         """
         decoding = sum(sequence.pending == 1 for sequence in self.running)
         room = self._prefill.rows(decoding, sum(sequence.table.length for sequence in self.running))
-        turns: dict[Sequence, ScheduledSequence] = {}
+        scheduled: dict[Sequence, ScheduledSequence] = {}
         preemptions = self.preemptions
         for sequence in list(self.running):
-            chain = 1 if sequence.pending == 1 else min(sequence.pending, room)
-            if not chain or sequence not in self.running or not self._reserve(sequence, chain, turns):
+            count = 1 if sequence.pending == 1 else min(sequence.pending, room)
+            if not count or sequence not in self.running or not self._reserve(sequence, count, scheduled):
                 continue
-            room -= chain if sequence.pending > 1 else 0
-            turns[sequence] = ScheduledSequence.of(sequence, chain)
+            room -= count if sequence.pending > 1 else 0
+            scheduled[sequence] = ScheduledSequence.of(sequence, count)
         # Who was preempted just now would only be so again.
         if preemptions == self.preemptions:
             for sequence in self._admissible():
                 if not room or not self._admit(sequence):
                     break
-                chain = min(sequence.pending, room)
-                room -= chain
-                turns[sequence] = ScheduledSequence.of(sequence, chain)
-        return list(turns.values())
+                count = min(sequence.pending, room)
+                room -= count
+                scheduled[sequence] = ScheduledSequence.of(sequence, count)
+        return list(scheduled.values())
 
     def publish(self, sequence: Sequence, *, tail: bool) -> None:
         """Offer a sequence's committed KV to others; with `tail` its partly filled page too."""
@@ -130,7 +156,7 @@ class Scheduler:
             self._prefix.publish(sequence.key, sequence.ids, sequence.table, tail=tail)
 
     def _admissible(self) -> Iterator[Sequence]:
-        """Those whose turn to be admitted it is, while there are places.
+        """Those that may be admitted next, while there are places.
 
         A place is kept for each that waits for another's prompt, or for its adapter: it is next when that is read, and
         looking at all that wait, in every step, would take long when there are many. Nobody overtakes one whose adapter
@@ -217,14 +243,14 @@ class Scheduler:
             sequence.table.release()
 
     @_concerning
-    def _reserve(self, sequence: Sequence, chain: int, turns: Mapping[Sequence, ScheduledSequence]) -> bool:
-        """Pages for the chain: free ones, then what drafts left unused, then those of whoever was admitted last.
+    def _reserve(self, sequence: Sequence, count: int, scheduled: Mapping[Sequence, ScheduledSequence]) -> bool:
+        """Pages for `count` tokens more: free ones, then what drafts left unused, then those of the last admitted.
 
         False when that was the sequence itself.
         """
-        needed = sequence.table.length + chain
+        needed = sequence.table.length + count
         if not self._pool.has(sequence.table.missing_pages(needed)):
-            self._reclaim(turns)
+            self._reclaim(scheduled)
         while not self._pool.has(missing := sequence.table.missing_pages(needed)):
             if self.running == [sequence] and self._prefix and self._prefix.yield_pins(missing):
                 break
@@ -235,11 +261,11 @@ class Scheduler:
         sequence.table.reserve(needed)
         return True
 
-    def _reclaim(self, turns: Mapping[Sequence, ScheduledSequence]) -> None:
-        """Take back pages that neither committed tokens nor the chains of this step need."""
+    def _reclaim(self, scheduled: Mapping[Sequence, ScheduledSequence]) -> None:
+        """Take back pages that neither committed tokens nor those of this step need."""
         for sequence in self.running:
-            chain = turns[sequence].chain if sequence in turns else 0
-            sequence.table.trim(sequence.table.length + chain)
+            count = scheduled[sequence].num_tokens if sequence in scheduled else 0
+            sequence.table.trim(sequence.table.length + count)
 
     def _preempt(self, sequence: Sequence) -> None:
         """Take a sequence's pages; it waits first in line and computes its KV again, which changes nothing it says."""

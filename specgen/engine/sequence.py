@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -37,8 +37,16 @@ if TYPE_CHECKING:
 log = Log("specgen.engine")
 
 
+class Verified(NamedTuple):
+    """What a verified tree leaves to be committed: the tokens, and the detokenizer and the text behind them."""
+
+    accepted: Acceptance
+    cursor: IncrementalDetokenizer
+    text: str
+
+
 class Sequence:
-    """The mutable state of one sample of one request. Changed by `adopt`, `commit`, `restart` and `end` alone."""
+    """The mutable state of one sample of one request. Changed by `adopt`, `prefilled`, `commit`, `restart`, `end`."""
 
     def __init__(
         self,
@@ -102,24 +110,27 @@ class Sequence:
             return Segment(self.table, self.ids[start : start + chain], range(start, start + chain), adapter=weights)
         return tree_segment(self.table, self.ids[start:], tree.tokens, tree.parents, weights)
 
-    def walk(
-        self, tree: TokenTree, logits: Tensor, argmax: Ids[int] | None
-    ) -> tuple[Acceptance, IncrementalDetokenizer, str]:
-        """Verify `tree` given the logits [nodes + 1, vocab] of the root and each node; changes nothing.
+    def verify(self, tree: TokenTree, logits: Tensor, tokens: Ids[int] | None) -> Verified:
+        """Walk down `tree` given the logits [nodes + 1, vocab] of the root and each node.
 
-        argmax: the argmax of each row where that is the draw. Returns what to commit: see `commit`.
+        tokens: the token drawn at each row, `None` where the sampler draws them one by one. Ids, KV and text stay as
+        they are until `commit`, which takes what this returns; the constraint's matcher and stateful processors move on
+        with each token that is drawn.
         Raises what a processor raises, UserCodeRaised for processors and stopping criteria of the caller's.
         """
-        scan = _Scan(self, logits, argmax)
+        scan = _Scan(self, logits, tokens)
         top = self.request.params.logprobs
         score = None if top is None else lambda node, token: logprob(logits[node + 1], token, top)
         accepted = acceptance(tree, scan.draw, score)
-        return accepted, *scan.text(accepted.finish)
+        return Verified(accepted, *scan.text(accepted.finish))
 
-    def commit(
-        self, chain: int, drafted: int, accepted: Acceptance, cursor: IncrementalDetokenizer, text: str
-    ) -> StepOutput:
-        """Take in a walk over `chain` pending rows and a tree of `drafted` nodes: ids, KV rows, text, end."""
+    def prefilled(self, num_tokens: int) -> None:
+        """Take in a chunk of the prompt, behind which nothing was drawn."""
+        self.table.commit(num_tokens)
+
+    def commit(self, chain: int, drafted: int, verified: Verified) -> StepOutput:
+        """Take in what `verify` found over `chain` pending rows and a tree of `drafted` nodes: ids, KV, text, end."""
+        accepted, cursor, text = verified
         self.table.commit(chain, [chain + node for node in accepted.nodes])
         self.ids.extend(accepted.committed)
         self.cursor = cursor
@@ -190,15 +201,15 @@ class _Scan:
 
     sequence: Sequence
     logits: Tensor
-    argmax: Ids[int] | None
+    tokens: Ids[int] | None
     path: list[int] = field(default_factory=list)
     shown: list[str] = field(default_factory=list)
     cursor: IncrementalDetokenizer | None = None
 
     def draw(self, node: int) -> tuple[int, Finish | None]:
         """Draw the token of `node`'s row and see whether the sequence ends with it."""
-        if self.argmax is not None:
-            token = self.argmax[node + 1]
+        if self.tokens is not None:
+            token = self.tokens[node + 1]
         else:
             token = self.sequence.sampler.draw(self.sequence.ids_with(self.path), self._row(node))
         self.path.append(token)

@@ -9,8 +9,8 @@ import pytest
 from specgen import Drafter, DraftHints, DraftSession, Speculation, TokenTree
 from specgen.draft.budget import RowCost
 from specgen.draft.manager import DraftManager, DraftState
+from specgen.draft.merge import NO_DRAFT, Draft
 from specgen.tree import chain
-from specgen.types import EMPTY_TREE
 
 
 class Listening(Drafter, DraftSession):
@@ -39,7 +39,8 @@ def opened(listening: Listening, **fields: object) -> tuple[DraftManager, DraftS
 def step(drafting: DraftManager, drafts: DraftState, verified: int) -> None:
     """As if the budget had taken so many nodes, all of them right."""
     drafting.propose([drafts], [99], base_rows=1)
-    drafting.commit(drafts, chain(range(verified), 0.9) if verified else EMPTY_TREE, [*range(verified), 63])
+    draft = Draft(chain(range(verified), 0.9), (("listening",),) * verified) if verified else NO_DRAFT
+    drafting.commit(drafts, draft, [*range(verified), 63])
 
 
 def test_it_is_asked_for_what_may_be_taken() -> None:
@@ -94,7 +95,7 @@ def test_a_prompt_that_is_read_beside_makes_tokens_worth_no_more() -> None:
     def taken(base_rows: int) -> int:
         drafting, drafts = opened(Listening(offers=20))
         drafting.cost = Linear()
-        return len(drafting.propose([drafts], [99], base_rows)[0])
+        return len(drafting.propose([drafts], [99], base_rows)[0].tree)
 
     assert 0 < taken(base_rows=1) < 20
     assert taken(base_rows=500) == taken(base_rows=1)

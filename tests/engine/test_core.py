@@ -387,17 +387,17 @@ def test_prompts_share_the_room_for_prompts(model: PreTrainedModel) -> None:
 def test_a_turn_stays_what_it_was_when_it_was_planned(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is committed of it afterwards."""
     bench = Bench(model, max_prefill_tokens=16)
-    plan, turns = bench.core.scheduler.plan, []
+    schedule, work = bench.core.scheduler.schedule, []
 
     def noted() -> list[ScheduledSequence]:
-        planned = plan()
-        turns.extend(planned)
-        return planned
+        scheduled = schedule()
+        work.extend(scheduled)
+        return scheduled
 
-    monkeypatch.setattr(bench.core.scheduler, "plan", noted)
+    monkeypatch.setattr(bench.core.scheduler, "schedule", noted)
     bench.alone(PROMPTS[2], max_tokens=3)
     expected = [(16, False), (16, False), (8, True), (1, True), (1, True)]
-    assert [(turn.chain, turn.complete) for turn in turns] == expected
+    assert [(item.num_tokens, item.complete) for item in work] == expected
 
 
 def test_no_more_run_than_allowed(model: PreTrainedModel) -> None:
@@ -1311,7 +1311,7 @@ def test_an_engine_knows_what_its_context_costs(model: PreTrainedModel) -> None:
     for stack in pool.stacks:
         stack.view(torch.uint8).fill_(255)
     before = core.target.forwards, core.target.rows, pool.free_pages
-    core._measure_context()
+    core._costs.measure_context(core.target)
     assert core.drafting.cost.context_seconds >= 0.0
     assert (core.target.forwards, core.target.rows, pool.free_pages) == before
     assert any((stack == 0).all(dim=-1).any() for stack in pool.stacks)
@@ -1323,7 +1323,7 @@ def test_rows_are_measured_again_while_requests_hold_the_pages(model: PreTrained
     core, pool = bench.core, bench.core.target.pool
     known = core.drafting.cost.context_seconds
     taken = pool.take(pool.free_pages)
-    core._measure()
+    core._costs.measure(core.target)
     pool.drop(taken)
     assert core.drafting.cost.context_seconds == known
     assert list(bench.alone(PROMPTS[0], max_tokens=8).ids) == greedy(model, PROMPTS[0], 8)

@@ -102,16 +102,16 @@ def prompt_rows(engine: Engine, cost: RowCost) -> Callable[[], list[int]]:
     """Gives the engine this cost; answers the rows of the prompt's steps beside one that decodes."""
     core: EngineCore = engine._core
     core.drafting.cost = cost
-    plan, seen = core.scheduler.plan, []
+    schedule, seen = core.scheduler.schedule, []
 
     def noted() -> list[object]:
-        turns = plan()
-        chains = [turn.chain for turn in turns]
-        if len(turns) == 2 and 1 in chains:
-            seen.append(max(chains))
-        return list(turns)
+        work = schedule()
+        counts = [item.num_tokens for item in work]
+        if len(work) == 2 and 1 in counts:
+            seen.append(max(counts))
+        return list(work)
 
-    core.scheduler.plan = noted  # type: ignore[method-assign, assignment]
+    core.scheduler.schedule = noted  # type: ignore[method-assign, assignment]
     return lambda: seen
 
 

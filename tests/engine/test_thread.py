@@ -163,7 +163,7 @@ def test_a_model_that_was_made_under_inference_mode_is_served(said: tuple[int, .
 # Steps that cannot be planned.
 
 PLANNED: dict[str, tuple[Any, str]] = {
-    "the plan": (Scheduler, "plan"),
+    "the plan": (Scheduler, "schedule"),
     "admission": (Scheduler, "_admit"),
     "pages of a running one": (BlockTable, "reserve"),
     "adapters that were lost": (EngineCore, "_end_lost"),
@@ -203,14 +203,14 @@ def test_a_request_that_can_never_be_planned_ends_with_the_error(
 def test_a_plan_that_fails_once_is_made_again(
     engine: Engine, said: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, calls = Scheduler.plan, iter([1, 1, 0, 0, 1])
+    schedule, calls = Scheduler.schedule, iter([1, 1, 0, 0, 1])
 
     def breaks(scheduler: Scheduler) -> Any:
         if next(calls, 0):
             raise MemoryError("no memory for a plan")
-        return plan(scheduler)
+        return schedule(scheduler)
 
-    monkeypatch.setattr(Scheduler, "plan", breaks)
+    monkeypatch.setattr(Scheduler, "schedule", breaks)
     with capture_logs():
         assert engine.generate(OTHER, max_tokens=6).ids == said
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-import specgen.engine.core
+import specgen.sampling.batch_sampler
 from specgen import Engine, SamplingParams
 from specgen.errors import InvalidRequest, UnsupportedModel
 from specgen.kernels import backends
@@ -41,7 +41,7 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """What rows cost in the interpreter is of no interest, and takes long to find out."""
-    monkeypatch.setattr("specgen.engine.core._MEASURED_ROWS", (1,))
+    monkeypatch.setattr("specgen.engine.step_costs._MEASURED_ROWS", (1,))
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     from specgen.model.attention import triton_backend as gpu
 
     copies: Counter[str] = Counter()
-    for module, name in ((gpu, "sent"), (specgen.engine.core, "on_host")):
+    for module, name in ((gpu, "sent"), (specgen.sampling.batch_sampler, "on_host")):
         there = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, name=name, there=there: copies.update([name]) or there(*args))
     return copies

@@ -463,14 +463,14 @@ def test_the_readme_of_the_plugin_runs(engine: Engine) -> None:
 def rows_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], list[int]]]:
     """The tokens and parents of each tree that is scored from now on, the root's row left out."""
     seen: list[tuple[list[int], list[int]]] = []
-    propose = engine._core._propose
+    draft = engine._core._draft
 
-    def watching(turns: Any) -> Any:
-        trees = propose(turns)
-        seen.extend((list(tree.tokens), list(tree.parents)) for tree in trees)
-        return trees
+    def watching(work: Any) -> Any:
+        drafted = draft(work)
+        seen.extend((list(item.draft.tree.tokens), list(item.draft.tree.parents)) for item in drafted)
+        return drafted
 
-    monkeypatch.setattr(engine._core, "_propose", watching)
+    monkeypatch.setattr(engine._core, "_draft", watching)
     return seen
 
 

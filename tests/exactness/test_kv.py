@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specgen import Engine
-from specgen.engine.core import EngineCore
+from specgen.engine.step_costs import StepCosts
 from specgen.kernels.cpu_backend import why_not
 from specgen.kv.formats import FORMATS, LayerShape
 from specgen.model import packed
@@ -166,7 +166,7 @@ def test_smollm(smollm: PreTrainedModel, kind: str, tmp_path: Path, monkeypatch:
     """The same in one engine, whose pool is too small for two texts, its memory for one page."""
     # What takes seconds at load and is not looked at here.
     monkeypatch.setattr(packed, "check_invariance", lambda *args: None)
-    monkeypatch.setattr(EngineCore, "_measure", lambda self: None)
+    monkeypatch.setattr(StepCosts, "measure", lambda self, target: None)
     prompts = [[*COPY, *range(600, 630), *COPY]]
     layers = [LayerShape(3, 64, 64)] * smollm.config.num_hidden_layers
     page = 16 * FORMATS[kind]().bytes_per_token(layers, torch.float32)
