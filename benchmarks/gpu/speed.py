@@ -27,6 +27,7 @@ from benchmarks.gpu.floors import H100, LLAMA_8B, STEPS, Gpu, Shape, Step, floor
 from specgen import Engine
 from specgen.kv.formats import FORMATS, KVFormat, LayerShape
 from specgen.kv.pool import KVPool
+from specgen.model.attention.masks import tail_mask
 from specgen.model.attention.reach import EVERYTHING
 from specgen.model.attention.triton_backend import TritonBackend
 from specgen.model.segment import Segment, tree_segment
@@ -115,11 +116,10 @@ class Attention:
         )
 
     def _mask(self, step: Step, keys: int, device: torch.device) -> Tensor | None:
-        tail = self._segments[0].visible
         if step.rows == 1:
             return None
         mask = torch.ones(step.rows, keys, dtype=torch.bool)
-        mask[:, step.context :] = tail if tail is not None else torch.ones(step.rows, step.rows).tril().bool()
+        mask[:, step.context :] = tail_mask(self._segments[0])
         return mask.to(device)
 
     def ours(self) -> Tensor:

@@ -72,6 +72,10 @@ class Growth:
             self.row[node] = len(self.row)
         return self.picked
 
+    def row_parents(self) -> list[int]:
+        """For each row the row of its node's parent, -1 for the root's."""
+        return [self.row.get(self.parents[node], -1) for node in self.row]
+
     def visible(self) -> Tensor:
         """bool[picked, rows]: which rows each picked node sees, its own and its ancestors'."""
         mask = torch.zeros(len(self.picked), len(self.row), dtype=torch.bool)

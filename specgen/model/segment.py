@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from specgen.kv.pool import BlockTable
 from specgen.lora.adapter import LoraWeights
 
@@ -16,11 +13,12 @@ from specgen.lora.adapter import LoraWeights
 class Segment:
     """The rows of one sequence in one packed forward.
 
-    Row i holds `tokens[i]`, sees the whole committed prefix of `table`, and of the tail behind the prefix what
-    `visible[i]` says. The tail is the rows of earlier forwards that were not committed, then the rows of this one;
+    Row i holds `tokens[i]`, and sees the whole committed prefix of `table`, its ancestors in the tail behind the
+    prefix, and itself. The tail is the rows of earlier forwards that were not committed, then the rows of this one;
     `positions` gives the absolute position of every tail row, so `len(positions) - len(tokens)` rows came earlier.
 
-    visible: bool[rows, tail]; `None` means that each row sees all tail rows before it and itself.
+    parents: for each tail row the earlier one that it hangs under, -1 for the prefix; `None` is a chain, in which each
+        hangs under the row before it.
     logits: rows whose logits are wanted.
     adapter: what the rows run under; `None` is the model as it is.
     """
@@ -28,7 +26,7 @@ class Segment:
     table: BlockTable
     tokens: Sequence[int]
     positions: Sequence[int]
-    visible: Tensor | None = None
+    parents: Sequence[int] | None = None
     logits: Sequence[int] = ()
     adapter: LoraWeights | None = None
 
@@ -69,17 +67,14 @@ def tree_segment(
     for parent in parents:
         positions.append(positions[base + parent] + 1)
     is_chain = all(parent == node - 1 for node, parent in enumerate(parents))
-    visible = None if is_chain else _ancestors(base, parents)
+    hung = None if is_chain else [*range(-1, base - 1), *(base + parent for parent in parents)]
     rows = range(base - 1, base + len(tokens))
-    return Segment(table, [*chain, *tokens], positions, visible, rows, adapter)
+    return Segment(table, [*chain, *tokens], positions, hung, rows, adapter)
 
 
-def _ancestors(base: int, parents: Sequence[int]) -> Tensor:
-    """bool[base + n, base + n]: row i sees row j if j is i or an ancestor of i."""
-    rows = base + len(parents)
-    visible = torch.zeros(rows, rows, dtype=torch.bool)
-    visible[:base, :base] = torch.ones(base, base, dtype=torch.bool).tril()
-    for node, parent in enumerate(parents):
-        visible[base + node] = visible[base + parent]
-        visible[base + node, base + node] = True
-    return visible
+def ancestors(parents: Sequence[int]) -> list[list[int]]:
+    """For each tail row its ancestors and itself, in ascending order."""
+    found: list[list[int]] = []
+    for row, parent in enumerate(parents):
+        found.append([*found[parent], row] if parent >= 0 else [row])
+    return found

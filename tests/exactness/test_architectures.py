@@ -88,7 +88,7 @@ def test_the_docs_say_how_it_is_carried(case: Case, listed: Mapping[str, str]) -
 @pytest.mark.parametrize("case", EVERY_KIND, indirect=True)
 def test_a_wrong_mask_shows(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(decoding, "tree_segment", _all_visible)
+        patch.setattr(decoding, "tree_segment", _as_a_chain)
         assert decode(case.target, PROMPTS, case.truths) != case.truths
         assert decode(case.plain, PROMPTS, case.truths) != case.truths
     if set(case.target.architecture.reaches) != {EVERYTHING}:
@@ -104,9 +104,8 @@ def test_a_wrong_mask_shows(case: Case, monkeypatch: pytest.MonkeyPatch) -> None
             assert decode(target, PROMPTS, case.truths) != case.truths, "a forgotten window does not show"
 
 
-def _all_visible(table: BlockTable, chain: Sequence[int], tokens: Sequence[int], parents: Sequence[int]) -> Segment:
-    segment = tree_segment(table, chain, tokens, parents)
-    return replace(segment, visible=torch.ones(len(segment.tokens), segment.tail, dtype=torch.bool))
+def _as_a_chain(table: BlockTable, chain: Sequence[int], tokens: Sequence[int], parents: Sequence[int]) -> Segment:
+    return replace(tree_segment(table, chain, tokens, parents), parents=None)
 
 
 @pytest.mark.parametrize("name", REFUSED)

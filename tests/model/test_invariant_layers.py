@@ -12,7 +12,6 @@ from specgen.errors import InvalidRequest, UnsupportedModel
 from specgen.kernels.blocks import in_blocks
 from specgen.kernels.cpu_backend import why_not
 from specgen.kv.formats import FORMATS
-from specgen.model.attention.rowwise import VisibleKeys, row_by_row, visible_in_chain, visible_in_mask
 from specgen.model.invariant_layers import InvariantLayers
 from specgen.model.runner import load_runner
 from tests.support.tiny import build
@@ -135,42 +134,6 @@ def test_blocks_have_the_sizes_asked_for_and_no_other(rows: int) -> None:
     x = torch.randn(rows, 3)
     assert torch.equal(in_blocks(double, x, (4, 8)), x * 2)
     assert set(seen) <= {0, 4, 8} if rows == 0 else set(seen) <= {4, 8}
-
-
-def test_rows_of_a_chain_see_all_before_them_within_their_reach() -> None:
-    assert visible_in_chain(0, 5, [0, 0]) == [VisibleKeys(0, 4), VisibleKeys(0, 5)]
-    assert visible_in_chain(2, 7, [1, 3, 4]) == [VisibleKeys(0, 3), VisibleKeys(1, 4), VisibleKeys(2, 5)]
-
-
-def test_rows_of_a_tree_see_a_run_of_the_prefix_and_their_ancestors() -> None:
-    visible = torch.tensor([[0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 0, 1], [0, 0, 0, 0, 0, 1]], dtype=torch.bool)
-    first, second, third = visible_in_mask(visible, prefix=3)
-    assert (first.first, first.stop) == (1, 4)
-    assert (second.first, second.stop) == (2, 5)
-    assert (third.first, third.stop) == (3, 4)
-    assert [row.tail.tolist() for row in (first, second, third) if row.tail is not None] == [[0], [0, 2], [2]]
-
-
-def test_rows_in_place_are_read_where_they_lie() -> None:
-    visible = torch.tensor([[1, 1, 0], [1, 1, 1]], dtype=torch.bool)
-    assert visible_in_mask(visible, prefix=1) == [VisibleKeys(0, 2), VisibleKeys(0, 3)]
-
-
-def test_each_row_attends_over_its_own_keys() -> None:
-    query, key, value = torch.randn(2, 4, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
-    calls = []
-
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        calls.append((q.clone(), k.clone(), v.clone()))
-        return q
-
-    seen = [VisibleKeys(1, 4, torch.tensor([1])), VisibleKeys(0, 5, torch.tensor([0, 1]))]
-    row_by_row(attend, query, key, value, seen, prefix=3)
-    (_, first, _), (q, second, v) = calls
-    assert torch.equal(first.transpose(0, 1), key[[1, 2, 4]])
-    assert torch.equal(second.transpose(0, 1), key)
-    assert torch.equal(v.transpose(0, 1), value)
-    assert torch.equal(q[:, 0], query[1])
 
 
 def test_native_text_is_the_same_with_and_without(smollm: PreTrainedModel) -> None:

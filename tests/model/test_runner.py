@@ -66,12 +66,10 @@ def test_a_tree_may_grow_over_several_forwards_in_any_order(name: str) -> None:
     whole = tree_segment(table, PROMPT[-1:], *TREE)
     expected = target.forward([whole]).logits
 
-    assert whole.visible is not None
+    assert whole.parents is not None
     # The later forward starts with its deepest row: what the shallow row behind it sees reaches further back.
     parts = [
-        replace(
-            whole, tokens=whole.tokens[a:b], positions=whole.positions[:b], visible=whole.visible[a:b, :b], logits=()
-        )
+        replace(whole, tokens=whole.tokens[a:b], positions=whole.positions[:b], parents=whole.parents[:b], logits=())
         for a, b in ((0, 3), (3, 4), (4, 7))
     ]
     parts[0], parts[1], parts[2] = (replace(part, logits=range(len(part.tokens))) for part in parts)
@@ -90,8 +88,8 @@ def test_a_later_forward_may_start_with_its_deepest_row() -> None:
     # Rows 0 and 1 are a chain; rows 2 (under row 1) and 3 (under the prefix) come in a second forward, deep one first.
     target.forward([Segment(table, (31, 32), (base, base + 1))])
     positions = (base, base + 1, base + 2, base)
-    visible = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
-    deep, shallow = target.forward([Segment(table, (33, 34), positions, visible, (0, 1))]).logits
+    parents = (-1, 0, 1, -1)
+    deep, shallow = target.forward([Segment(table, (33, 34), positions, parents, (0, 1))]).logits
     alone = target.model(input_ids=torch.tensor([[*PROMPT, 31, 32, 33]])).logits[0, -1]
     torch.testing.assert_close(deep, alone, rtol=1e-4, atol=1e-4)
     alone = target.model(input_ids=torch.tensor([[*PROMPT, 34]])).logits[0, -1]

@@ -100,5 +100,5 @@ def tree(table: BlockTable, base: int, nodes: int) -> Segment:
 def later(table: BlockTable) -> Segment:
     """Rows of which some came in an earlier forward."""
     whole = tree(table, 1, 8)
-    assert whole.visible is not None
-    return Segment(table, [2] * 4, whole.positions, whole.visible[-4:], range(4))
+    assert whole.parents is not None
+    return Segment(table, [2] * 4, whole.positions, whole.parents, range(4))

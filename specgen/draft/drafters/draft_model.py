@@ -192,4 +192,4 @@ class _Growth(Growth):
         table = self.session.table
         positions = [table.length - 1 + self.depth[node] for node in self.row]
         tokens = [self.tokens[node] for node in self.picked]
-        return Segment(table, tokens, positions, self.visible(), range(len(tokens)), self.session.adapter)
+        return Segment(table, tokens, positions, self.row_parents(), range(len(tokens)), self.session.adapter)

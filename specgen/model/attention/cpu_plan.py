@@ -12,11 +12,12 @@ ancestors, itself included, are the tail rows from place starts[i] to starts[i +
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
 
-from specgen.model.segment import Segment
+from specgen.model.segment import Segment, ancestors
 
 _HEADER = 6
 
@@ -29,17 +30,17 @@ def plan(segments: Sequence[Segment]) -> Tensor:
         pages = len(numbers)
         numbers += segment.table.pages[: segment.table.pool.pages_for(segment.end)]
         starts = -1
-        if segment.visible is not None:
+        if segment.parents is not None:
             starts = len(numbers)
-            numbers += _ancestors(segment.visible, starts)
+            numbers += _listed(ancestors(segment.parents)[-len(segment.tokens) :], starts)
         header = first, len(segment.tokens), segment.table.length, segment.tail, pages, starts
         numbers[1 + _HEADER * index : 1 + _HEADER * (index + 1)] = header
         first += len(segment.tokens)
     return torch.tensor(numbers, dtype=torch.int32)
 
 
-def _ancestors(visible: Tensor, place: int) -> list[int]:
-    """The starts, then the ancestors, of bool[rows, tail], where the starts stand at `place`."""
-    first = place + len(visible) + 1
-    starts = [first, *(visible.sum(dim=1).cumsum(0) + first).tolist()]
-    return starts + visible.nonzero()[:, 1].tolist()
+def _listed(paths: Sequence[Sequence[int]], place: int) -> list[int]:
+    """The starts of the rows' ancestors, then the ancestors, where the starts stand at `place`."""
+    first = place + len(paths) + 1
+    starts = accumulate(map(len, paths), initial=first)
+    return [*starts, *chain.from_iterable(paths)]

@@ -223,11 +223,23 @@ def _sight(segment: Segment, reach: Reach) -> _Sight:
     prefix, tail, rows = segment.table.length, segment.tail, len(segment.tokens)
     positions = np.asarray(segment.new_positions)
     first = np.array([reach.oldest(int(p)) for p in positions])
-    if segment.visible is None:
+    if segment.parents is None:
         return _Sight(first, np.arange(prefix + tail - rows, prefix + tail) + 1, [_NONE] * rows)
-    visible = segment.visible.numpy()
-    straight = np.cumprod(visible, axis=1).sum(axis=1)
-    return _Sight(first, prefix + straight, [row.nonzero()[0][n:] for row, n in zip(visible, straight, strict=True)])
+    straight, listed = _straight(segment.parents)
+    return _Sight(first, prefix + np.array(straight[-rows:]), [np.array(row, dtype=np.int64) for row in listed[-rows:]])
+
+
+def _straight(parents: Sequence[int]) -> tuple[list[int], list[list[int]]]:
+    """For each tail row how many of its ancestors, itself among them, are the tail's first rows, and which others there
+    are."""
+    straight: list[int] = []
+    listed: list[list[int]] = []
+    for row, parent in enumerate(parents):
+        before, rest = (straight[parent], listed[parent]) if parent >= 0 else (0, [])
+        goes_on = before == row and not rest
+        straight.append(before + goes_on)
+        listed.append([] if goes_on else [*rest, row])
+    return straight, listed
 
 
 _NONE: Ints = np.empty(0, dtype=np.int64)

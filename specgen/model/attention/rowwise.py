@@ -7,7 +7,7 @@ hang in a tree: then the call is the same to the last bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,18 +32,6 @@ def visible_in_chain(start: int, stop: int, oldest: Sequence[int]) -> list[Visib
     """The last rows of `[start, stop)`, each of which sees all before it from its `oldest` position on."""
     count = len(oldest)
     return [VisibleKeys(max(0, first - start), stop - start - (count - 1 - row)) for row, first in enumerate(oldest)]
-
-
-def visible_in_mask(visible: Tensor, prefix: int) -> list[VisibleKeys]:
-    """Read bool[rows, keys]. The first `prefix` keys are committed; a row sees them from some key on, or none."""
-    rows = []
-    for seen in visible:
-        keys = seen.nonzero().flatten()
-        tail = keys[keys >= prefix] - prefix
-        rows.append(VisibleKeys(prefix - int((keys < prefix).sum()), prefix + len(tail), tail))
-    if all(torch.equal(row.tail, torch.arange(len(row.tail))) for row in rows if row.tail is not None):
-        return [replace(row, tail=None) for row in rows]
-    return rows
 
 
 def row_by_row(
