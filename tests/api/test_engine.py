@@ -414,15 +414,15 @@ def test_a_step_that_fails_fails_those_who_ran_and_nobody_else(
 ) -> None:
     """As when memory runs out: what waits is served, and so is what comes later."""
     with Engine(model, kv_tokens=1024, max_num_seqs=1) as engine:
-        score, calls = engine.target.forward, []
+        forward, calls = engine.target.forward, []
 
         def fails_once(segments: Any) -> Any:
             calls.append(segments)
             if len(calls) == 3:
                 raise MemoryError("no memory for this step")
-            return score(segments)
+            return forward(segments)
 
-        monkeypatch.setattr(engine.target, "score", fails_once)
+        monkeypatch.setattr(engine.target, "forward", fails_once)
         with capture_logs():
             first = engine.stream(PROMPT, max_tokens=10)
             second = engine.stream(PROMPTS[1], max_tokens=10)

@@ -206,7 +206,7 @@ def test_a_pin_whose_rest_cannot_be_computed_is_released(
         raise RuntimeError("the model is broken")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.target, "score", fail)
+        patch.setattr(engine.target, "forward", fail)
         with pytest.raises(RequestFailed, match="the model is broken"):
             engine.prefix.pin(PROMPTS[0])
     assert engine.prefix.stats.pinned_pages == 0

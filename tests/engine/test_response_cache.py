@@ -91,14 +91,14 @@ class Gate:
         self.waiting = False
         self._permits = threading.Semaphore(0)
         self._open = False
-        score = engine.target.forward
+        forward = engine.target.forward
 
         def held(segments: Any) -> Any:
             if not self._open:
                 self.waiting = True
                 self._permits.acquire(timeout=SECONDS)
                 self.waiting = False
-            return score(segments)
+            return forward(segments)
 
         engine.target.forward = held  # type: ignore[method-assign]
 
@@ -409,13 +409,13 @@ def test_a_twin_may_leave_when_some_samples_are_finished(engine: Engine) -> None
 
 
 def test_a_run_that_fails_fails_all_its_listeners_and_is_not_kept(engine: Engine) -> None:
-    score, calls = engine.target.forward, []
+    forward, calls = engine.target.forward, []
 
     def fails_once(segments: Any) -> Any:
         calls.append(segments)
         if len(calls) == 3:
             raise MemoryError("no memory for this step")
-        return score(segments)
+        return forward(segments)
 
     engine.target.forward = fails_once  # type: ignore[method-assign]
     twins = engine._runner.submit(

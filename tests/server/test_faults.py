@@ -607,14 +607,14 @@ async def test_what_was_generated_for_a_client_that_left_is_counted(world: World
 async def test_a_step_without_memory_fails_those_who_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     """With 503, so that they come again; health says so when it goes on."""
     with engine(max_num_seqs=1) as own, capture_logs():
-        score, failing = own.target.forward, True
+        forward, failing = own.target.forward, True
 
         def fails(segments: Any) -> Any:
             if failing:
                 raise torch.OutOfMemoryError("CUDA out of memory at 0xdeadbeef")
-            return score(segments)
+            return forward(segments)
 
-        monkeypatch.setattr(own.target, "score", fails)
+        monkeypatch.setattr(own.target, "forward", fails)
         async with serving(own) as world:
             for times in range(3):
                 async with world.http.get(f"{world.url}/health") as answer:
@@ -638,16 +638,16 @@ async def test_a_step_without_memory_for_its_drafts_is_taken_without_them(monkey
     with engine() as own, capture_logs() as logs:
         options: dict[str, Any] = {"max_tokens": 30, "speculation": {"adaptive": False}}
         expected = own.generate(Chat(HELLO), **options).text
-        score = own.target.forward
+        forward = own.target.forward
 
         def fails(segments: Any) -> Any:
             if sum(len(segment.tokens) for segment in segments) > 1 and not any(
                 s.first_position == 0 for s in segments
             ):
                 raise torch.OutOfMemoryError
-            return score(segments)
+            return forward(segments)
 
-        monkeypatch.setattr(own.target, "score", fails)
+        monkeypatch.setattr(own.target, "forward", fails)
         assert own.generate(Chat(HELLO), cache_salt="other", **options).text == expected
         own.check()
     assert any("no memory" in line["event"] for line in logs)
@@ -734,7 +734,7 @@ async def test_a_log_that_takes_no_more_ends_nothing(monkeypatch: pytest.MonkeyP
         async with serving(own) as world:
             assert await send(world, PATH, chat()) == 200
             with monkeypatch.context() as patch:
-                patch.setattr(own.target, "score", lambda segments: 1 / 0)
+                patch.setattr(own.target, "forward", lambda segments: 1 / 0)
                 assert await send(world, PATH, chat()) == 500
             assert await send(world, PATH, chat()) == 200
     with pytest.raises(OSError, match="No space left"):
