@@ -10,6 +10,7 @@ from specgen.engine.request_builder import RequestBuilder
 from specgen.engine.thread import EngineThread
 from specgen.errors import InvalidRequest
 from specgen.kv.lease import Pin
+from specgen.kv.offload.page_names import PageNames
 from specgen.kv.offload.persistence import PrefixStore
 from specgen.kv.prefix_cache import PrefixCache
 from specgen.sampling.params import SamplingParams
@@ -144,7 +145,7 @@ class EnginePrefix:
 
     @property
     def _stored(self) -> PrefixStore:
-        return self._core.stored() or PrefixStore(self._cache, "")
+        return self._core.stored() or PrefixStore(self._cache, PageNames(""))
 
     def _report(self) -> PrefixReport:
         cache, pool = self._cache, self._core.target.pool

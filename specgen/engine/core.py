@@ -22,6 +22,7 @@ from specgen.engine.scheduler import NotPlanned, ScheduledSequence, Scheduler
 from specgen.engine.sequence import Sequence
 from specgen.engine.step_costs import StepCosts
 from specgen.errors import AdapterRefused, OutOfPages, RequestCancelled
+from specgen.kv.offload.page_names import PageNames
 from specgen.kv.offload.persistence import CacheOptions, PrefixStore, open_cache
 from specgen.kv.radix_tree import CacheKey
 from specgen.lora.adapter import AdapterOptions
@@ -97,7 +98,7 @@ class EngineCore:
 
     def stored(self) -> PrefixStore | None:
         """The prefix cache's way to files; the first call reads all weights once, to tell models apart."""
-        return PrefixStore(self.prefix, self._identity) if self.prefix else None
+        return PrefixStore(self.prefix, PageNames(self._identity)) if self.prefix else None
 
     def close(self) -> None:
         """Leave to the next engine what the prefix cache holds, where there is a folder for it. After the last step."""
@@ -113,8 +114,8 @@ class EngineCore:
             self.prefix.forget()
         self.target, self._key = target, CacheKey(model_name(target.model), target.pool.kind.name)
         self.__dict__.pop("_identity", None)
-        if self.prefix and self.prefix.tiers and (stored := self.stored()):
-            self.prefix.tiers.describe = stored.header
+        if self.prefix and self.prefix.tiers and self.prefix.tiers.disk:
+            self.prefix.rename(PageNames(self._identity))
 
     def add(self, request: Request, samples: Many[SampleSpec]) -> None:
         """Queue one sequence per sample; none where one cannot be made."""

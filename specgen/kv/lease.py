@@ -33,12 +33,12 @@ class Pin:
         self.held_pages = list(pages)
         self.tokens = len(pages) * cache.pool.page_size
         cache.pins.append(self)
-        cache.pool.holders.add(self)
+        cache.pool.attach(self)
 
     def release(self) -> None:
         """Let them go. Doing so twice is harmless."""
         if self in self._cache.pins:
             self._cache.pins.remove(self)
-            self._cache.pool.holders.remove(self)
+            self._cache.pool.detach(self)
             self._cache.pool.drop(reversed(self.held_pages))
             self.tokens = 0

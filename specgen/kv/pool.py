@@ -43,10 +43,7 @@ class Reserve(Protocol):
 
 
 class KVPool:
-    """Storage for `pages` pages of a KV format. Owned by one engine and touched from its thread alone.
-
-    reserve: gives up pages when there are too few; a prefix cache.
-    """
+    """Storage for `pages` pages of a KV format. Owned by one engine and touched from its thread alone."""
 
     def __init__(
         self,
@@ -66,8 +63,8 @@ class KVPool:
         self.shapes = tuple(layers)
         self.bytes_per_token = kind.bytes_per_token(layers, dtype)
         self.page_bytes = page_size * self.bytes_per_token
-        self.holders: set[Holder] = set()
-        self.reserve: Reserve | None = None
+        self._holders: set[Holder] = set()
+        self._reserve: Reserve | None = None
         self._free = torch.ones(pages, dtype=torch.bool)
         self._free_count = pages
         self._references = [0] * pages
@@ -109,7 +106,7 @@ class KVPool:
     @property
     def open_tables(self) -> int:
         """Tables that were opened and not released."""
-        return sum(isinstance(holder, BlockTable) for holder in self.holders)
+        return sum(isinstance(holder, BlockTable) for holder in self._holders)
 
     @property
     def capacity(self) -> int:
@@ -119,8 +116,20 @@ class KVPool:
     def open(self) -> BlockTable:
         """An empty table. The caller owns it until `release()`."""
         table = BlockTable(self)
-        self.holders.add(table)
+        self.attach(table)
         return table
+
+    def attach(self, holder: Holder) -> None:
+        """Know of one who refers to pages, so that `check` can count."""
+        self._holders.add(holder)
+
+    def detach(self, holder: Holder) -> None:
+        """One refers to no page any more. Doing so twice is harmless."""
+        self._holders.discard(holder)
+
+    def ask(self, reserve: Reserve) -> None:
+        """When there are too few pages, ask `reserve` to give up some from now on: a prefix cache."""
+        self._reserve = reserve
 
     def move(self, source: Tensor, destination: Tensor) -> None:
         """Copy the slots `source` int64[n] onto the slots `destination` int64[n], in every layer.
@@ -131,8 +140,8 @@ class KVPool:
 
     def take(self, count: int, after: int | None = None) -> list[int]:
         """`count` free pages with one reference each, behind the page `after` where possible. Raises OutOfPages."""
-        if count > self._free_count and self.reserve is not None:
-            self.reserve.evict(count - self._free_count)
+        if count > self._free_count and self._reserve is not None:
+            self._reserve.evict(count - self._free_count)
         if count > self._free_count:
             raise OutOfPages(f"{count} pages wanted, {self._free_count} free of {self.pages}")
         taken: list[int] = []
@@ -183,8 +192,8 @@ class KVPool:
                 self._free_count += 1
             elif self._references[page] == 1 and page in self._shelved:
                 self._idle_count += 1
-                if self.reserve is not None:
-                    self.reserve.idled(page)
+                if self._reserve is not None:
+                    self._reserve.idled(page)
 
     def references(self, page: int) -> int:
         """How many refer to a page."""
@@ -192,7 +201,7 @@ class KVPool:
 
     def check(self) -> None:
         """Raise RuntimeError unless the references to every page are those of its holders."""
-        held = Counter(page for holder in self.holders for page in holder.held_pages)
+        held = Counter(page for holder in self._holders for page in holder.held_pages)
         for page, count in enumerate(self._references):
             if held[page] != count or bool(self._free[page]) != (count == 0):
                 raise RuntimeError(f"KV pool: page {page} has {count} references, its holders have {held[page]}")
@@ -214,15 +223,20 @@ class KVPool:
 class BlockTable:
     """One sequence's slots: position p of the sequence lives in the p-th slot of its pages, in order.
 
-    `length` counts the committed tokens whose KV is written; slots behind it hold the rows of the running step.
+    Slots behind the committed tokens hold the rows of the running step.
     """
 
     def __init__(self, pool: KVPool) -> None:
         self.pool = pool
         self.pages: list[int] = []
-        self.length = 0
+        self._length = 0
         self._slots = torch.empty(0, dtype=torch.int64)
         self._consecutive = True
+
+    @property
+    def length(self) -> int:
+        """Committed tokens whose KV is written."""
+        return self._length
 
     @property
     def held_pages(self) -> list[int]:
@@ -237,7 +251,7 @@ class BlockTable:
     def adopt(self, pages: Sequence[int], length: int) -> None:
         """Begin an empty table with `pages`, whose references the caller hands over, and `length` committed tokens."""
         self.pages = list(pages)
-        self.length = length
+        self._length = length
         self._number()
 
     def missing_pages(self, tokens: int) -> int:
@@ -279,13 +293,17 @@ class BlockTable:
         if moved := accepted[kept:]:
             source = self._slots[[self.length + offset for offset in moved]]
             self.pool.move(source, self._slots[target + kept : target + len(accepted)])
-        self.length = target + len(accepted)
+        self._length = target + len(accepted)
+
+    def rewind(self, length: int) -> None:
+        """Forget the committed tokens behind the first `length`; the pages stay."""
+        self._length = min(self._length, length)
 
     def release(self) -> None:
         """Give all pages back and close the table. Doing so twice is harmless."""
         self.trim(0)
-        self.length = 0
-        self.pool.holders.discard(self)
+        self._length = 0
+        self.pool.detach(self)
 
     def _number(self) -> None:
         size = self.pool.page_size

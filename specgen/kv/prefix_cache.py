@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from itertools import count
 
 import torch
+from torch import Tensor
 
 from specgen.errors import OutOfPages
 from specgen.kv.eviction import EvictionQueue
 from specgen.kv.lease import Lease, Pin
-from specgen.kv.offload.tiers import Tiers
+from specgen.kv.offload.page_files import PageHeader
+from specgen.kv.offload.page_names import PageNames
+from specgen.kv.offload.tiers import Kept, PageCopy, Tiers
 from specgen.kv.pool import BlockTable, KVPool
 from specgen.kv.radix_tree import CacheKey, PageNode, descend
 
@@ -43,23 +46,30 @@ class PrefixCache:
     """The pages worth keeping of one pool. Touched from the engine's thread alone.
 
     max_pages: most pages it refers to, those in use not counted off; `None` = as many as the pool spares.
-    tiers: where evicted pages go; `None` = nowhere.
+    tiers: where evicted pages go; `None` = nowhere. names: of the files of the disk tier, if there is one.
     """
 
-    def __init__(self, pool: KVPool, *, max_pages: int | None = None, tiers: Tiers | None = None) -> None:
+    def __init__(
+        self,
+        pool: KVPool,
+        *,
+        max_pages: int | None = None,
+        tiers: Tiers | None = None,
+        names: PageNames | None = None,
+    ) -> None:
         self.pool = pool
         self.stats = PrefixStats()
         self.pins: list[Pin] = []
         self._max_pages = pool.pages if max_pages is None else max_pages
         self.tiers = tiers
+        self._names = names
         self._roots: dict[CacheKey, PageNode] = {}
         self._by_page: dict[int, PageNode] = {}
+        self._by_copy: dict[PageCopy, PageNode] = {}
         self._queue = EvictionQueue(self._is_evictable, self._by_page)
         self._clock = count(1)
-        pool.holders.add(self)
-        pool.reserve = self
-        if tiers is not None:
-            tiers.lost = self._lost
+        pool.attach(self)
+        pool.ask(self)
 
     def match(self, key: CacheKey, ids: Sequence[int]) -> Lease:
         """The longest cached prefix of `ids`, short of the last one, whose logits are wanted.
@@ -167,15 +177,18 @@ class PrefixCache:
         """Forget everything that is not in use or pinned, in the tiers too."""
         for node in list(self.nodes()):
             self._unkeep(node)
-        tiers, self.tiers = self.tiers, None
-        self.evict(self.pool.pages)
-        self.tiers = tiers
+        while idle := self._queue.take():
+            self._give_up(idle, keep=False)
 
     def forget(self) -> None:
         """`clear`, of what is pinned too: the model that computed it is another now. While nothing is in use."""
         for pin in list(self.pins):
             pin.release()
         self.clear()
+
+    def rename(self, names: PageNames) -> None:
+        """Pages are of another model from now on. After `forget`."""
+        self._names = names if self._names is not None else None
 
     def check(self) -> None:
         """Raise RuntimeError if the tree is not what it says."""
@@ -186,6 +199,8 @@ class PrefixCache:
                 raise RuntimeError(f"prefix cache: {fault}")
         if seen != len(self._by_page):
             raise RuntimeError(f"prefix cache: {seen} pages in the tree, {len(self._by_page)} known")
+        if {node.kept: node for node in self.nodes() if node.kept is not None} != self._by_copy:
+            raise RuntimeError("prefix cache: the copies that the tree knows are not those of its nodes")
         if self.tiers is not None:
             self.tiers.check()
 
@@ -305,6 +320,35 @@ class PrefixCache:
         self.house(child, page)
         return child
 
+    def keep(self, node: PageNode, rows: Sequence[Tensor]) -> bool:
+        """Give a node that is not in the pool a copy in the tiers; whether one took it."""
+        if self.tiers is not None:
+            self._note(node, self.tiers.keep(rows, self._header(node)))
+        return node.kept is not None
+
+    def store(self, node: PageNode) -> None:
+        """Give the page of a node a file, though it is in the pool or in memory; one that has a file is used now."""
+        if self.tiers is not None and (node.page is not None or node.kept is not None):
+            self._note(node, self.tiers.store(node.kept, self.rows(node), self._header(node)))
+
+    def adopt(self, node: PageNode, header: PageHeader) -> None:
+        """The file of a node's page stands in the disk tier's folder already."""
+        if self.tiers is not None:
+            self._note(node, Kept(self.tiers.adopt(header)))
+
+    def rows(self, node: PageNode) -> list[Tensor] | None:
+        """The KV of a node in the pool, as views."""
+        return None if node.page is None else self.pool.rows_of(node.page)
+
+    def copied_rows(self, node: PageNode) -> list[Tensor] | None:
+        """The KV of a node that a tier keeps; a copy that is damaged is forgotten."""
+        if node.kept is None or self.tiers is None:
+            return None
+        rows = self.tiers.rows(node.kept)
+        if rows is None:
+            self._unkeep(node)
+        return rows
+
     def house(self, node: PageNode, page: int) -> None:
         """Put a node into the pool, on a page in use. What memory keeps of it goes, what the disk keeps stays good."""
         self.pool.shelve(page)
@@ -313,6 +357,7 @@ class PrefixCache:
         if node.parent is not None:
             node.parent.resident += 1
         if node.kept is not None and self.tiers is not None and not self.tiers.settle(node.kept):
+            del self._by_copy[node.kept]
             node.kept = None
 
     def _unhouse(self, node: PageNode) -> None:
@@ -325,17 +370,31 @@ class PrefixCache:
             self._queue.put(node.parent)
         self.pool.unshelve(page)
 
-    def _give_up(self, node: PageNode) -> None:
+    def _give_up(self, node: PageNode, *, keep: bool = True) -> None:
         """Evict a node: to a tier, or for good."""
         self.stats.evicted_pages += 1
-        if node.page is not None and node.kept is None and self.tiers is not None:
-            whole = len(node.ids) == self.pool.page_size
-            node.kept = self.tiers.keep(node, self.pool.rows_of(node.page)) if whole else None
+        whole = len(node.ids) == self.pool.page_size
+        if keep and whole and node.kept is None and node.page is not None:
+            self.keep(node, self.pool.rows_of(node.page))
         if node.kept is None:
             self._forget(node)
         else:
             self._unhouse(node)
         self.tidy(node.key)
+
+    def _header(self, node: PageNode) -> PageHeader | None:
+        return self._names.header(node) if self._names is not None else None
+
+    def _note(self, node: PageNode, kept: Kept) -> None:
+        """The tiers keep so much of `node` now, and had to let go of others."""
+        if node.kept is not None and node.kept is not kept.copy:
+            del self._by_copy[node.kept]
+        node.kept = kept.copy
+        if kept.copy is not None:
+            self._by_copy[kept.copy] = node
+        for copy in kept.lost:
+            if (other := self._by_copy.get(copy)) is not None:
+                self._unkeep(other)
 
     def _forget(self, node: PageNode) -> None:
         """Take a node with no child in the pool out of the tree, and all that tiers keep of it and below it."""
@@ -357,11 +416,8 @@ class PrefixCache:
         """Drop what a tier keeps of `node`, if one does."""
         if node.kept is not None and self.tiers is not None:
             kept, node.kept = node.kept, None
+            del self._by_copy[kept]
             self.tiers.discard(kept)
-
-    def _lost(self, owner: object) -> None:
-        if isinstance(owner, PageNode):
-            self._unkeep(owner)
 
     def tidy(self, key: CacheKey) -> None:
         """Forget a key below which nothing hangs."""

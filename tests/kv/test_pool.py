@@ -21,8 +21,8 @@ class Shelf:
         self.pool = pool
         self.held_pages: list[int] = []
         self.idle: list[int] = []
-        pool.holders.add(self)
-        pool.reserve = self
+        pool.attach(self)
+        pool.ask(self)
 
     def shelve(self, page: int) -> None:
         self.pool.shelve(page)

@@ -11,6 +11,7 @@ import torch
 from specgen.kv.formats import LayerShape
 from specgen.kv.lease import Pin
 from specgen.kv.offload.page_files import PageFiles
+from specgen.kv.offload.page_names import PageNames
 from specgen.kv.offload.persistence import PrefixStore
 from specgen.kv.offload.tiers import Tiers
 from specgen.kv.pool import BlockTable, KVPool
@@ -58,11 +59,10 @@ class World:
         shapes = [LayerShape(1, 1, 1), LayerShape(2, 1, 3)]
         self.pool = KVPool(shapes, self.pages, dtype=torch.float64, device=torch.device("cpu"), page_size=PAGE)
         tiers = self._tiers() if self.host_pages or self.folder else None
-        self.cache = PrefixCache(self.pool, max_pages=self.max_pages, tiers=tiers)
-        if tiers is not None and tiers.disk is not None:
-            stored = PrefixStore(self.cache, "test")
-            tiers.describe = stored.header
-            stored.attach(tiers.disk, tiers)
+        names = PageNames("test") if self.folder else None
+        self.cache = PrefixCache(self.pool, max_pages=self.max_pages, tiers=tiers, names=names)
+        if tiers is not None and tiers.disk is not None and names is not None:
+            PrefixStore(self.cache, names).attach(tiers.disk)
 
     def _tiers(self) -> Tiers:
         size = self.pool.bytes_per_token * PAGE

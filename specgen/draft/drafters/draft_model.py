@@ -115,11 +115,12 @@ class DraftModelSession(DraftSession):
         if kept < len(self.ids):
             self._growth = None
             del self.ids[kept:]
-            self.table.length = min(self.table.length, kept)
+            self.table.rewind(kept)
             if kept < self._adopted:
                 # Rows that others may read are not written again: the next reading adopts anew.
+                self.table.rewind(0)
                 self.table.trim(0)
-                self.table.length = self._adopted = 0
+                self._adopted = 0
         self.commit(tokens)
 
     def close(self) -> None:
@@ -151,7 +152,7 @@ class DraftModelSession(DraftSession):
             return False
         if not self.is_behind:
             # The last id is read again: its logits are needed and were not kept.
-            self.table.length = len(self.ids) - 1
+            self.table.rewind(len(self.ids) - 1)
         if len(self.ids) + self._drafter.depth > self._drafter.model.context_length:
             return False
         if not self.table.pages:

@@ -17,9 +17,10 @@ import re
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors.torch import load, save
 from torch import Tensor
@@ -117,11 +118,18 @@ def _parse(raw: bytes) -> tuple[PageHeader, str]:
         raise DamagedPage(f"its header makes no sense: {error!r}") from error
 
 
+class Written(NamedTuple):
+    """Whether a page has a file now, and the names of the pages whose files were deleted to make room."""
+
+    stored: bool
+    dropped: tuple[str, ...] = ()
+
+
 class PageFiles:
     """Files of pages in one folder, of `max_bytes` bytes in all; the least recently used are deleted first.
 
     Other files in the folder are left alone; pages of other models are too, as long as there is room.
-    dropped: told the name of every page that is no longer there. A fault is a page less and a line in the log.
+    A fault is a page less and a line in the log.
     writable: whether files may be deleted, damaged ones included; raises OSError where the folder cannot be made.
     """
 
@@ -129,7 +137,6 @@ class PageFiles:
         self.folder = folder
         self._writable = writable
         self.bytes = 0
-        self.dropped: Callable[[str], None] = lambda name: None
         self.max_bytes = max_bytes
         self._sizes: OrderedDict[str, int] = OrderedDict()
         self._pause_until = 0.0
@@ -161,16 +168,16 @@ class PageFiles:
         if foreign:
             log.info("pages of other models or KV formats are passed over", folder=str(self.folder), files=foreign)
 
-    def write(self, header: PageHeader, rows: Sequence[Tensor]) -> bool:
-        """Keep a page; False when that did not work, or is not tried because it just failed."""
+    def write(self, header: PageHeader, rows: Sequence[Tensor]) -> Written:
+        """Keep a page; not stored when that did not work, or is not tried because it just failed."""
         name = header.name
         if name in self._sizes:
-            return self.use(name)
+            return Written(self.use(name))
         if time.monotonic() < self._pause_until:
-            return False
+            return Written(False)
         raw = encode(header, rows)
         if self.max_bytes is not None and len(raw) > self.max_bytes:
-            return False
+            return Written(False)
         scratch = self.folder / f"{name}.{secrets.token_hex(8)}.part"
         try:
             with open(scratch, "xb", opener=_private) as file:
@@ -180,11 +187,11 @@ class PageFiles:
             self._pause_until = time.monotonic() + _PAUSE_SECONDS
             log.warning("a page cannot be kept on disk", folder=str(self.folder), error=str(error))
             _unlink(scratch)
-            return False
+            return Written(False)
         self._sizes[name] = len(raw)
         self.bytes += len(raw)
-        self._shrink()
-        return name in self._sizes
+        dropped = self._shrink()
+        return Written(name in self._sizes, dropped)
 
     def read(self, wanted: PageHeader) -> list[Tensor] | None:
         """The rows of a page, or None when they are not there as they were written; then the file goes."""
@@ -240,16 +247,17 @@ class PageFiles:
             self.bytes += size
         self._shrink()
 
-    def _shrink(self) -> None:
+    def _shrink(self) -> tuple[str, ...]:
+        """The names of the pages that had to go."""
+        dropped: list[str] = []
         while self.max_bytes is not None and self.bytes > self.max_bytes:
-            name = next(iter(self._sizes))
-            self.remove(name)
-            self.dropped(name)
+            dropped.append(next(iter(self._sizes)))
+            self.remove(dropped[-1])
+        return tuple(dropped)
 
     def _reject(self, name: str, error: Exception) -> None:
         log.warning("a page on disk is of no use", file=str(self._path(name)), error=str(error))
         self.remove(name)
-        self.dropped(name)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}{_SUFFIX}"

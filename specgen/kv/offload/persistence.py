@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from specgen.errors import InvalidRequest, OutOfPages
-from specgen.kv.offload.page_files import PageFiles, PageHeader, page_name, root_name
+from specgen.kv.offload.page_files import PageFiles, PageHeader
+from specgen.kv.offload.page_names import PageNames
 from specgen.kv.offload.tiers import Tiers, fits
 from specgen.kv.pool import KVPool
 from specgen.kv.prefix_cache import PrefixCache
@@ -33,21 +32,17 @@ class CacheOptions:
 
 
 class PrefixStore:
-    """Names the nodes of a cache and brings files into its tree. `identity`: of model, weights and KV format."""
+    """Brings files into the tree of a cache, and its pages into files. names: of pages, under the model's identity."""
 
-    def __init__(self, cache: PrefixCache, identity: str) -> None:
+    def __init__(self, cache: PrefixCache, names: PageNames) -> None:
         self.cache = cache
-        self.identity = identity
+        self.names = names
 
-    def header(self, node: PageNode) -> PageHeader:
-        """What the file of `node` says about itself."""
-        return PageHeader(self.identity, asdict(node.key), self._parent_name(node), node.ids)
-
-    def attach(self, folder: PageFiles, tiers: Tiers) -> None:
+    def attach(self, folder: PageFiles) -> None:
         """Hang what stands in the disk tier's folder, none of it read yet."""
 
         def place(node: PageNode, header: PageHeader) -> bool:
-            node.kept = tiers.adopt(node, header.name)
+            self.cache.adopt(node, header)
             return True
 
         for header in self._graft(folder, place):
@@ -63,15 +58,14 @@ class PrefixStore:
         chosen = self._latest(None if room is None else room // (self.cache.pool.page_bytes + _FILE_BYTES))
         # From the end of each text on: what stands before others is deleted after them.
         for node in reversed(chosen):
-            if node.page is not None or node.kept is not None:
-                node.kept = tiers.store(node, node.kept, self._rows(node))
+            self.cache.store(node)
 
     def clear(self) -> None:
         """Forget everything that is not in use or pinned; of the disk tier's folder all of this identity, what nothing
         leads to any more included."""
         self.cache.clear()
         if self.cache.tiers is not None and (disk := self.cache.tiers.disk) is not None:
-            for header in list(disk.headers(self.identity)):
+            for header in list(disk.headers(self.names.identity)):
                 disk.remove(header.name)
 
     def save(self, path: Path) -> int:
@@ -101,13 +95,11 @@ class PrefixStore:
     def _save(self, node: PageNode, folder: PageFiles) -> bool:
         if len(node.ids) < self.cache.pool.page_size:
             return False
-        rows = self._rows(node)
-        if rows is None and self.cache.tiers and node.kept:
-            rows = self.cache.tiers.rows(node.kept)
-        return rows is not None and folder.write(self.header(node), rows)
+        rows = self.cache.rows(node) or self.cache.copied_rows(node)
+        return rows is not None and folder.write(self.names.header(node), rows).stored
 
     def _load(self, node: PageNode, header: PageHeader, folder: PageFiles) -> bool:
-        pool, tiers = self.cache.pool, self.cache.tiers
+        pool = self.cache.pool
         rows = folder.read(header)
         if rows is None or not fits(rows, pool.rows_of(0)):
             return False
@@ -121,8 +113,7 @@ class PrefixStore:
             self.cache.house(node, page)
             pool.drop([page])
             return True
-        node.kept = tiers.keep(node, rows) if tiers else None
-        return node.kept is not None
+        return self.cache.keep(node, rows)
 
     def _latest(self, most: int | None) -> list[PageNode]:
         """The whole pages that were used last, themselves or one behind them; parents before children."""
@@ -133,21 +124,17 @@ class PrefixStore:
                 used[node.parent] = max(used[node.parent], used[node])
         return sorted(nodes, key=lambda node: -used[node])[:most]
 
-    def _rows(self, node: PageNode) -> list[Tensor] | None:
-        """The KV of a page that is in the pool."""
-        return None if node.page is None else self.cache.pool.rows_of(node.page)
-
     def _graft(self, folder: PageFiles, place: Callable[[PageNode, PageHeader], bool]) -> list[PageHeader]:
         """Hang the pages of a folder, parents first. `place` says whether it could give the node a page or a copy.
         Answers those that nothing leads to."""
         below: defaultdict[str, list[PageHeader]] = defaultdict(list)
         keys: dict[CacheKey, None] = {}
-        for header in folder.headers(self.identity):
+        for header in folder.headers(self.names.identity):
             if len(header.ids) == self.cache.pool.page_size and header.key.keys() == asdict(CacheKey()).keys():
                 below[header.parent].append(header)
                 keys[CacheKey(**header.key)] = None
         for key in keys:
-            stack = [(self.cache.root(key), root_name(self.identity, asdict(key)))]
+            stack = [(self.cache.root(key), self.names.root(key))]
             while stack:
                 parent, name = stack.pop()
                 placed = [(self._placed(parent, header, place), header.name) for header in below.pop(name, [])]
@@ -168,19 +155,6 @@ class PrefixStore:
         if parent.children.get(node.ids) is node:
             parent.remove(node)
         return None
-
-    def _parent_name(self, node: PageNode) -> str:
-        """Names are made from the root down, each once."""
-        unnamed: list[PageNode] = []
-        above = node.parent
-        while above is not None and above.name is None:
-            unnamed.append(above)
-            above = above.parent
-        name = above.name if above is not None else None
-        for each in reversed(unnamed):
-            name = root_name(self.identity, asdict(each.key)) if name is None else page_name(name, each.ids)
-            each.name = name
-        return name or ""
 
 
 def open_cache(
@@ -209,11 +183,10 @@ def open_cache(
         disk=disk,
         token_seconds=token_seconds,
     )
-    cache = PrefixCache(pool, max_pages=max_pages, tiers=tiers)
-    if disk is not None:
-        stored = PrefixStore(cache, identity())
-        tiers.describe = stored.header
-        stored.attach(disk, tiers)
+    names = PageNames(identity()) if disk is not None else None
+    cache = PrefixCache(pool, max_pages=max_pages, tiers=tiers, names=names)
+    if disk is not None and names is not None:
+        PrefixStore(cache, names).attach(disk)
     return cache
 
 

@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -40,11 +40,26 @@ class PageSeconds:
 
 @dataclass(slots=True, eq=False)
 class PageCopy:
-    """A tier's copy of the page of `owner`: rows in host memory, a file of that name, or both."""
+    """A tier's copy of a page: rows in host memory, a file of that name, or both.
 
-    owner: object
+    header: what its file says, or would say; `None` where there is no disk.
+    """
+
+    header: PageHeader | None
     rows: list[Tensor] | None = None
     name: str | None = None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether anything is kept."""
+        return self.rows is not None or self.name is not None
+
+
+class Kept(NamedTuple):
+    """The copy of a page, `None` if no tier took it, and the copies that are gone since, to make room for it."""
+
+    copy: PageCopy | None
+    lost: tuple[PageCopy, ...] = ()
 
 
 @dataclass(slots=True)
@@ -61,8 +76,6 @@ class Tiers:
 
     page_bytes, page_tokens: of one page. host_bytes: most bytes in host memory. disk: the folder behind it.
     token_seconds: what computing one token of a prompt costs at present.
-    lost: told the owner of a copy that is gone, unless `discard` was what removed it. describe: what a file says of
-    its owner. Both are set by the cache.
     """
 
     def __init__(
@@ -75,8 +88,6 @@ class Tiers:
         token_seconds: Callable[[], float],
     ) -> None:
         self.stats = TierStats()
-        self.lost: Callable[[object], None] = lambda owner: None
-        self.describe: Callable[[Any], PageHeader] | None = None
         self.disk = disk
         self._host_pages = host_bytes // page_bytes
         self._page_tokens = page_tokens
@@ -84,36 +95,36 @@ class Tiers:
         self._host: OrderedDict[PageCopy, None] = OrderedDict()
         self._files: dict[str, PageCopy] = {}
         self._host_reads, self._disk_reads, self._disk_writes = PageSeconds(), PageSeconds(), PageSeconds()
-        if disk is not None:
-            disk.dropped = self._dropped
 
-    def keep(self, owner: object, rows: Sequence[Tensor]) -> PageCopy | None:
-        """Copy a page; None when no tier takes it. `rows` are views that change afterwards."""
-        kept = PageCopy(owner)
+    def keep(self, rows: Sequence[Tensor], header: PageHeader | None) -> Kept:
+        """Copy a page. `rows` are views that change afterwards."""
+        copy = PageCopy(header)
         if self._host_pages:
-            kept.rows = [tensor.to("cpu", copy=True) for tensor in rows]
-            self._host[kept] = None
-            self._shrink()
-        else:
-            self._write(kept, rows)
-        return kept if self._is_kept(kept) else None
+            copy.rows = [tensor.to("cpu", copy=True) for tensor in rows]
+            self._host[copy] = None
+            return _kept(copy, self._shrink())
+        return _kept(copy, self._write(copy, rows))
 
-    def store(self, owner: object, kept: PageCopy | None, rows: Sequence[Tensor] | None) -> PageCopy | None:
-        """Give a page a file, though it is in the pool or in memory; one that has a file is used now. rows: of one in
-        the pool, else None. Answers its copy, if it has one."""
-        kept = kept or PageCopy(owner)
-        if kept.name is not None and self.disk is not None:
-            self.disk.use(kept.name)
-        elif (found := kept.rows if rows is None else rows) is not None:
-            self._to_disk(kept, found)
-        return kept if self._is_kept(kept) else None
+    def store(self, copy: PageCopy | None, rows: Sequence[Tensor] | None, header: PageHeader | None) -> Kept:
+        """Give a page a file, though it is in the pool or in memory; one that has a file is used now.
 
-    def adopt(self, owner: object, name: str) -> PageCopy:
-        """The copy of `owner` that already stands in the folder."""
-        kept = PageCopy(owner, name=name)
-        self._files[name] = kept
+        copy: what is kept of it already. rows: of a page in the pool, else None.
+        """
+        copy = copy or PageCopy(header)
+        lost: list[PageCopy] = []
+        if copy.name is not None and self.disk is not None:
+            if not self.disk.use(copy.name):
+                self._gone(copy.name)
+        elif (found := copy.rows if rows is None else rows) is not None:
+            lost = self._to_disk(copy, found)
+        return _kept(copy, lost)
+
+    def adopt(self, header: PageHeader) -> PageCopy:
+        """The copy of a page that already stands in the folder."""
+        name = header.name
+        copy = self._files[name] = PageCopy(header, name=name)
         self._count()
-        return kept
+        return copy
 
     def worthwhile(self, run: Sequence[PageCopy]) -> int:
         """How many pages of `run`, from the first on, to bring back: those that save most time."""
@@ -141,8 +152,15 @@ class Tiers:
         return True
 
     def rows(self, kept: PageCopy) -> list[Tensor] | None:
-        """What is kept, as it was given; None when a file is damaged."""
-        return kept.rows if kept.rows is not None else self._read(kept)
+        """What is kept, as it was given; None when a file is damaged, and then it is gone."""
+        if kept.rows is not None:
+            return kept.rows
+        if self.disk is None or kept.header is None or kept.name is None:
+            return None
+        rows = self.disk.read(kept.header)
+        if rows is None:
+            self._gone(kept.name)
+        return rows
 
     def settle(self, kept: PageCopy) -> bool:
         """The page is in the pool again: memory lets go of it. Whether a file of it is left."""
@@ -171,56 +189,52 @@ class Tiers:
     def _reads(self, kept: PageCopy) -> PageSeconds:
         return self._disk_reads if kept.rows is None else self._host_reads
 
-    def _is_kept(self, kept: PageCopy) -> bool:
-        return kept.rows is not None or kept.name is not None
-
-    def _shrink(self) -> None:
+    def _shrink(self) -> list[PageCopy]:
+        """Let go of what memory has no room for, to disk where that is quick enough; what is gone altogether."""
+        lost: list[PageCopy] = []
         while len(self._host) > self._host_pages:
             kept, _ = self._host.popitem(last=False)
             rows, kept.rows = kept.rows or [], None
-            self._write(kept, rows)
-            if not self._is_kept(kept):
-                self.lost(kept.owner)
+            lost += self._write(kept, rows)
+            if not kept.is_there:
+                lost.append(kept)
         self._count()
+        return lost
 
-    def _write(self, kept: PageCopy, rows: Sequence[Tensor]) -> None:
-        """Give a copy a file, unless writing takes longer than computing the page would."""
+    def _write(self, kept: PageCopy, rows: Sequence[Tensor]) -> list[PageCopy]:
+        """Give a copy a file, unless writing takes longer than computing the page would; what is gone for it."""
         if self._disk_writes.mean > self._token_seconds() * self._page_tokens:
             self._disk_writes.forgive()
-        else:
-            self._to_disk(kept, rows)
+            return []
+        return self._to_disk(kept, rows)
 
-    def _to_disk(self, kept: PageCopy, rows: Sequence[Tensor]) -> None:
-        if self.disk is None or self.describe is None or kept.name is not None:
-            return
+    def _to_disk(self, kept: PageCopy, rows: Sequence[Tensor]) -> list[PageCopy]:
+        if self.disk is None or kept.header is None or kept.name is not None:
+            return []
         started = time.perf_counter()
-        header = self.describe(kept.owner)
-        kept.name = header.name
-        self._files[kept.name] = kept
-        if not self.disk.write(header, rows):
-            self._files.pop(header.name, None)
-            kept.name = None
-        else:
+        written = self.disk.write(kept.header, rows)
+        gone = [copy for name in written.dropped if (copy := self._gone(name)) is not None]
+        if written.stored:
+            kept.name = kept.header.name
+            self._files[kept.name] = kept
             self._disk_writes.observe(time.perf_counter() - started)
         self._count()
+        return [copy for copy in gone if not copy.is_there]
 
-    def _read(self, kept: PageCopy) -> list[Tensor] | None:
-        if self.disk is None or self.describe is None or kept.name is None:
-            return None
-        return self.disk.read(self.describe(kept.owner))
-
-    def _dropped(self, name: str) -> None:
-        """The folder has let go of a page."""
-        kept = self._files.pop(name, None)
-        if kept is None:
-            return
-        kept.name = None
+    def _gone(self, name: str) -> PageCopy | None:
+        """The folder has let go of a page; the copy that it was of."""
+        copy = self._files.pop(name, None)
+        if copy is not None:
+            copy.name = None
         self._count()
-        if not self._is_kept(kept):
-            self.lost(kept.owner)
+        return copy
 
     def _count(self) -> None:
         self.stats.host_pages, self.stats.disk_pages = len(self._host), len(self._files)
+
+
+def _kept(copy: PageCopy, lost: Sequence[PageCopy]) -> Kept:
+    return Kept(copy if copy.is_there else None, tuple(other for other in lost if other is not copy))
 
 
 def fits(rows: Sequence[Tensor], views: Sequence[Tensor]) -> bool:

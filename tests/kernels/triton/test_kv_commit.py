@@ -34,7 +34,7 @@ def test_rows_move_as_commit_moves_them(kind: str) -> None:
     for prefix, accepted in enumerate(ACCEPTED):
         table = reference.open()
         table.reserve(prefix + 12)
-        table.length = prefix
+        table.commit(prefix)
         slots = table.slots(0, prefix + 12).tolist()
         pairs = [(slots[prefix + offset], slots[prefix + place]) for place, offset in enumerate(accepted)]
         moves += [pair for pair in pairs if pair[0] != pair[1]]

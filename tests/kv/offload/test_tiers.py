@@ -12,7 +12,7 @@ import torch
 
 from specgen.kv.offload import page_files as pagefile
 from specgen.kv.offload.page_files import DamagedPage, PageFiles, PageHeader, decode, encode
-from specgen.kv.offload.tiers import PageCopy, Tiers
+from specgen.kv.offload.tiers import Kept, PageCopy, Tiers
 from specgen.kv.radix_tree import CacheKey
 from tests.support.kv_world import KEYS, PAGE, World
 
@@ -84,8 +84,8 @@ def test_a_folder_is_found_again_and_leaves_other_files_alone(tmp_path: Path) ->
     (tmp_path / "model.safetensors").write_bytes(b"mine")
     folder = PageFiles(tmp_path)
     foreign = PageHeader("someone else", {}, "f" * 64, (1,))
-    assert folder.write(HEADER, ROWS)
-    assert folder.write(foreign, ROWS)
+    assert folder.write(HEADER, ROWS).stored
+    assert folder.write(foreign, ROWS).stored
     again = PageFiles(tmp_path)
     assert list(again.headers("me")) == [HEADER]
     assert again.read(HEADER)
@@ -109,13 +109,10 @@ def test_a_page_under_the_name_of_another_is_a_miss(tmp_path: Path) -> None:
 def test_the_least_recently_used_files_make_room(tmp_path: Path) -> None:
     size = len(encode(numbered(0), ROWS))
     folder = PageFiles(tmp_path, 3 * size)
-    dropped: list[str] = []
-    folder.dropped = dropped.append
     for number in range(3):
         folder.write(numbered(number), ROWS)
     folder.read(numbered(0))
-    folder.write(numbered(3), ROWS)
-    assert dropped == [numbered(1).name]
+    assert folder.write(numbered(3), ROWS).dropped == (numbered(1).name,)
     assert folder.bytes == sum(file.stat().st_size for file in tmp_path.iterdir()) == 3 * size
     for second, number in enumerate((3, 2, 0)):
         os.utime(tmp_path / f"{numbered(number).name}.kv.safetensors", (second, second))
@@ -128,11 +125,11 @@ def test_after_a_failed_write_the_disk_is_left_in_peace_for_a_while(
     folder = PageFiles(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(pagefile, "_private", lambda path, flags: os.open("/dev/full", os.O_WRONLY))
-        assert not folder.write(HEADER, ROWS)
-    assert not folder.write(HEADER, ROWS)
+        assert not folder.write(HEADER, ROWS).stored
+    assert not folder.write(HEADER, ROWS).stored
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 60)
-    assert folder.write(HEADER, ROWS)
+    assert folder.write(HEADER, ROWS).stored
 
 
 def test_what_a_killed_writer_left_goes_in_time(tmp_path: Path) -> None:
@@ -264,7 +261,7 @@ def test_a_long_text_goes_with_the_page_before_it_that_no_tier_takes(
 ) -> None:
     """All that is kept of it stands behind that page."""
     assert long.cache.tiers
-    monkeypatch.setattr(long.cache.tiers, "keep", lambda owner, rows: None)
+    monkeypatch.setattr(long.cache.tiers, "keep", lambda rows, header: Kept(None))
     table, left = long.pool.open(), long.cache.pages
     table.reserve((long.pool.free_pages + 1) * PAGE)
     sound(long)
