@@ -107,27 +107,7 @@ class Engine:
         self.responses = ResponseCache(self.config.response_cache_bytes, self.config.response_cache_seconds)
         self._runner = EngineThread(self._core, self.plugins, self.responses)
         self.adapters = EngineAdapters(self._core, self.config.adapters, self._draft_targets, self._runner)
-        self._builder = RequestBuilder(
-            tokenizer,
-            loaded,
-            self.target.vocab_size,
-            self.target.context_length,
-            self.target.device,
-            pipeline,
-            self._core.drafting,
-            self.plugins.collect("logits_processors"),
-            Constraints(
-                self.plugins.collect("constraints"),
-                ConstraintSetup(
-                    tokenizer,
-                    self.target.vocab_size,
-                    model_ends(loaded.generation_config, tokenizer, self.target.vocab_size),
-                ),
-                self.config.constraint_seconds,
-            ),
-            self.adapters.named,
-            self.config.speculation,
-        )
+        self._builder = self._request_builder(pipeline)
         if ignored := not_followed(loaded.generation_config):
             log.warning("the model's generation config is not followed in all it says", ignored=ignored)
         self.prefix = EnginePrefix(self._core, self._runner, self._builder)
@@ -360,6 +340,24 @@ class Engine:
         self._core.retarget(fresh)
         self.target = fresh
         self.responses.clear()
+
+    def _request_builder(self, pipeline: ContextPipeline) -> RequestBuilder:
+        vocab_size, tokenizer = self.target.vocab_size, self.tokenizer
+        ends = model_ends(self._model.generation_config, tokenizer, vocab_size)
+        setup = ConstraintSetup(tokenizer, vocab_size, ends)
+        return RequestBuilder(
+            tokenizer=tokenizer,
+            model=self._model,
+            vocab_size=vocab_size,
+            context_length=self.target.context_length,
+            device=self.target.device,
+            pipeline=pipeline,
+            drafting=self._core.drafting,
+            plugin_processors=self.plugins.collect("logits_processors"),
+            constraints=Constraints(self.plugins.collect("constraints"), setup, self.config.constraint_seconds),
+            adapter_named=self.adapters.named,
+            speculation=self.config.speculation,
+        )
 
     def _drafters(self, target: PackedModel, pool: KVPool) -> dict[str, Drafter]:
         offered = self.plugins.collect("drafters")

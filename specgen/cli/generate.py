@@ -59,8 +59,7 @@ def generate(
     )
     if adapter is not None:
         _check_adapter(adapter)
-    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
-    tally = Tally()
+    text, tally = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt, Tally()
     with open_engine(
         model,
         dtype=dtype,

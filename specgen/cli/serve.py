@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,44 +19,57 @@ if TYPE_CHECKING:
     from specgen.server.config import ServerConfig
 
 
+Config = Annotated[str | None, typer.Option(metavar="FILE", help="Settings as TOML or JSON.")]
+Host = Annotated[str | None, typer.Option(metavar="NAME", help="Where to listen. Default: 127.0.0.1.")]
+Port = Annotated[int | None, typer.Option(metavar="N", help="Default: 8000; 0 takes a free one.")]
+ServedName = Annotated[
+    str | None, typer.Option(metavar="NAME", help="What requests call it. Default: the last part of its path.")
+]
+AllowedHost = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="A name it may be called by; '*' is any. Default: local ones.")
+]
+ApiKey = Annotated[list[str] | None, typer.Option(metavar="KEY", help="Who may ask. May be given several times.")]
+AdminKey = Annotated[str | None, typer.Option(metavar="KEY", help="Who may load adapters.")]
+LoraRoot = Annotated[str | None, typer.Option(metavar="FOLDER", help="Where adapters may be loaded from.")]
+MaxQueued = Annotated[
+    int | None, typer.Option(metavar="N", help="Sequences that may wait; more are answered 429. Default: 256.")
+]
+MaxWaiting = Annotated[
+    float | None, typer.Option(metavar="S", help="How long a request may wait for its turn. Default: no limit.")
+]
+ShutdownTimeout = Annotated[
+    float | None, typer.Option(metavar="S", help="How long requests may go on after SIGTERM. Default: 30.")
+]
+MetricsCompat = Annotated[
+    str | None, typer.Option(metavar="none|vllm", help="Export the metrics under vLLM's prefix too.")
+]
+PluginRoutes = Annotated[list[str] | None, typer.Option(metavar="PLUGIN", help="A plugin that may add routes.")]
+LogFormat = Annotated[str | None, typer.Option(metavar="console|json", help="How log lines look.")]
+Speculation = Annotated[
+    str | None, typer.Option(metavar="auto|off|JSON", help="How to draft; the text stays the same.")
+]
+MaxNumSeqs = Annotated[int | None, typer.Option(metavar="N", help="Sequences that run at once. Default: 16.")]
+
+
 def serve(
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="Model folder or name. Default: the demo model.")
     ] = None,
-    config: Annotated[str | None, typer.Option(metavar="FILE", help="Settings as TOML or JSON.")] = None,
-    host: Annotated[str | None, typer.Option(metavar="NAME", help="Where to listen. Default: 127.0.0.1.")] = None,
-    port: Annotated[int | None, typer.Option(metavar="N", help="Default: 8000; 0 takes a free one.")] = None,
-    served_model_name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="What requests call it. Default: the last part of its path.")
-    ] = None,
-    allowed_host: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="A name it may be called by; '*' is any. Default: local ones."),
-    ] = None,
-    api_key: Annotated[
-        list[str] | None, typer.Option(metavar="KEY", help="Who may ask. May be given several times.")
-    ] = None,
-    admin_key: Annotated[str | None, typer.Option(metavar="KEY", help="Who may load adapters.")] = None,
-    lora_root: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where adapters may be loaded from.")] = None,
-    max_queued: Annotated[
-        int | None, typer.Option(metavar="N", help="Sequences that may wait; more are answered 429. Default: 256.")
-    ] = None,
-    max_waiting: Annotated[
-        float | None, typer.Option(metavar="S", help="How long a request may wait for its turn. Default: no limit.")
-    ] = None,
-    shutdown_timeout: Annotated[
-        float | None, typer.Option(metavar="S", help="How long requests may go on after SIGTERM. Default: 30.")
-    ] = None,
-    metrics_compat: Annotated[
-        str | None, typer.Option(metavar="none|vllm", help="Export the metrics under vLLM's prefix too.")
-    ] = None,
-    plugin_routes: Annotated[
-        list[str] | None, typer.Option(metavar="PLUGIN", help="A plugin that may add routes.")
-    ] = None,
-    log_format: Annotated[str | None, typer.Option(metavar="console|json", help="How log lines look.")] = None,
-    speculation: Annotated[
-        str | None, typer.Option(metavar="auto|off|JSON", help="How to draft; the text stays the same.")
-    ] = None,
+    config: Config = None,
+    host: Host = None,
+    port: Port = None,
+    served_model_name: ServedName = None,
+    allowed_host: AllowedHost = None,
+    api_key: ApiKey = None,
+    admin_key: AdminKey = None,
+    lora_root: LoraRoot = None,
+    max_queued: MaxQueued = None,
+    max_waiting: MaxWaiting = None,
+    shutdown_timeout: ShutdownTimeout = None,
+    metrics_compat: MetricsCompat = None,
+    plugin_routes: PluginRoutes = None,
+    log_format: LogFormat = None,
+    speculation: Speculation = None,
     draft_model: options.DraftModel = None,
     drafters: options.Drafters = None,
     dtype: options.Dtype = "auto",
@@ -64,26 +77,14 @@ def serve(
     max_context: options.MaxContext = None,
     kv_tokens: options.KVTokens = None,
     kv_format: options.KVFormatName = None,
-    max_num_seqs: Annotated[
-        int | None, typer.Option(metavar="N", help="Sequences that run at once. Default: 16.")
-    ] = None,
+    max_num_seqs: MaxNumSeqs = None,
     gguf_file: options.GgufFile = None,
 ) -> None:
     """Serve a model to OpenAI's clients.
 
     Every setting can also come from a file (--config) or the environment (SPECGEN_SERVER_PORT=8080); flags win.
     """
-    chosen: dict[str, Any] = {
-        "adapters": None if lora_root is None else {"root": lora_root},
-        "draft_model": draft_model,
-        "drafters": options.drafter_list(drafters),
-        "speculation": None if speculation is None else options.read_speculation(speculation),
-        "max_context": max_context,
-        "kv_tokens": kv_tokens,
-        "kv_format": kv_format,
-        "max_num_seqs": max_num_seqs,
-    }
-    flags = {
+    flags: dict[str, object] = {
         "host": host,
         "port": port,
         "served_model_name": served_model_name,
@@ -96,9 +97,23 @@ def serve(
         "metrics_compat": metrics_compat,
         "plugin_routes": plugin_routes,
         "log_format": log_format,
-        "engine": {name: value for name, value in chosen.items() if value is not None},
     }
-    settings = _settings(config, flags)
+    sizes = {"max_context": max_context, "kv_tokens": kv_tokens, "kv_format": kv_format, "max_num_seqs": max_num_seqs}
+    chosen = {**sizes, "draft_model": draft_model, **_engine_flags(lora_root, drafters, speculation)}
+    flags["engine"] = {name: value for name, value in chosen.items() if value is not None}
+    _serve(_settings(config, flags), model, dtype=dtype, device=device, gguf_file=gguf_file)
+
+
+def _engine_flags(lora_root: str | None, drafters: str | None, speculation: str | None) -> dict[str, object]:
+    """Flags that an engine calls otherwise."""
+    return {
+        "adapters": None if lora_root is None else {"root": lora_root},
+        "drafters": options.drafter_list(drafters),
+        "speculation": None if speculation is None else options.read_speculation(speculation),
+    }
+
+
+def _serve(settings: ServerConfig, model: str | None, *, dtype: str, device: str | None, gguf_file: str | None) -> None:
     quiet_libraries()
     with needing("server"):
         from specgen.server.admission import AdmissionControl
@@ -117,7 +132,7 @@ def serve(
         _run(engine, settings, sockets)
 
 
-def _settings(file: str | None, flags: dict[str, Any]) -> ServerConfig:
+def _settings(file: str | None, flags: dict[str, object]) -> ServerConfig:
     from specgen.server.config import ServerConfig
 
     return ServerConfig.load(file, flags=flags)

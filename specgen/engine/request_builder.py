@@ -29,11 +29,12 @@ from specgen.types import AnyTokenizer, LogitsProcessor, LogitsProcessorFactory,
 FunctionT = TypeVar("FunctionT")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestBuilder:
     """What an engine knows about its model, as far as building requests needs it.
 
     model: whose generation config is read at each request, as `generate` does.
+    adapter_named: finds a loaded adapter, or raises.
     speculation: how requests draft that do not say it themselves.
     """
 

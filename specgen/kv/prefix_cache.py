@@ -25,6 +25,7 @@ from specgen.kv.offload.page_names import PageNames
 from specgen.kv.offload.tiers import Kept, PageCopy, Tiers
 from specgen.kv.pool import BlockTable, KVPool
 from specgen.kv.radix_tree import CacheKey, PageNode, descend
+from specgen.kv.tree_check import check_tree
 
 
 @dataclass(slots=True)
@@ -192,39 +193,11 @@ class PrefixCache:
 
     def check(self) -> None:
         """Raise RuntimeError if the tree is not what it says."""
-        seen = 0
-        for node in self.nodes():
-            seen += node.page is not None
-            if fault := self._fault(node):
-                raise RuntimeError(f"prefix cache: {fault}")
-        if seen != len(self._by_page):
-            raise RuntimeError(f"prefix cache: {seen} pages in the tree, {len(self._by_page)} known")
-        if {node.kept: node for node in self.nodes() if node.kept is not None} != self._by_copy:
-            raise RuntimeError("prefix cache: the copies that the tree knows are not those of its nodes")
+        check_tree(self.pool, self.nodes(), self._by_page, self._by_copy)
+        if any(self._is_evictable(node) and not node.queued for node in self._by_page.values()):
+            raise RuntimeError("prefix cache: a page could be evicted and is not queued")
         if self.tiers is not None:
             self.tiers.check()
-
-    def _fault(self, node: PageNode) -> str | None:
-        parent = node.parent
-        if parent is None or parent.children.get(node.ids) is not node:
-            return "a node is not its parent's child"
-        if len(node.ids) < self.pool.page_size and (node.children or node.page is None):
-            return "a partly filled page has pages behind it, or is not in the pool"
-        if node.order != sorted(node.children):
-            return "the order of a node's children is off"
-        if node.resident != sum(child.page is not None for child in node.children.values()):
-            return "the count of a node's children in the pool is off"
-        if node.page is None:
-            return "a node has no page and no tier keeps it" if node.kept is None or node.resident else None
-        if self._by_page.get(node.page) is not node:
-            return f"page {node.page} stands for two nodes"
-        if self._is_evictable(node) and not node.queued:
-            return "a page could be evicted and is not queued"
-        if self._idle(node) and any(
-            not self._idle(child) for child in node.children.values() if child.page is not None
-        ):
-            return "a page is in use and one before it is not"
-        return None
 
     def _walk(self, key: CacheKey, ids: Sequence[int], limit: int) -> list[PageNode]:
         """The nodes of the whole pages within `ids[:limit]` that are in the pool."""

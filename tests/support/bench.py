@@ -81,17 +81,17 @@ class Bench:
         )
         stages = load_plugins().collect("context_stages")
         self._builder = RequestBuilder(
-            tokenizer,
-            model,
-            self.target.vocab_size,
-            self.target.context_length,
-            self.target.device,
-            ContextPipeline.build(("chat-template",), stages, tokenizer),
-            self.core.drafting,
-            {},
-            Constraints({}, ConstraintSetup(tokenizer, self.target.vocab_size)),
-            {}.__getitem__,
-            Speculation(),
+            tokenizer=tokenizer,
+            model=model,
+            vocab_size=self.target.vocab_size,
+            context_length=self.target.context_length,
+            device=self.target.device,
+            pipeline=ContextPipeline.build(("chat-template",), stages, tokenizer),
+            drafting=self.core.drafting,
+            plugin_processors={},
+            constraints=Constraints({}, ConstraintSetup(tokenizer, self.target.vocab_size)),
+            adapter_named={}.__getitem__,
+            speculation=Speculation(),
         )
         self.outputs: dict[tuple[str, int], list[StepOutput]] = {}
         self.results: dict[tuple[str, int], Result] = {}
