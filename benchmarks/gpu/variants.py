@@ -39,7 +39,7 @@ def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def _kept(shape: LayerShape, dtype: torch.dtype, kind: str) -> LayerPlanes:
     pool = KVPool([shape], 1, dtype=dtype, device=torch.device("meta"), kind=FORMATS[kind]())
-    return pool.layers[0].kept
+    return pool.layers[0].kernel_planes
 
 
 def _writing(target: str, shape: LayerShape, kind: str) -> None:

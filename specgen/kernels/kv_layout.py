@@ -23,14 +23,14 @@ class Coding(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One layer's keys and values. turned: heads are rotated by a Hadamard matrix."""
+    """One layer's keys and values. rotated: heads are rotated by a Hadamard matrix."""
 
     kv_heads: int
     key_dim: int
     value_dim: int
     key: Coding = Coding.PLAIN
     value: Coding = Coding.PLAIN
-    turned: bool = False
+    rotated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

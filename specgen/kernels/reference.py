@@ -89,7 +89,7 @@ def kv_write(key: Tensor, value: Tensor, planes: LayerPlanes, slots: Tensor) -> 
     kept = slots >= 0
     slots, key, value = slots[kept], key[kept], value[kept]
     layout = planes.layout
-    if layout.turned:
+    if layout.rotated:
         key, value = (rotated(side.float(), hadamard(side.shape[-1], side.device)) for side in (key, value))
     if planes.centre is not None:
         key = key - planes.centre

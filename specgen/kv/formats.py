@@ -4,8 +4,8 @@ Every format encodes each token alone, once, when it is written. So a rejected r
 full-precision tail, nothing is flushed later and nothing is rolled back, and what a token's KV reads as does not
 depend on what was drafted, batched or cached around it.
 
-Rotation (QuaRot, Ashkboos et al. 2024): heads are turned by an orthonormal Hadamard matrix, which spreads outlier
-channels; scores are kept by turning the query too, and the output is turned back once.
+Rotation (QuaRot, Ashkboos et al. 2024): heads are rotated by an orthonormal Hadamard matrix, which spreads outlier
+channels; scores are kept by rotating the query too, and the output is rotated back once.
 Centring: a constant vector taken off all keys of a head moves every score of a query alike, so its mean over a text
 can be taken off before the keys are rounded, and is put back when they are read.
 """
@@ -129,7 +129,7 @@ class _FourBit(Coder):
 class KVFormat:
     """How keys and values are kept. Offered by plugins through the hook `kv_formats`.
 
-    rotated: turn heads by a Hadamard matrix first. centred: take each key channel's mean over a text off first.
+    rotated: rotate heads by a Hadamard matrix first. centred: take each key channel's mean over a text off first.
     """
 
     name: str
@@ -164,16 +164,16 @@ class LayerStore:
         self._keys = len(kind.key.planes(shape.kv_heads, shape.key_dim, dtype))
         device = planes[0].device
         self._center = torch.zeros(shape.kv_heads, shape.key_dim, device=device) if kind.centred else None
-        self._key_turn = hadamard(shape.key_dim, device) if kind.rotated else None
-        self._value_turn = hadamard(shape.value_dim, device) if kind.rotated else None
+        self._key_rotation = hadamard(shape.key_dim, device) if kind.rotated else None
+        self._value_rotation = hadamard(shape.value_dim, device) if kind.rotated else None
 
     @property
-    def turned(self) -> bool:
-        """Whether `read` answers rotated heads: then turn the query before attention and the output after it."""
+    def rotated(self) -> bool:
+        """Whether `read` answers rotated heads: then rotate the query before attention and the output after it."""
         return self.kind.rotated
 
     @cached_property
-    def kept(self) -> LayerPlanes:
+    def kernel_planes(self) -> LayerPlanes:
         """The planes as kernels know them. Raises UnsupportedModel where a coder is none of theirs."""
         kind, (keys, values) = self.kind, (self.planes[: self._keys], self.planes[self._keys :])
         if kind.key.coding is None or kind.value.coding is None:
@@ -183,30 +183,30 @@ class LayerStore:
         key_sizes, value_sizes = (planes[1] if len(planes) > 1 else None for planes in (keys, values))
         return LayerPlanes(layout, keys[0], values[0], key_sizes, value_sizes, self._center)
 
-    def turn_query(self, query: Tensor) -> Tensor:
+    def rotate_query(self, query: Tensor) -> Tensor:
         """Queries [rows, heads, key_dim] as the keys are kept, so that scores stay what they are."""
-        return rotated(query, self._key_turn)
+        return rotated(query, self._key_rotation)
 
-    def turn_output(self, output: Tensor) -> Tensor:
-        """Attention's output [rows, heads, value_dim] turned back; the matrix is its own inverse."""
-        return rotated(output, self._value_turn)
+    def rotate_output(self, output: Tensor) -> Tensor:
+        """Attention's output [rows, heads, value_dim] rotated back; the matrix is its own inverse."""
+        return rotated(output, self._value_rotation)
 
     def centre(self, mean: Tensor) -> None:
         """Set the mean key, float[kv_heads, key_dim]. Before the first write: what is written stands."""
         if self._center is not None:
-            self._center.copy_(rotated(mean.float(), self._key_turn))
+            self._center.copy_(rotated(mean.float(), self._key_rotation))
 
     def write(self, slots: slice | Tensor, key: Tensor, value: Tensor) -> None:
         """Keep key and value, [rows, kv_heads, dim], at `slots`."""
-        if self._key_turn is not None:
-            key, value = rotated(key.float(), self._key_turn), rotated(value.float(), self._value_turn)
+        if self._key_rotation is not None:
+            key, value = rotated(key.float(), self._key_rotation), rotated(value.float(), self._value_rotation)
         if self._center is not None:
             key = key - self._center
         for plane, rows in zip(self.planes, self.kind.key.encode(key) + self.kind.value.encode(value), strict=True):
             plane[slots] = rows
 
     def read(self, span: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values at `span`, [n, kv_heads, dim], rotated if `turned`."""
+        """Keys and values at `span`, [n, kv_heads, dim], rotated if `rotated`."""
         rows = [plane[span] for plane in self.planes]
         if self._center is None:
             key = self.kind.key.decode(rows[: self._keys], self.dtype)
@@ -217,7 +217,7 @@ class LayerStore:
     def read_plain(self, span: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values at `span` as the model made them, up to rounding."""
         key, value = self.read(span)
-        return rotated(key, self._key_turn), rotated(value, self._value_turn)
+        return rotated(key, self._key_rotation), rotated(value, self._value_rotation)
 
 
 NATIVE = KVFormat("native", _AsIs(), _AsIs())

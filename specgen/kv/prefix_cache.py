@@ -221,7 +221,7 @@ class PrefixCache:
         last = path[-1] if path else self._roots.get(key)
         if self.tiers is not None and last is not None:
             run = self._away(last, ids[len(path) * self.pool.page_size : limit])
-            path += self._restore(run[: self.tiers.worthwhile([node.kept for node in run if node.kept])], now)
+            path += self._restore(run[: self.tiers.worthwhile([node.copy for node in run if node.copy])], now)
         return path
 
     def _away(self, node: PageNode, ids: Sequence[int]) -> list[PageNode]:
@@ -230,7 +230,7 @@ class PrefixCache:
         run: list[PageNode] = []
         for start in range(0, len(ids) - size + 1, size):
             child = node.children.get(tuple(ids[start : start + size]))
-            if child is None or child.kept is None:
+            if child is None or child.copy is None:
                 break
             run.append(child)
             node = child
@@ -246,9 +246,9 @@ class PrefixCache:
             except OutOfPages:
                 break
             # Taking a page may have evicted others, and those may have pushed this one out of its tier.
-            if self.tiers is None or node.kept is None or not self.tiers.fetch(node.kept, self.pool, page):
+            if self.tiers is None or node.copy is None or not self.tiers.fetch(node.copy, self.pool, page):
                 self.pool.drop([page])
-                if node.kept is not None:
+                if node.copy is not None:
                     self._unkeep(node)
                 break
             self.house(node, page)
@@ -297,12 +297,12 @@ class PrefixCache:
         """Give a node that is not in the pool a copy in the tiers; whether one took it."""
         if self.tiers is not None:
             self._note(node, self.tiers.keep(rows, self._header(node)))
-        return node.kept is not None
+        return node.copy is not None
 
     def store(self, node: PageNode) -> None:
         """Give the page of a node a file, though it is in the pool or in memory; one that has a file is used now."""
-        if self.tiers is not None and (node.page is not None or node.kept is not None):
-            self._note(node, self.tiers.store(node.kept, self.rows(node), self._header(node)))
+        if self.tiers is not None and (node.page is not None or node.copy is not None):
+            self._note(node, self.tiers.store(node.copy, self.rows(node), self._header(node)))
 
     def adopt(self, node: PageNode, header: PageHeader) -> None:
         """The file of a node's page stands in the disk tier's folder already."""
@@ -315,9 +315,9 @@ class PrefixCache:
 
     def copied_rows(self, node: PageNode) -> list[Tensor] | None:
         """The KV of a node that a tier keeps; a copy that is damaged is forgotten."""
-        if node.kept is None or self.tiers is None:
+        if node.copy is None or self.tiers is None:
             return None
-        rows = self.tiers.rows(node.kept)
+        rows = self.tiers.rows(node.copy)
         if rows is None:
             self._unkeep(node)
         return rows
@@ -329,9 +329,9 @@ class PrefixCache:
         node.page = page
         if node.parent is not None:
             node.parent.resident += 1
-        if node.kept is not None and self.tiers is not None and not self.tiers.settle(node.kept):
-            del self._by_copy[node.kept]
-            node.kept = None
+        if node.copy is not None and self.tiers is not None and not self.tiers.settle(node.copy):
+            del self._by_copy[node.copy]
+            node.copy = None
 
     def _unhouse(self, node: PageNode) -> None:
         if node.page is None:
@@ -347,9 +347,9 @@ class PrefixCache:
         """Evict a node: to a tier, or for good."""
         self.stats.evicted_pages += 1
         whole = len(node.ids) == self.pool.page_size
-        if keep and whole and node.kept is None and node.page is not None:
+        if keep and whole and node.copy is None and node.page is not None:
             self.keep(node, self.pool.rows_of(node.page))
-        if node.kept is None:
+        if node.copy is None:
             self._forget(node)
         else:
             self._unhouse(node)
@@ -360,9 +360,9 @@ class PrefixCache:
 
     def _note(self, node: PageNode, kept: Kept) -> None:
         """The tiers keep so much of `node` now, and had to let go of others."""
-        if node.kept is not None and node.kept is not kept.copy:
-            del self._by_copy[node.kept]
-        node.kept = kept.copy
+        if node.copy is not None and node.copy is not kept.copy:
+            del self._by_copy[node.copy]
+        node.copy = kept.copy
         if kept.copy is not None:
             self._by_copy[kept.copy] = node
         for copy in kept.lost:
@@ -387,8 +387,8 @@ class PrefixCache:
 
     def _discard(self, node: PageNode) -> None:
         """Drop what a tier keeps of `node`, if one does."""
-        if node.kept is not None and self.tiers is not None:
-            kept, node.kept = node.kept, None
+        if node.copy is not None and self.tiers is not None:
+            kept, node.copy = node.copy, None
             del self._by_copy[kept]
             self.tiers.discard(kept)
 

@@ -26,7 +26,7 @@ class CacheKey:
 
 @dataclass(slots=True, eq=False)
 class PageNode:
-    """One page of the tree: in the pool (`page`), kept by a tier (`kept`), or both; a root has neither, but a key.
+    """One page of the tree: in the pool (`page`), kept by a tier (`copy`), or both; a root has neither, but a key.
 
     name: its file's, once that was asked for. resident: children that are in the pool.
     queued: whether it stands in the queue of those to evict.
@@ -37,7 +37,7 @@ class PageNode:
     key: CacheKey
     name: str | None = None
     page: int | None = None
-    kept: PageCopy | None = None
+    copy: PageCopy | None = None
     used: int = 0
     resident: int = 0
     queued: bool = False

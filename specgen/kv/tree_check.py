@@ -20,7 +20,7 @@ def check_tree(
     seen = sum(node.page is not None for node in nodes)
     if seen != len(by_page):
         raise RuntimeError(f"prefix cache: {seen} pages in the tree, {len(by_page)} known")
-    if {node.kept: node for node in nodes if node.kept is not None} != by_copy:
+    if {node.copy: node for node in nodes if node.copy is not None} != by_copy:
         raise RuntimeError("prefix cache: the copies that the tree knows are not those of its nodes")
 
 
@@ -35,7 +35,7 @@ def _fault(node: PageNode, pool: KVPool, by_page: Mapping[int, PageNode]) -> str
     if node.resident != sum(child.page is not None for child in node.children.values()):
         return "the count of a node's children in the pool is off"
     if node.page is None:
-        return "a node has no page and no tier keeps it" if node.kept is None or node.resident else None
+        return "a node has no page and no tier keeps it" if node.copy is None or node.resident else None
     if by_page.get(node.page) is not node:
         return f"page {node.page} stands for two nodes"
     below = [child.page for child in node.children.values() if child.page is not None]

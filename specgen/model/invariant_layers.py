@@ -2,7 +2,7 @@
 
 A matrix product over k rows may round a row differently from a product over one, so drafting, batch-mates and chunks
 show in the last bits; where two tokens are nearly even, or where a KV format rounds to codes, they show in the text.
-With `batch_invariant=True` a row is computed alike in any company:
+With `batch_invariant=True` a row is computed alike whatever rows stand beside it:
 
 Linear layers work in blocks of sizes that were seen to give the same bits: which ones, each layer's shape is asked at
 load. Activation functions and rotary angles are computed in blocks of one size, since the end of a tensor, where no

@@ -29,16 +29,16 @@ _CUT_SECONDS = 0.1
 
 @contextmanager
 def bound(config: ServerConfig) -> Iterator[list[socket.socket]]:
-    """Sockets at the config's host and port, one for each address of the host; until `serve` has them, who comes is
-    refused.
+    """Sockets at the config's host and port, one for each address of the host. Connections are refused until `serve`
+    listens.
 
-    Raises InvalidRequest for a host that there is not and a port that is not to be had.
+    Raises InvalidRequest for an unknown host and for a port that is in use or not allowed.
     """
     with ExitStack() as stack:
         try:
             sockets = _all_bound(config, stack)
         except (OSError, UnicodeError) as error:
-            raise _not_to_be_had(config, error) from None
+            raise _cannot_listen(config, error) from None
         yield sockets
 
 
@@ -97,7 +97,7 @@ async def _listen(runner: web.AppRunner, at: socket.socket, config: ServerConfig
     try:
         await web.SockSite(runner, at).start()
     except OSError as error:
-        raise _not_to_be_had(config, error) from None
+        raise _cannot_listen(config, error) from None
 
 
 def _places(config: ServerConfig) -> list[tuple[socket.AddressFamily, Any]]:
@@ -136,11 +136,14 @@ def _bound(family: socket.AddressFamily, address: Any) -> socket.socket:
     return made
 
 
-def _not_to_be_had(config: ServerConfig, error: OSError | UnicodeError) -> InvalidRequest:
-    is_name = isinstance(error, socket.gaierror | UnicodeError)
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    at = f"host {config.host!r}" if is_name else f"port {config.port} of host {config.host!r}"
-    return InvalidRequest(f"{at} is not to be had: {reason}", param="host" if is_name else "port")
+def _cannot_listen(config: ServerConfig, error: OSError | UnicodeError) -> InvalidRequest:
+    if isinstance(error, socket.gaierror | UnicodeError):
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        return InvalidRequest(f"host {config.host!r} cannot be resolved: {reason}", param="host")
+    at = f"port {config.port} of host {config.host!r}"
+    if error.errno == errno.EADDRINUSE:
+        return InvalidRequest(f"{at} is already in use; stop what listens there, or choose another port", param="port")
+    return InvalidRequest(f"{at} cannot be used: {error.strerror or error}", param="port")
 
 
 async def _until_stopped(app: web.Application, stop: asyncio.Event) -> bool:

@@ -238,7 +238,7 @@ def test_an_adapter_that_is_not_there(invoke: Callable[..., Any], loads: list[An
 
 def test_the_server_checks_before_it_loads(invoke: Callable[..., Any], loads: list[Any], taken: int) -> None:
     for options, message in (
-        (("--port", taken), f"port {taken} of host '127.0.0.1' is not to be had"),
+        (("--port", taken), f"port {taken} of host '127.0.0.1' is already in use"),
         (("--port", 0, "--plugin-routes", "other"), "unknown plugin with routes 'other'"),
         (("--port", 0, "--lora-root", "/nowhere"), "adapters.root is '/nowhere', which is no folder"),
         (("--port", 0, "--kv-format", "int9"), "unknown KV format 'int9'"),

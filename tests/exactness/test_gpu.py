@@ -118,7 +118,11 @@ def check_replayed(tapes: Tapes, target: ModelRunner) -> None:
     graphs = target._graphs
     assert graphs is not None
     assert graphs._buffer is not None
-    centres = [store.kept.centre for store in target.pool.layers if store.kept and store.kept.centre is not None]
+    centres = [
+        store.kernel_planes.centre
+        for store in target.pool.layers
+        if store.kernel_planes and store.kernel_planes.centre is not None
+    ]
     lasting = [*target.model.parameters(), *target.model.buffers(), *target.pool.stacks, *centres, graphs._buffer]
     assert tapes.replays > len(tapes.kept) > 0
     for tape in tapes.kept:
@@ -145,7 +149,7 @@ def test_a_step_launches_and_copies_no_more_than_it_says(monkeypatch: pytest.Mon
         copies.clear()
         outputs = core.step()
     assert len(outputs) == 3
-    assert copies == {"sent": 1, "on_host": 1}
+    assert copies == {"to_device": 1, "on_host": 1}
     assert counts == {"_attend": layers, "_write": layers, "_take_parts": 1, "_take_all": 1}
 
 
@@ -167,7 +171,7 @@ def test_a_captured_step_is_one_copy_one_replay_and_one_copy_back(
     assert len(outputs) == 3
     assert taped.kept == [tape]
     assert tape.replays == before + 1
-    assert copies == {"sent": 1, "on_host": 1}
+    assert copies == {"to_device": 1, "on_host": 1}
     assert counts == {"_take_parts": 1, "_take_all": 1}
 
 
@@ -176,7 +180,7 @@ def copied(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     from specgen.model.attention import triton_backend as gpu
 
     copies: Counter[str] = Counter()
-    for module, name in ((gpu, "sent"), (specgen.sampling.batch_sampler, "on_host")):
+    for module, name in ((gpu, "to_device"), (specgen.sampling.batch_sampler, "on_host")):
         there = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, name=name, there=there: copies.update([name]) or there(*args))
     return copies

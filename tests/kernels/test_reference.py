@@ -38,7 +38,7 @@ def test_keys_and_values_are_written_as_the_format_writes_them(kind: str) -> Non
     key, value = (8 * side[0].transpose(0, 1) for side in (key, value))
     slots = torch.randperm(here.pool.capacity, generator=torch.Generator().manual_seed(1))[:9]
     slots[4] = -1
-    reference.kv_write(key, value, here.store.kept, slots)
+    reference.kv_write(key, value, here.store.kernel_planes, slots)
     there.store.write(slots[slots >= 0], key[slots >= 0], value[slots >= 0])
     for found, expected in zip(here.store.planes, there.store.planes, strict=True):
         assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))

@@ -74,11 +74,11 @@ def test_scores_and_outputs_are_kept(name: str) -> None:
     query = noise(5, seed=1)[0]
     key, value = layer.read(slice(0, 40))
     plain_key, plain_value = layer.read_plain(slice(0, 40))
-    turned = layer.turn_query(query) if layer.turned else query
+    turned = layer.rotate_query(query) if layer.rotated else query
     scores = torch.einsum("qhd,khd->hqk", turned, key)
     torch.testing.assert_close(scores, torch.einsum("qhd,khd->hqk", query, plain_key), rtol=1e-4, atol=1e-4)
     output = torch.einsum("hqk,khd->qhd", scores.softmax(-1), value)
-    output = layer.turn_output(output) if layer.turned else output
+    output = layer.rotate_output(output) if layer.rotated else output
     expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), plain_value)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
@@ -97,10 +97,10 @@ def test_a_turned_head_has_the_same_bits_however_it_lies_in_memory(heads: int, d
     layer = store(FORMATS["int4"](), shape)
     rows = noise(40, shape)[0]
     strided = rows.transpose(0, 1).contiguous().transpose(0, 1)
-    expected = layer.turn_output(rows)
-    assert torch.equal(layer.turn_output(strided), expected)
+    expected = layer.rotate_output(rows)
+    assert torch.equal(layer.rotate_output(strided), expected)
     for row in (0, 7, 39):
-        assert torch.equal(layer.turn_output(rows[row : row + 1]), expected[row : row + 1])
+        assert torch.equal(layer.rotate_output(rows[row : row + 1]), expected[row : row + 1])
 
 
 @pytest.mark.parametrize("name", FORMATS)

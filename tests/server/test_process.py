@@ -199,7 +199,7 @@ def test_a_rate_that_lets_nobody_in_is_refused(rate: str) -> None:
 
 @pytest.mark.parametrize(
     ("host", "message"),
-    [("127.0.0.1", "port {port} of host '127.0.0.1' is not to be had"), ("no.such.host.invalid", "host 'no.such")],
+    [("127.0.0.1", "port {port} of host '127.0.0.1' is already in use"), ("no.such.host.invalid", "host 'no.such")],
 )
 def test_a_place_that_is_not_to_be_had_is_told_before_a_model_is_loaded(
     host: str, message: str, monkeypatch: pytest.MonkeyPatch

@@ -80,10 +80,10 @@ class World:
             keys, values = (side.double().transpose(0, 1) for side in store.read(span))
             count = len(segment.tokens)
             mine = query[0, :, row : row + count].double().transpose(0, 1)
-            mine = (store.turn_query(mine) if store.turned else mine).transpose(0, 1)
+            mine = (store.rotate_query(mine) if store.rotated else mine).transpose(0, 1)
             options = {"scale": SCALE, "softcap": softcap or None, "sinks": None if sinks is None else sinks.double()}
             found = tree_attention(mine, keys, values, visible, **options).transpose(0, 1)
-            outputs.append(store.turn_output(found) if store.turned else found)
+            outputs.append(store.rotate_output(found) if store.rotated else found)
             row += count
         return torch.cat(outputs)
 

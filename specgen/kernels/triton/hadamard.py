@@ -1,4 +1,4 @@
-"""Heads turned by the Hadamard matrix, as formats do that rotate; see `specgen.kv.formats.hadamard`."""
+"""Heads rotated by the Hadamard matrix, as formats do that rotate; see `specgen.kv.formats.hadamard`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from specgen.kernels.triton.dot import product
 
 
 @triton.jit
-def turned(x: tl.tensor, DIM: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
-    """float32[rows, BLOCK]: each row of x [rows, BLOCK] turned; its first DIM numbers count.
+def rotated(x: tl.tensor, DIM: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
+    """float32[rows, BLOCK]: each row of x [rows, BLOCK] rotated; its first DIM numbers count.
 
     The signs are products in any dtype exactly; the factor comes after. The matrix is symmetric and its own inverse.
     """

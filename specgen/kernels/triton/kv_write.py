@@ -1,4 +1,4 @@
-"""New keys and values into the pool, as its format keeps them: turned, centred, rounded to codes, scattered.
+"""New keys and values into the pool, as its format keeps them: rotated, centred, rounded to codes, scattered.
 
 Each vector of a head is coded alone, by the arithmetic of `specgen.kv.formats`: what a token's KV reads as depends on
 nothing beside it. One launch writes both sides.
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specgen.kernels.kv_layout import Coding, LayerPlanes
-from specgen.kernels.triton.hadamard import turned
+from specgen.kernels.triton.hadamard import rotated
 from specgen.kernels.triton.kv_codes import AFFINE4, PLAIN, operands, tile_width
 
 _VECTORS = 16
@@ -91,7 +91,7 @@ def _write_side(
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     CODING: tl.constexpr,
-    TURNED: tl.constexpr,
+    ROTATED: tl.constexpr,
     CENTRED: tl.constexpr,
     VECTORS: tl.constexpr,
 ) -> None:
@@ -103,8 +103,8 @@ def _write_side(
     x = tl.load(new + at[:, None] + dims[None, :], mask=kept[:, None] & real, other=0.0)
     vector = slot.to(tl.int64) * HEADS + head
     place, there = codes + vector[:, None] * DIM + dims[None, :], kept[:, None] & real
-    if TURNED:
-        x = turned(x.to(tl.float32), DIM, BLOCK)
+    if ROTATED:
+        x = rotated(x.to(tl.float32), DIM, BLOCK)
     if CENTRED:
         x = tl.where(real, x.to(tl.float32) - tl.load(centre + head[:, None] * DIM + dims[None, :], mask=there), 0.0)
     if CODING == PLAIN:
@@ -154,7 +154,7 @@ def _write(
     VALUE_BLOCK: tl.constexpr,
     KEY_CODING: tl.constexpr,
     VALUE_CODING: tl.constexpr,
-    TURNED: tl.constexpr,
+    ROTATED: tl.constexpr,
     CENTRED: tl.constexpr,
     VECTORS: tl.constexpr,
 ) -> None:
@@ -172,7 +172,7 @@ def _write(
             KEY_DIM,
             KEY_BLOCK,
             KEY_CODING,
-            TURNED,
+            ROTATED,
             CENTRED,
             VECTORS,
         )
@@ -190,7 +190,7 @@ def _write(
             VALUE_DIM,
             VALUE_BLOCK,
             VALUE_CODING,
-            TURNED,
+            ROTATED,
             False,
             VECTORS,
         )
@@ -220,8 +220,8 @@ def kv_write(key: Tensor, value: Tensor, kept: LayerPlanes, slots: Tensor) -> No
         VALUE_BLOCK=tile_width(layout.value_dim),
         KEY_CODING=int(layout.key),
         VALUE_CODING=int(layout.value),
-        TURNED=layout.turned,
+        ROTATED=layout.rotated,
         CENTRED=kept.centre is not None,
         VECTORS=_VECTORS,
-        num_warps=4 if Coding.AFFINE4 in (layout.key, layout.value) or layout.turned else 2,
+        num_warps=4 if Coding.AFFINE4 in (layout.key, layout.value) or layout.rotated else 2,
     )

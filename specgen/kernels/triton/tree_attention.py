@@ -7,8 +7,8 @@ once for all.
 
 What a row sees are the keys [first, seen) of its sequence, and of the 64 behind them those whose bit is set: its
 ancestors in a tree. Windows and chunks are the host's business: they move `first` and clear bits. A key's place in the
-pool is looked up in the sequence's pages, or, from an item's `turn` on, in a list: the path of a single row, laid out
-as if it had been committed, so that its arithmetic is that of plain decoding, to the bit.
+pool is looked up in the sequence's pages, or, from an item's `path_start` on, in a list: the path of a single row, laid
+out as if it had been committed, so that its arithmetic is that of plain decoding, to the bit.
 
 An item either goes through all its rows' keys and finishes, or leaves what each span came to (largest score, sum,
 weighted values) for `_merge_spans`. Both merge span by span, in order, by the same arithmetic.
@@ -25,11 +25,11 @@ from torch import Tensor
 
 from specgen.kernels.kv_layout import LayerPlanes
 from specgen.kernels.triton.dot import product
-from specgen.kernels.triton.hadamard import turned
+from specgen.kernels.triton.hadamard import rotated
 from specgen.kernels.triton.kv_codes import AFFINE4, PLAIN, load_codes, load_sizes, operands, tile_width
 from specgen.kernels.triton.kv_splits import start_of
 
-ITEM = ("first_row", "rows", "low", "high", "pages", "turn", "path", "shared", "span", "spans", "whole")
+ITEM = ("first_row", "rows", "low", "high", "pages", "path_start", "path", "shared", "span", "spans", "whole")
 """What an item holds, int32 each: its rows; the keys that any of them sees, [low, high); where its pages stand in the
 list of places; the key from which on, and where, its path is listed there instead; the keys before `shared` have no
 bits to look at; its spans; whether it finishes alone."""
@@ -111,7 +111,7 @@ def _finished(
     head: tl.tensor,
     live: tl.tensor,
     SINKS: tl.constexpr,
-    TURNED: tl.constexpr,
+    ROTATED: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -121,8 +121,8 @@ def _finished(
         sink = tl.load(sinks + head, mask=live, other=_NOTHING).to(tl.float32) * _LOG2_E
         best, total, sums = _merged(best, total, sums, sink, tl.where(live, 1.0, 0.0), tl.zeros_like(sums))
     output = sums / tl.where(total > 0, total, 1.0)[:, None]
-    if TURNED:
-        output = turned(output.to(DTYPE), DIM, BLOCK)
+    if ROTATED:
+        output = rotated(output.to(DTYPE), DIM, BLOCK)
     return output.to(DTYPE)
 
 
@@ -152,7 +152,7 @@ def _attend(
     VALUE_DIM: tl.constexpr,
     KEY_CODING: tl.constexpr,
     VALUE_CODING: tl.constexpr,
-    TURNED: tl.constexpr,
+    ROTATED: tl.constexpr,
     CENTRED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
@@ -169,7 +169,7 @@ def _attend(
     if count == 0:
         return
     low, high = tl.load(item + 2), tl.load(item + 3)
-    pages, turn, path = places + tl.load(item + 4), tl.load(item + 5), places + tl.load(item + 6)
+    pages, path_start, path = places + tl.load(item + 4), tl.load(item + 5), places + tl.load(item + 6)
     shared, whole = tl.load(item + 7), tl.load(item + 10)
     first_span = tl.load(item + 8)
 
@@ -187,8 +187,8 @@ def _attend(
 
     at = row.to(tl.int64) * query_row + head * query_head
     asked = tl.load(query + at[:, None] + dims[None, :], mask=live[:, None] & (dims < KEY_DIM)[None, :], other=0.0)
-    if TURNED:
-        asked = turned(asked, KEY_DIM, KEY_BLOCK).to(DTYPE)
+    if ROTATED:
+        asked = rotated(asked, KEY_DIM, KEY_BLOCK).to(DTYPE)
     if CENTRED:
         mean = tl.load(centre + kv_head * KEY_DIM + dims, mask=dims < KEY_DIM, other=0.0)
         towards_mean = tl.sum(asked.to(tl.float32) * mean[None, :], axis=1)
@@ -202,9 +202,9 @@ def _attend(
         for block in range(start, stop, KEYS):
             key = block + tl.arange(0, KEYS)
             there = key < high
-            page = tl.load(pages + key // PAGE, mask=there & (key < turn), other=0)
-            listed = tl.load(path + key - turn, mask=there & (key >= turn), other=0)
-            slot = tl.where(key < turn, page * PAGE + key % PAGE, listed)
+            page = tl.load(pages + key // PAGE, mask=there & (key < path_start), other=0)
+            listed = tl.load(path + key - path_start, mask=there & (key >= path_start), other=0)
+            slot = tl.where(key < path_start, page * PAGE + key % PAGE, listed)
             vector = slot.to(tl.int64) * KV_HEADS + kv_head
 
             codes = load_codes(keys, vector, there, KEY_DIM, KEY_BLOCK, KEY_CODING, DTYPE)
@@ -250,7 +250,7 @@ def _attend(
             there = live[:, None] & (value_dims < VALUE_DIM)[None, :]
             tl.store(partial_sums + place[:, None] * VALUE_DIM + value_dims[None, :], span_sums, mask=there)
     if whole:
-        done = _finished(best, total, sums, sinks, head, live, SINKS, TURNED, VALUE_DIM, VALUE_BLOCK, DTYPE)
+        done = _finished(best, total, sums, sinks, head, live, SINKS, ROTATED, VALUE_DIM, VALUE_BLOCK, DTYPE)
         at = row.to(tl.int64) * HEADS + head
         there = live[:, None] & (value_dims < VALUE_DIM)[None, :]
         tl.store(output + at[:, None] * VALUE_DIM + value_dims[None, :], done, mask=there)
@@ -267,7 +267,7 @@ def _merge_spans(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    TURNED: tl.constexpr,
+    ROTATED: tl.constexpr,
     SINKS: tl.constexpr,
     LANES: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
@@ -288,7 +288,7 @@ def _merge_spans(
         span_total = tl.load(partial_total + place, mask=live, other=0.0)
         span_sums = tl.load(partial_sums + place[:, None] * VALUE_DIM + dims[None, :], mask=there, other=0.0)
         best, total, sums = _merged(best, total, sums, span_best, span_total, span_sums)
-    done = _finished(best, total, sums, sinks, head, live, SINKS, TURNED, VALUE_DIM, VALUE_BLOCK, DTYPE)
+    done = _finished(best, total, sums, sinks, head, live, SINKS, ROTATED, VALUE_DIM, VALUE_BLOCK, DTYPE)
     at = row.to(tl.int64) * HEADS + head
     tl.store(output + at[:, None] * VALUE_DIM + dims[None, :], done, mask=there)
 
@@ -318,7 +318,7 @@ def tree_attention(
         "HEADS": heads,
         "KV_HEADS": layout.kv_heads,
         "VALUE_DIM": layout.value_dim,
-        "TURNED": layout.turned,
+        "ROTATED": layout.rotated,
         "SINKS": sinks is not None,
         "LANES": tile.lanes,
         "VALUE_BLOCK": value_block,

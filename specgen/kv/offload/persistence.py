@@ -147,7 +147,7 @@ class PrefixStore:
     ) -> PageNode | None:
         if (node := parent.children.get(header.ids)) is not None:
             return node
-        if parent.parent is not None and parent.page is None and parent.kept is None:
+        if parent.parent is not None and parent.page is None and parent.copy is None:
             return None  # Pushed out again by its own children.
         node = parent.child(header.ids)
         if place(node, header):

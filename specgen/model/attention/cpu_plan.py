@@ -1,4 +1,4 @@
-"""What the attention kernel must know of a packed forward, in one tensor of whole numbers.
+"""Attention metadata of a packed forward for the CPU kernel, in one int32 tensor.
 
     count of segments
     for each: first row, rows, prefix, tail, pages, starts

@@ -83,7 +83,7 @@ class _Tile:
     pages: int
     span: int
     stop: int
-    turn: int = _NEVER
+    path_start: int = _NEVER
     path: int = 0
     shared: int = _NEVER
 
@@ -112,7 +112,7 @@ class Places:
 def cut(segments: Sequence[Segment], reach: Reach, how: SplitPolicy, places: Places, rows: int) -> SplitPlan:
     """The work of a forward in layers that look back as far as `reach`.
 
-    rows: of the whole forward; those behind the segments' belong to nobody, and come out as zeros.
+    rows: of the whole forward; those behind the segments' are padding rows, and come out as zeros.
     """
     count = sum(len(segment.tokens) for segment in segments)
     cutter = _Cutter(how, np.zeros((rows, 7), dtype=np.int64))
@@ -180,7 +180,7 @@ class _Cutter:
             own = replace(tile, row=first_row + row, rows=1, high=length, stop=stop)
             if len(sight.listed[row]):
                 slots = segment.table.slots(segment.table.length, segment.end)[sight.listed[row]]
-                own = replace(own, turn=int(sight.seen[row]), path=places.put(slots.tolist()))
+                own = replace(own, path_start=int(sight.seen[row]), path=places.put(slots.tolist()))
             if together:
                 self._lay(own)
                 self._pieces += _pieces(replace(own, span=alone), 1)
@@ -188,7 +188,7 @@ class _Cutter:
                 self._whole.append(replace(own, low=int(sight.first[row]), span=_span(edges, int(sight.first[row]))))
 
     def finish(self, idle: range) -> SplitPlan:
-        """All items. `idle`: where tiles of rows begin that belong to nobody."""
+        """All items. `idle`: where tiles of padding rows begin."""
         room = self._how.programs // max(1, len(self._whole) + len(self._shared))
         pieces = [piece for tile in self._shared for piece in _pieces(tile, max(1, room))] + self._pieces
         items = [_item(piece, whole=False) for piece in pieces]
@@ -265,7 +265,7 @@ def _item(tile: _Tile, *, whole: bool) -> tuple[int, ...]:
         tile.low,
         tile.high,
         tile.pages,
-        tile.turn,
+        tile.path_start,
         tile.path,
         tile.shared,
         tile.span,

@@ -87,7 +87,7 @@ class TorchBatch(ForwardBatch):
     ) -> Tensor:
         """See `ForwardBatch`."""
         queries = query[0].transpose(0, 1)
-        queries = store.turn_query(queries) if store.turned else queries
+        queries = store.rotate_query(queries) if store.rotated else queries
         attend = partial(_attend, scale=scale, softcap=softcap, sinks=sinks)
         outputs = []
         for index, mine in enumerate(queries.split(self._rows)):
@@ -96,7 +96,7 @@ class TorchBatch(ForwardBatch):
             keys, values = store.read(segment.table.span(start, segment.end))
             outputs.append(self._over(index, start, reach, mine, keys, values, attend))
         packed = _joined(outputs)
-        return _returned(store.turn_output(packed) if store.turned else packed)
+        return _returned(store.rotate_output(packed) if store.rotated else packed)
 
     def _over(
         self, index: int, start: int, reach: Reach, query: Tensor, key: Tensor, value: Tensor, attend: Attend

@@ -1,4 +1,4 @@
-"""What a forward is told, arrays of whole numbers, brought to the device in one copy."""
+"""Metadata of a forward as int32 arrays, copied to the device at once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Packed:
         return [there[start : start + prod(shape)].view(shape) for start, shape in places]
 
 
-def sent(numbers: Array, device: torch.device, into: Tensor | None) -> Tensor:
+def to_device(numbers: Array, device: torch.device, into: Tensor | None) -> Tensor:
     """The numbers on the device. The host does not wait for that."""
     here = torch.from_numpy(numbers)
     if device.type == "cuda":
@@ -44,7 +44,7 @@ def sent(numbers: Array, device: torch.device, into: Tensor | None) -> Tensor:
     return into
 
 
-def filled(values: Sequence[int] | Array, count: int, value: int = 0) -> Array:
+def padded(values: Sequence[int] | Array, count: int, value: int = 0) -> Array:
     """int32[count, ...]: the values, then `value`."""
     given = np.asarray(values, dtype=np.int32)
     whole = np.full((count, *given.shape[1:]), value, dtype=np.int32)

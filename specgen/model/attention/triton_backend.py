@@ -21,7 +21,7 @@ from specgen.model.attention.base import ForwardBatch, Route
 from specgen.model.attention.gpu_plan import Places, SplitPolicy, cut
 from specgen.model.attention.inputs import wanted_rows
 from specgen.model.attention.reach import Reach
-from specgen.model.attention.transfer import Array, Packed, filled, sent
+from specgen.model.attention.transfer import Array, Packed, padded, to_device
 from specgen.model.checks.architecture import Architecture
 from specgen.model.segment import Segment
 
@@ -82,8 +82,8 @@ class TritonBackend:
         return tuple(self.tile(kind, most) for kind in self.kinds)
 
     def tile(self, kind: LayerKind, rows: int) -> Tile:
-        """For a forward whose largest segment has `rows` rows. Rows that must not know of one another get one tile in
-        all company: products of tiles of another size may add up in another order."""
+        """For a forward whose largest segment has `rows` rows. Batch-invariant rows get one size of tile,
+        whatever stands beside them: products of tiles of another size may add up in another order."""
         wide = self.batch_invariant or rows * kind.group > tile(kind.head_bytes, wide=False).lanes
         chosen = tile(kind.head_bytes, wide=wide, warpgroups=self._warpgroups)
         return replace(chosen, lanes=max(chosen.lanes, 1 << (kind.group - 1).bit_length()))
@@ -132,10 +132,10 @@ class TritonBatch(ForwardBatch):
         self._works: dict[LayerKind, tuple[WorkItems, Tile]] = {}
         self._message = self._cut(
             list(backend.kinds),
-            filled(tokens, self.size),
-            filled(positions, self.size),
-            filled(slots, self.size, _NOWHERE),
-            filled(wanted, self.size if self._fixed else len(wanted)),
+            padded(tokens, self.size),
+            padded(positions, self.size),
+            padded(slots, self.size, _NOWHERE),
+            padded(wanted, self.size if self._fixed else len(wanted)),
         )
 
     @property
@@ -164,7 +164,7 @@ class TritonBatch(ForwardBatch):
 
     def write(self, store: LayerStore, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """See `ForwardBatch`."""
-        kv_write(_rows(key), _rows(value), store.kept, self.slots)
+        kv_write(_rows(key), _rows(value), store.kernel_planes, self.slots)
         return key, value
 
     def attend(
@@ -180,14 +180,16 @@ class TritonBatch(ForwardBatch):
         sinks: Tensor | None,
     ) -> Tensor:
         """See `ForwardBatch`."""
-        layout = store.kept.layout
+        layout = store.kernel_planes.layout
         head_bytes = max(layout.key_dim, layout.value_dim) * query.element_size()
         kind = LayerKind(reach, query.shape[1] // layout.kv_heads, layout.kv_heads, head_bytes)
         if kind not in self._works:
             self._told(self._cut([kind]))
             self._backend.kinds[kind] = None
         work, chosen = self._works[kind]
-        output = tree_attention(_rows(query), store.kept, work, scale=scale, softcap=softcap, sinks=sinks, tile=chosen)
+        output = tree_attention(
+            _rows(query), store.kernel_planes, work, scale=scale, softcap=softcap, sinks=sinks, tile=chosen
+        )
         return output[None]
 
     def _cut(self, kinds: Sequence[LayerKind], *others: Array) -> _Message:
@@ -202,7 +204,7 @@ class TritonBatch(ForwardBatch):
                 spans = len(starts(self.pool.capacity)) - 1
                 how = replace(how, partials=min(how.partials, self.size * spans))
             found = cut(self._segments, kind.reach, how, places, self.size)
-            items = filled(found.items, how.most_items(self.size)) if self._fixed else found.items
+            items = padded(found.items, how.most_items(self.size)) if self._fixed else found.items
             shares.append(_Share(kind, chosen, how.partials if self._fixed else found.partials))
             tables += [items, found.rows]
         numbers = np.array([*places.numbers, 0], dtype=np.int32)
@@ -210,7 +212,7 @@ class TritonBatch(ForwardBatch):
 
     def _told(self, message: _Message, into: Tensor | None = None) -> list[Tensor]:
         """Send a message, and keep what it says of kinds of layers; the others come back."""
-        *views, pages = message.packed.views(sent(message.packed.numbers, self.pool.device, into))
+        *views, pages = message.packed.views(to_device(message.packed.numbers, self.pool.device, into))
         others = len(views) - 2 * len(message.shares)
         for share, items, rows in zip(message.shares, views[others::2], views[others + 1 :: 2], strict=True):
             self._works[share.kind] = WorkItems(items, rows, pages, share.partials, self.pool.page_size), share.tile

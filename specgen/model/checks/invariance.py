@@ -16,9 +16,9 @@ from specgen.model.forward.base import Forward
 from specgen.model.segment import Segment, tree_segment
 
 _LENGTH = 24
-_COMPANY = 100
+_BESIDE = 100
 _STEP = 37
-CHECK_PAGES = 2 * -(-2 * _LENGTH // PAGE_SIZE) + -(-_COMPANY // PAGE_SIZE)
+CHECK_PAGES = 2 * -(-2 * _LENGTH // PAGE_SIZE) + -(-_BESIDE // PAGE_SIZE)
 """Pages that the check needs at once."""
 
 
@@ -35,7 +35,7 @@ def check_invariance(forward: Forward, model: PreTrainedModel, vocab_size: int, 
     for parts in ([16, *[1] * (_LENGTH - 16)], [5, 1, 7, _LENGTH - 13]):
         if not torch.equal(check.read(ids, parts), expected):
             raise refusal(model, check.culprit(ids), instead)
-    if not torch.equal(check.read(ids, [_LENGTH], company=True), expected):
+    if not torch.equal(check.read(ids, [_LENGTH], beside=True), expected):
         raise refusal(model, check.culprit(ids), instead)
     if not torch.equal(check.in_tree(ids), expected[-5:]):
         raise refusal(model, "a row in a tree differs from the same row in a chain", instead)
@@ -60,16 +60,16 @@ class _Check:
         size = self.vocab_size
         return [size // 10 + (first + i * _STEP) % (size * 8 // 10) for i in range(count)]
 
-    def read(self, ids: Sequence[int], parts: Sequence[int], *, company: bool = False) -> Tensor:
-        """The logits of all rows of `ids`, read in `parts`; with `company` between the rows of two other texts."""
+    def read(self, ids: Sequence[int], parts: Sequence[int], *, beside: bool = False) -> Tensor:
+        """The logits of all rows of `ids`, read in `parts`; with `beside` between the rows of two other texts."""
         logits = []
-        with opened_tables(self.forward.pool, len(ids), 7, _COMPANY) as (table, before, behind):
+        with opened_tables(self.forward.pool, len(ids), 7, _BESIDE) as (table, before, behind):
             for part in parts:
                 segments = [_chunk(table, ids[table.length : table.length + part])]
-                if company:
+                if beside:
                     segments.insert(0, _chunk(before, self.ids(7, first=5)))
-                    segments.append(_chunk(behind, self.ids(_COMPANY, first=9)))
-                start = len(segments[0].tokens) if company else 0
+                    segments.append(_chunk(behind, self.ids(_BESIDE, first=9)))
+                start = len(segments[0].tokens) if beside else 0
                 logits.append(self.forward(segments).logits[start : start + part])
                 table.commit(part)
         return torch.cat(logits)
@@ -89,13 +89,13 @@ class _Check:
     def culprit(self, ids: Sequence[int]) -> str:
         """The first layer whose output for one row changes when other rows stand beside it."""
         traces = []
-        for company in (False, True):
-            with opened_tables(self.forward.pool, len(ids), _COMPANY) as (table, other):
+        for accompanied in (False, True):
+            with opened_tables(self.forward.pool, len(ids), _BESIDE) as (table, other):
                 self.forward([_chunk(table, ids[:-1])])
                 table.commit(len(ids) - 1)
                 segments = [_chunk(table, ids[-1:])]
-                if company:
-                    segments.append(_chunk(other, self.ids(_COMPANY, first=9)))
+                if accompanied:
+                    segments.append(_chunk(other, self.ids(_BESIDE, first=9)))
                 with _first_rows(self.model) as rows:
                     self.forward(segments)
             traces.append(rows)

@@ -2,7 +2,7 @@
 
 A graph launches what was launched when it was captured, with the same arguments. So all in which two steps differ
 (ids, positions, slots, how attention is cut, pages) lies at fixed places of one buffer, which every step writes over
-and every graph reads, and a step is filled up with rows of nobody to one of a few sizes.
+and every graph reads, and a step is padded to one of a few sizes.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def test_rows_are_kept_as_the_format_keeps_them(shape: LayerShape, kind: str, dt
     _, key, value = here.new_rows(rows)
     key, value = (8 * side[0].transpose(0, 1) for side in (key, value))
     slots = torch.randperm(here.pool.capacity, generator=torch.Generator().manual_seed(1))[:rows]
-    kept = here.store.kept
+    kept = here.store.kernel_planes
     assert kept is not None
     kv_write(key, value, kept, slots.to(DEVICE, torch.int32))
     there.store.write(slots, key, value)
@@ -65,7 +65,7 @@ def test_every_e4m3_number_is_met() -> None:
     here, there = (World(1, shape, torch.float32, FORMATS["fp8"](), device=DEVICE) for _ in range(2))
     slots = torch.arange(len(x))
     sides = vectors[:, None].to(DEVICE)
-    kept = here.store.kept
+    kept = here.store.kernel_planes
     assert kept is not None
     kv_write(sides, sides, kept, slots.to(DEVICE, torch.int32))
     there.store.write(slots, sides, sides)
@@ -77,7 +77,7 @@ def test_every_e4m3_number_is_met() -> None:
 def test_rows_without_a_slot_are_not_written() -> None:
     here, there = pair(SHAPES[0], "native", torch.bfloat16)
     _, key, value = here.new_rows(3)
-    kept = here.store.kept
+    kept = here.store.kernel_planes
     assert kept is not None
     key, value = (side[0].transpose(0, 1) for side in (key, value))
     kv_write(key, value, kept, torch.tensor([5, -1, 9], dtype=torch.int32, device=DEVICE))

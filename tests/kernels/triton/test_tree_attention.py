@@ -72,7 +72,7 @@ class GpuWorld(World):
             slots = segment.table.slots(segment.end - count, segment.end)
             self.store.write(slots, key[row : row + count], value[row : row + count])
             row += count
-        kept = self.store.kept
+        kept = self.store.kernel_planes
         assert kept is not None
         options = {"scale": SCALE, "softcap": softcap or None, "sinks": sinks, "tile": TILE}
         return tree_attention(query, kept, self.work(segments, reach, len(query)), **options)
@@ -181,10 +181,10 @@ def test_every_kind_of_item_is_cut() -> None:
         here = world(SHAPES[0], cut=how)
         here.work([*several(here), chain(here.sequence(300), 1)], REACHES[0], 40)
         items = here.split_plan[-1].items
-        never = items[:, fields["turn"]].max()
+        never = items[:, fields["path_start"]].max()
         kinds[name] = {
             "bits": bool((items[:, fields["shared"]] < never).any()),
-            "path": bool((items[:, fields["turn"]] < never).any()),
+            "path": bool((items[:, fields["path_start"]] < never).any()),
             "whole": bool(items[:, fields["whole"]].any()),
             "spans": bool((items[:, fields["whole"]] == 0).any()),
         }
@@ -214,7 +214,7 @@ def test_spans_begin_alike_on_host_and_device() -> None:
 def test_rows_of_no_sequence_are_zero() -> None:
     here = world(SHAPES[0])
     query, *_ = here.new_rows(9)
-    kept = here.store.kept
+    kept = here.store.kernel_planes
     assert kept is not None
     work = here.work([chain(here.sequence(3), 2)], Reach(), 9)
     found = tree_attention(query[0].transpose(0, 1), kept, work, scale=SCALE, tile=TILE)
