@@ -158,7 +158,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return cls(**values)
 
     @classmethod
-    def chosen(cls, config: EngineConfig | None, options: Mapping[str, Any]) -> EngineConfig:
+    def chosen(cls, config: EngineConfig | None, options: Mapping[str, object]) -> EngineConfig:
         """The config of an engine: `config`, or keywords as `of` reads them. Both at once is an error."""
         if config is None:
             return cls.of(options)
@@ -223,7 +223,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 raise InvalidRequest(f"{name} is {seconds!r}; it must be a finite number above 0", param=name)
 
 
-def _listed(name: str, value: Any, wanted: str) -> tuple[Any, ...]:
+def _listed(name: str, value: object, wanted: str) -> tuple[Any, ...]:
     """What a user may write for several: one of them as text, or a list."""
     if isinstance(value, str):
         return (value,)
@@ -232,7 +232,7 @@ def _listed(name: str, value: Any, wanted: str) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def _with_options(drafters: Any) -> Mapping[str, Mapping[str, Any]]:
+def _with_options(drafters: object) -> Mapping[str, Mapping[str, object]]:
     """Drafters as a user may write them: names, or a mapping of names and options."""
     wanted = "names, or a mapping of names and options"
     names = tuple(drafters) if isinstance(drafters, Mapping) else _listed("drafters", drafters, wanted)

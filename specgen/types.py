@@ -94,8 +94,8 @@ class Chat:
     """
 
     messages: Sequence[Message]
-    tools: Sequence[Mapping[str, Any]] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
+    tools: Sequence[Mapping[str, object]] = ()
+    options: Mapping[str, object] = field(default_factory=dict)
     literal: bool = False
 
 
@@ -119,7 +119,7 @@ class Speculation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             )
 
     @classmethod
-    def of(cls, value: Literal["auto", "off"] | Mapping[str, Any] | Speculation) -> Speculation:
+    def of(cls, value: Literal["auto", "off"] | Mapping[str, object] | Speculation) -> Speculation:
         """Read what a user may write: `"auto"`, `"off"`, a mapping of the fields, or a `Speculation`.
 
         Raises InvalidRequest for anything else.
@@ -153,7 +153,7 @@ class Constraint:
     param: str = field(default="constraint", compare=False)
 
     @classmethod
-    def of(cls, value: str | Mapping[str, Any] | Constraint, *, param: str = "constraint") -> Constraint:
+    def of(cls, value: str | Mapping[str, object] | Constraint, *, param: str = "constraint") -> Constraint:
         """Read what a user may write: `{"json_schema": {...}}`, or `"json_object"` for a kind without a value.
 
         Raises InvalidRequest for anything else.

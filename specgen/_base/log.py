@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
 
 import structlog
 
@@ -27,7 +26,7 @@ class Log:
         sink = None if structlog.is_configured() else structlog.PrintLogger(sys.stderr)
         write = getattr(structlog.wrap_logger(sink, source=self._name), level)
 
-        def event(name: str, **values: Any) -> None:
+        def event(name: str, **values: object) -> None:
             try:
                 write(name, **values)
             except Exception as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -11,7 +11,7 @@ from specgen.errors import InvalidRequest, PluginError, SpecgenError, UnknownNam
 
 OptionsT = TypeVar("OptionsT", bound=msgspec.Struct)
 MadeT = TypeVar("MadeT")
-FactoryT = TypeVar("FactoryT", bound=Callable[..., Any])
+FactoryT = TypeVar("FactoryT", bound=Callable[..., object])
 
 _DECLARED = "specgen_options"
 
@@ -27,7 +27,7 @@ def takes_options(fields: type[msgspec.Struct]) -> Callable[[FactoryT], FactoryT
     return declare
 
 
-def made(owner: str, options: Mapping[str, Any], make: Callable[[], MadeT], *, param: str) -> MadeT:
+def made(owner: str, options: Mapping[str, object], make: Callable[[], MadeT], *, param: str) -> MadeT:
     """What a plugin's factory makes of options. Raises InvalidRequest naming `owner` ("drafter 'echo'") where it
     refuses them by an error of Python's own, as for a keyword that it does not have; specgen's errors come through."""
     try:
@@ -41,12 +41,12 @@ def made(owner: str, options: Mapping[str, Any], make: Callable[[], MadeT], *, p
         raise PluginError(message) from error
 
 
-def declared_options(factory: Callable[..., Any]) -> type[msgspec.Struct] | None:
+def declared_options(factory: Callable[..., object]) -> type[msgspec.Struct] | None:
     """What `takes_options` said of a factory; None where nothing is declared."""
     return getattr(factory, _DECLARED, None)
 
 
-def read_options(owner: str, options: Mapping[str, Any], fields: type[OptionsT]) -> OptionsT:
+def read_options(owner: str, options: Mapping[str, object], fields: type[OptionsT]) -> OptionsT:
     """The options of `owner` ("drafter 'echo'"), as the struct `fields` declares them, ranges by `msgspec.Meta`.
 
     Raises UnknownName for an option that is not declared, InvalidRequest for a value that does not fit, and what the

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack, cast, overload
+from typing import Unpack, cast, overload
 
 import torch
 from transformers import PreTrainedModel
@@ -307,9 +307,9 @@ class Engine:
         prompts = list(cast("list[Prompt]", prompt)) if many else [cast("Prompt", prompt)]
         built = [self._builder.build(one, params, copies=len(prompts) > 1) for one in prompts]
 
-        def shape(found: list[list[Result]]) -> Any:
+        def shape(found: list[list[Result]]) -> Result | list[Result]:
             each = [results if params.n > 1 else results[0] for results in found]
-            return each if many else each[0]
+            return cast("Result | list[Result]", each if many else each[0])
 
         return self._runner.submit(*built), shape
 

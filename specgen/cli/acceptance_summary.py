@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from specgen.types import Result
@@ -68,7 +68,7 @@ class Tally:
             yield f"{name}: switched off ({reason})"
 
 
-def report(result: Result, tally: Tally) -> dict[str, Any]:
+def report(result: Result, tally: Tally) -> dict[str, object]:
     """A result as `--json` prints it."""
     from dataclasses import asdict
 

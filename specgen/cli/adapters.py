@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -52,7 +52,7 @@ def _folders(folder: Path) -> list[Path]:
     return found
 
 
-def _checked(engine: Engine, path: Path, any_base: bool) -> dict[str, Any]:
+def _checked(engine: Engine, path: Path, any_base: bool) -> dict[str, object]:
     """What is said of one adapter."""
     from specgen.errors import InvalidRequest
 
@@ -65,8 +65,10 @@ def _checked(engine: Engine, path: Path, any_base: bool) -> dict[str, Any]:
     return {"folder": path.name, "error": None, **{name: asdict(info)[name] for name in kept}}
 
 
-def _line(one: dict[str, Any]) -> str:
+def _line(one: dict[str, object]) -> str:
     if one["error"]:
         return f"{one['folder']}\n  refused: {one['error']}"
     base = one["base"] or "a base without a name"
-    return f"{one['folder']} {one['revision']}\n  rank {one['rank']}, {one['bytes'] / 1e6:.1f} MB, for {base}"
+    return (
+        f"{one['folder']} {one['revision']}\n  rank {one['rank']}, {cast(int, one['bytes']) / 1e6:.1f} MB, for {base}"
+    )

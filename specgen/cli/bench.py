@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +10,8 @@ from specgen.cli.terminal import write
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from aiohttp import ClientSession
 
     from specgen.loadtest.client import Sample
     from specgen.loadtest.report import Report
@@ -59,7 +61,7 @@ def serve(
     from pathlib import Path
 
     _check_run(url, concurrency, rate, requests, json_file)
-    fields: dict[str, Any] = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
+    fields: dict[str, object] = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
     loads: list[float] = [*rate] if rate else [*(concurrency or [1, 8, 32])]
     runs = list(zip(loads, _dealt(_read(prompts, seed), len(loads), requests), strict=True))
     reports = asyncio.run(_runs(url, api_key, fields, runs, seed, is_open=bool(rate)))
@@ -100,7 +102,7 @@ def _check_run(
 async def _runs(
     url: str,
     key: str | None,
-    fields: dict[str, Any],
+    fields: dict[str, object],
     runs: list[tuple[float, list[str]]],
     seed: int,
     *,
@@ -124,7 +126,7 @@ async def _runs(
         return [report(f"c{load:g}", await closed_loop(client.ask, asked, int(load))) for load, asked in runs]
 
 
-async def _first_model(session: Any, url: str, key: str | None) -> str:
+async def _first_model(session: ClientSession, url: str, key: str | None) -> str:
     from aiohttp import ClientError
 
     from specgen.errors import InvalidRequest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,7 @@ from specgen.errors import SpecgenError
 if TYPE_CHECKING:
     from specgen.api.engine import Engine
     from specgen.engine.stream import Stream
+    from specgen.sampling.params import SamplingParams
     from specgen.types import Result
 
 _HELP = "/reset forgets the conversation, /stats prints figures, /quit or Ctrl-D ends, Ctrl-C cancels an answer"
@@ -72,7 +73,7 @@ class Conversation:
     """The messages so far and what the answers took. `system` survives a reset."""
 
     engine: Engine
-    params: Any
+    params: SamplingParams
     system: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
@@ -102,7 +103,7 @@ class Conversation:
 
     def answer(self, line: str) -> None:
         """One turn. A line that cannot be answered leaves the conversation as it was."""
-        asked: list[Any] = [*self.messages, {"role": "user", "content": line}]
+        asked = [*self.messages, {"role": "user", "content": line}]
         try:
             with self.tally.timing():
                 result = _written(self.engine.stream(asked, self.params))

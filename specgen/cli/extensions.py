@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -21,7 +21,7 @@ _HOOK = "register_commands"
 class Extension:
     """A command and the plugin that registered it."""
 
-    command: Any
+    command: object
     plugin: PluginInfo
 
 
@@ -50,7 +50,7 @@ def extensions(plugins: Iterable[PluginInfo], own: Collection[str]) -> dict[str,
     return found
 
 
-def _commands(info: PluginInfo) -> dict[str, Any]:
+def _commands(info: PluginInfo) -> dict[str, object]:
     """What one plugin registers. It is loaded alone, so that every command has a known origin."""
     from specgen.plugins.manager import load_plugins
 

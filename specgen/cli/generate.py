@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,7 +14,7 @@ from specgen.cli.terminal import note, write
 
 if TYPE_CHECKING:
     from specgen.engine.stream import Stream
-    from specgen.types import Result
+    from specgen.types import Prompt, Result
 
 _ADAPTER = "adapter"
 
@@ -74,7 +74,7 @@ def generate(
         if adapter is not None:
             engine.adapters.load(_ADAPTER, adapter, any_base=any_base)
         as_chat = has_chat_template(engine) if chat is None else chat
-        asked: Any = [{"role": "user", "content": text}] if as_chat else text
+        asked: Prompt = [{"role": "user", "content": text}] if as_chat else text
         with tally.timing(), engine.stream(asked, params) as stream:
             result = stream.results()[0] if as_json else _written(stream)
     tally.add(result)

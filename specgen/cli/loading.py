@@ -38,7 +38,7 @@ def open_engine(
 
 def engine_of(
     model: str | None,
-    options: Mapping[str, Any],
+    options: Mapping[str, object],
     *,
     dtype: str,
     device: str | None,

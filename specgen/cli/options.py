@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from specgen.sampling.params import SamplingParams
 
 Model = Annotated[
     str | None, typer.Option("--model", "-m", metavar="PATH", help="Model folder or name. Default: the demo model.")
@@ -59,14 +62,14 @@ def drafter_list(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
-def sampling(*, speculation: str, stop: list[str] | None, **options: Any) -> Any:
+def sampling(*, speculation: str, stop: list[str] | None, **options: object) -> SamplingParams:
     """`SamplingParams` from what the user wrote. Raises InvalidRequest, before a model is loaded."""
     from specgen.sampling.params import SamplingParams
 
     return SamplingParams.of({**options, "stop": stop or [], "speculation": read_speculation(speculation)})
 
 
-def read_speculation(text: str) -> str | Mapping[str, Any]:
+def read_speculation(text: str) -> str | Mapping[str, object]:
     """`auto` and `off` as they are, anything else as a JSON object."""
     import msgspec
 
@@ -75,6 +78,6 @@ def read_speculation(text: str) -> str | Mapping[str, Any]:
     if not text.lstrip().startswith("{"):
         return text
     try:
-        return msgspec.json.decode(text, type=dict[str, Any])
+        return msgspec.json.decode(text, type=dict[str, object])
     except msgspec.DecodeError as error:
         raise InvalidRequest(f"speculation is {text!r}, which is not JSON: {error}", param="speculation") from None

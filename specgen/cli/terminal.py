@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
 
 USAGE_ERROR = 2
 # Where torchao is installed, transformers imports it, and it warns of kernels for other machines.
@@ -49,7 +48,7 @@ def quiet_libraries() -> None:
         disable_progress_bar()
 
 
-def _stderr_logger(*_: Any) -> Any:
+def _stderr_logger(*_: object) -> object:
     """A logger on what is stderr now; tests replace it."""
     import structlog
 

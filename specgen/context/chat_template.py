@@ -13,6 +13,7 @@ from specgen.context.length_bound import check_fits, length_bound, utf8_bytes
 from specgen.context.special_tokens import Literals
 from specgen.context.stage import Context, ContextStage
 from specgen.errors import ContextLengthExceeded, InvalidRequest
+from specgen.types import AnyTokenizer
 
 NAME = "chat-template"
 
@@ -24,7 +25,7 @@ class _NoOptions(msgspec.Struct):
     pass
 
 
-def chat_template(tokenizer: Any, options: Mapping[str, Any]) -> ContextStage:
+def chat_template(tokenizer: AnyTokenizer | None, options: Mapping[str, object]) -> ContextStage:
     """The stage that every prompt needs: messages through the chat template, text through the tokenizer, ids as they
     are. It has no options."""
     read_options(f"context stage {NAME!r}", options, _NoOptions)
@@ -75,7 +76,7 @@ class ChatTemplate:
             message = f"the chat template refuses the messages: {error}{hint}"
             raise InvalidRequest(message, param="messages") from error
 
-    def _check_fits(self, messages: list[Any], options: Mapping[str, Any], most: int) -> None:
+    def _check_fits(self, messages: list[object], options: Mapping[str, object], most: int) -> None:
         """Raise ContextLengthExceeded for a conversation that is too long by its bytes, as the template writes it: it
         may leave messages out. Short ones are not written twice."""
         size = len(messages) * _MESSAGE_BYTES + _text_bytes([messages, options.get("tools")])
@@ -84,7 +85,7 @@ class ChatTemplate:
         written = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
         check_fits(self.tokenizer, written, most, param="messages")
 
-    def _ids(self, messages: list[Any], options: Mapping[str, Any], *, literal: bool) -> tuple[int, ...]:
+    def _ids(self, messages: list[object], options: Mapping[str, object], *, literal: bool) -> tuple[int, ...]:
         tools = options.get("tools")
         if literal and (literals := Literals(self.tokenizer)).stand_in([messages, tools]):
             marked, tools = literals.marked([messages, tools])
@@ -95,7 +96,7 @@ class ChatTemplate:
         return tuple(encoded["input_ids"])
 
 
-def _text_bytes(value: Any) -> int:
+def _text_bytes(value: object) -> int:
     """The size of all texts inside."""
     if isinstance(value, str):
         return utf8_bytes(value)

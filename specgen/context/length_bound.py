@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from specgen.errors import ContextLengthExceeded
+from specgen.types import AnyTokenizer
 
 _BLANKS = "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
@@ -28,6 +29,9 @@ _KEEPING = frozenset({"ByteLevel", "Digits", "Metaspace", "UnicodeScripts", "Fix
 """Pre-tokenizers that drop nothing."""
 _OWN = ("__call__", "encode", "_encode_plus", "_batch_encode_plus")
 """Methods of a tokenizer that may do more to a text than its back-end does."""
+
+State: TypeAlias = Mapping[str, Any]
+"""A part of a tokenizer as the `tokenizers` library writes it to JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ class LengthBound:
         return -(-size // self.longest)
 
 
-def check_fits(tokenizer: Any, text: str, most: int, *, param: str) -> None:
+def check_fits(tokenizer: AnyTokenizer | None, text: str, most: int, *, param: str) -> None:
     """Raise ContextLengthExceeded for a text of more than `most` tokens, where its bytes alone say so."""
     if utf8_bytes(text) <= most or (bound := length_bound(tokenizer)) is None:
         return
@@ -65,7 +69,7 @@ def utf8_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
-def length_bound(tokenizer: Any) -> LengthBound | None:
+def length_bound(tokenizer: AnyTokenizer | None) -> LengthBound | None:
     """The bound of a tokenizer; None where it may make any length of text one token or none."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -77,7 +81,7 @@ def length_bound(tokenizer: Any) -> LengthBound | None:
     return known[1]
 
 
-_known: WeakKeyDictionary[Any, tuple[int, LengthBound | None]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[object, tuple[int, LengthBound | None]] = WeakKeyDictionary()
 
 
 def _bound(tokenizer: Any, backend: Any) -> LengthBound | None:
@@ -104,12 +108,12 @@ def _bound(tokenizer: Any, backend: Any) -> LengthBound | None:
     return LengthBound(longest * shrinking, any(token.lstrip or token.rstrip for token in added), dropped)
 
 
-def _parts(component: Any) -> list[Mapping[str, Any]]:
+def _parts(component: Any) -> list[State]:
     """What a normalizer or pre-tokenizer consists of, as tokenizer.json writes it."""
     return [] if component is None else list(_flat(json.loads(component.__getstate__())))
 
 
-def _flat(state: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
+def _flat(state: State) -> Iterable[State]:
     if state["type"] != "Sequence":
         yield state
         return
@@ -117,13 +121,13 @@ def _flat(state: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
         yield from _flat(part)
 
 
-def _keeps(splitter: Mapping[str, Any]) -> bool:
+def _keeps(splitter: State) -> bool:
     if splitter["type"] in ("Split", "Punctuation"):
         return bool(splitter["behavior"] != "Removed")
     return splitter["type"] in _KEEPING
 
 
-def _shrinking(normalizer: Mapping[str, Any]) -> int:
+def _shrinking(normalizer: State) -> int:
     """By how much it may shorten a text; 0 without bound."""
     if normalizer["type"] != "Replace":
         return _SHRINKING.get(normalizer["type"], 0)

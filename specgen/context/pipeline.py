@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from specgen._base.options import made
 from specgen.context.stage import Context, ContextStage, ContextStageFactory
 from specgen.errors import ContextLengthExceeded, InvalidRequest, PluginError, RequestFailed, SpecgenError, UnknownName
+from specgen.types import AnyTokenizer
 
-StageChoice: TypeAlias = "str | tuple[str, Mapping[str, Any]]"
+StageChoice: TypeAlias = "str | tuple[str, Mapping[str, object]]"
 """A stage's name, or its name and its options."""
 
 
@@ -23,7 +24,7 @@ class ContextPipeline:
 
     @classmethod
     def build(
-        cls, choices: Iterable[StageChoice], offered: Mapping[str, ContextStageFactory], tokenizer: Any
+        cls, choices: Iterable[StageChoice], offered: Mapping[str, ContextStageFactory], tokenizer: AnyTokenizer | None
     ) -> ContextPipeline:
         """Make the stages that `choices` names, in that order.
 
@@ -60,7 +61,7 @@ class ContextPipeline:
         return context.ids
 
 
-def _read(choice: StageChoice) -> tuple[str, Mapping[str, Any]]:
+def _read(choice: StageChoice) -> tuple[str, Mapping[str, object]]:
     match choice:
         case str():
             return choice, {}

@@ -7,6 +7,8 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 
 class Literals:
     """The special tokens of one tokenizer as they stand in messages, on their way through a chat template.
@@ -15,7 +17,7 @@ class Literals:
     neither of which is a special token, and the text between the marks is tokenised as ever.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._tokens = sorted(_special_tokens(tokenizer), key=len, reverse=True)
         self._words = re.compile("|".join(map(re.escape, self._tokens)) or "(?!)")
@@ -27,7 +29,7 @@ class Literals:
         """Whether any text inside holds a special token."""
         return bool(self.marked(value) != value)
 
-    def marked(self, value: Any) -> Any:
+    def marked(self, value: object) -> Any:
         """A copy with marks for special tokens in every text inside."""
         return _each_text(value, lambda text: self._words.sub(self._mark, text))
 
@@ -47,13 +49,13 @@ class Literals:
         return f"\ue000{self._nonce}:{self._tokens.index(found[0])}\ue001"
 
 
-def _special_tokens(tokenizer: Any) -> set[str]:
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """All that become one control token in any text. Those with a role have a name; others only say that they are."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
 
 
-def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+def _each_text(value: object, change: Callable[[str], str]) -> object:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):

@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import Any, TypeAlias
 
 from specgen.errors import InvalidRequest, check_text
-from specgen.types import Chat, Message, Prompt
+from specgen.types import AnyTokenizer, Chat, Message, Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +22,8 @@ class Context:
 
     max_prompt_tokens: int
     messages: tuple[Message, ...] | None = None
-    tools: tuple[Mapping[str, Any], ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Mapping[str, object], ...] = ()
+    options: Mapping[str, object] = field(default_factory=dict)
     literal: bool = False
     text: str | None = None
     ids: tuple[int, ...] | None = None
@@ -74,6 +74,6 @@ ContextStage: TypeAlias = Callable[[Context], Context]
 Raise InvalidRequest, with `param`, for a prompt that cannot be served.
 """
 
-ContextStageFactory: TypeAlias = Callable[[Any, Mapping[str, Any]], ContextStage]
+ContextStageFactory: TypeAlias = "Callable[[AnyTokenizer | None, Mapping[str, object]], ContextStage]"
 """`factory(tokenizer, options)`, called once when the engine is built. `tokenizer` is None when the engine has none;
 `options` are what the config says, and a factory refuses unknown ones by name."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
 from specgen._base.options import read_options
 from specgen.context.stage import Context, ContextStage
 from specgen.errors import InvalidRequest
+from specgen.types import AnyTokenizer
 
 NAME = "truncate"
 
@@ -24,7 +25,7 @@ class TruncateOptions(msgspec.Struct, frozen=True):
     keep: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
-def truncate(tokenizer: Any, options: Mapping[str, Any]) -> ContextStage:
+def truncate(tokenizer: AnyTokenizer | None, options: Mapping[str, object]) -> ContextStage:
     """The stage that keeps the last ids of a prompt; options as in `TruncateOptions`."""
     chosen = read_options(f"context stage {NAME!r}", options, TruncateOptions)
     if chosen.max_tokens is not None and chosen.keep >= chosen.max_tokens:

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What stands in a text for bytes that are no character."""
 
-_known: WeakKeyDictionary[Any, ByteFallback | None] = WeakKeyDictionary()
+_known: WeakKeyDictionary[object, ByteFallback | None] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +27,7 @@ class ByteFallback:
     replacement: tuple[int, ...]
 
     @classmethod
-    def of(cls, tokenizer: Any) -> ByteFallback | None:
+    def of(cls, tokenizer: object) -> ByteFallback | None:
         """Those of `tokenizer`; None where it has none, or does not read them as bytes."""
         if tokenizer not in _known:
             _known[tokenizer] = cls._found(tokenizer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import msgspec
 from aiohttp import ClientError, ClientSession
@@ -48,7 +47,7 @@ class Sample:
 class Client:
     """Chats with one server. fields: what each request holds besides its prompt."""
 
-    def __init__(self, session: ClientSession, url: str, fields: Mapping[str, Any], key: str | None = None) -> None:
+    def __init__(self, session: ClientSession, url: str, fields: Mapping[str, object], key: str | None = None) -> None:
         self._session = session
         self._url = f"{url.rstrip('/')}/chat/completions"
         self._fields = {**fields, "stream": True, "stream_options": {"include_usage": True}}

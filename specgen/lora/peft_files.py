@@ -155,7 +155,7 @@ def _config(folder: Path, data: bytes) -> Any:
             raise _refused(folder, f"{CONFIG} says {name}={values[name]!r}, which would run code; nothing here does")
     if values.get("peft_type") != "LORA":
         raise _refused(folder, f"its peft_type is {values.get('peft_type')!r}; it must be 'LORA'")
-    usual: dict[str, Any] = LoraConfig().to_dict()  # type: ignore[no-untyped-call]
+    usual: dict[str, object] = LoraConfig().to_dict()  # type: ignore[no-untyped-call]
     for name, value in values.items():
         if value and name not in _UNDERSTOOD and value != usual.get(name):
             reason = _REASONS.get(name, "it is not a low-rank addition to linear layers that is known here")
@@ -286,7 +286,7 @@ def _layer(folder: Path, name: str, module: Any, base: nn.Module, dtype: torch.d
     return LoraLayer(*kept)  # type: ignore[arg-type]
 
 
-def _norms(folder: Path, name: str, base: Any, added: Tensor) -> Tensor:
+def _norms(folder: Path, name: str, base: nn.Module, added: Tensor) -> Tensor:
     """The length of each output's weights with the adapter added, by which DoRA divides."""
     if type(base.weight) is not nn.Parameter or base.weight.dtype.itemsize < 2:
         raise _refused(

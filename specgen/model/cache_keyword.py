@@ -20,7 +20,7 @@ def cache_keyword(model: PreTrainedModel) -> str:
     return next((name for name in _NAMES if name in parameters), "past_key_values")
 
 
-def cache_of(output: Any) -> Any:
+def cache_of(output: object) -> Any:
     """The KV cache in what a model's forward returned; `None` without one.
 
     Reads what is stored: newer outputs answer to the older names too, and warn.

@@ -43,7 +43,7 @@ class HiddenStateTap:
     def _before(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._taken[layer] = args[0] if args else kwargs["hidden_states"]
 
-    def _behind(self, layer: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _behind(self, layer: int, module: nn.Module, args: tuple[object, ...], output: Any) -> None:
         self._taken[layer] = output.last_hidden_state
 
 

@@ -106,7 +106,7 @@ def _pointwise(module: nn.Module) -> Forward | None:
     return None
 
 
-def _angles(forward: Forward, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _angles(forward: Forward, x: Tensor, position_ids: Tensor, *args: object, **kwargs: object) -> object:
     """A rotary embedding's forward over position_ids [batch, rows], in blocks of rows."""
     rows = position_ids.shape[-1]
     padded = F.pad(position_ids, (0, -rows % _POINTWISE_ROWS))
@@ -116,7 +116,7 @@ def _angles(forward: Forward, x: Tensor, position_ids: Tensor, *args: Any, **kwa
     return tuple(torch.cat(parts, dim=-2)[..., :rows, :] for parts in zip(*blocks, strict=True))
 
 
-def _one_by_one(forward: Forward, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _one_by_one(forward: Forward, x: Tensor, *args: object, **kwargs: object) -> object:
     """A block's forward over [..., rows, dim], one row at a time."""
     if x.shape[-2] == 1:
         return forward(x, *args, **kwargs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel
 from specgen.kv.pool import KVPool
 from specgen.model.cache_keyword import cache_of
 from specgen.model.checks.architecture import Architecture, context_limit
+from specgen.types import AnyTokenizer
 
 _TEXT = """The harbour lies quiet in the early morning. Boats that left at three are coming back, and the first \
 lorries wait by the market hall. "How much did you get?" asks the woman with the ledger. About 240 kilos, mostly \
@@ -30,7 +30,7 @@ we believed him. Please remember three things: check the weather, bring warm clo
 _RANDOM_IDS = 256
 
 
-def calibration_ids(tokenizer: Any) -> Sequence[int]:
+def calibration_ids(tokenizer: AnyTokenizer | None) -> Sequence[int]:
     """The ids of a text of many kinds, or none without a tokenizer."""
     return tokenizer.encode(_TEXT) if tokenizer is not None else ()
 

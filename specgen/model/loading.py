@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from specgen.errors import InvalidRequest
+from specgen.types import AnyTokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp64": "float64"}
@@ -53,7 +54,7 @@ def check_device(device: str | torch.device | None) -> None:
         raise InvalidRequest(f"device {device!r} cannot be used: {error}", param="device") from error
 
 
-def check_model_options(options: Any) -> None:
+def check_model_options(options: object) -> None:
     """Raise InvalidRequest for what is no mapping of transformers' options, or holds what has a name of its own."""
     if not isinstance(options, Mapping):
         message = f"model_options is {options!r}; it must be a mapping of options of transformers' from_pretrained"
@@ -107,7 +108,7 @@ def load_model(
     return model
 
 
-def load_tokenizer(source: str | Path | PreTrainedModel, **options: Any) -> Any:
+def load_tokenizer(source: str | Path | PreTrainedModel, **options: object) -> AnyTokenizer | None:
     """The tokenizer beside a model, inside a GGUF file, or where a loaded model came from; None where there is none.
 
     options: those of the model; what says where its files are is followed. Raises InvalidRequest for a tokenizer whose
@@ -129,7 +130,7 @@ def load_tokenizer(source: str | Path | PreTrainedModel, **options: Any) -> Any:
         raise InvalidRequest(message, param="model") from error
 
 
-def located(source: Any, options: Mapping[str, Any]) -> tuple[str | Path, dict[str, Any]]:
+def located(source: object, options: Mapping[str, object]) -> tuple[str | Path, dict[str, object]]:
     """The folder or name, and the options, that transformers wants for a source: of a GGUF file its folder and
     `gguf_file`. Raises InvalidRequest for what is no source, where there is no such file, or where what reads it is not
     installed."""

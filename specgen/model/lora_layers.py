@@ -118,8 +118,8 @@ def rows_counted(model: nn.Module) -> Iterator[dict[str, set[int]]]:
             hook.remove()
 
 
-def _counting(seen: set[int]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def count(module: nn.Module, args: tuple[Any, ...]) -> None:
+def _counting(seen: set[int]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.add(args[0].shape[:-1].numel() if args else 0)
 
     return count

@@ -145,7 +145,7 @@ class _Walk:
                 self.entries[path] = _Numbers((*self.entries[path], numbers[start:stop]))
                 start = stop
 
-    def _put(self, path: str, value: Any, depth: int = 0) -> None:
+    def _put(self, path: str, value: object, depth: int = 0) -> None:
         found = self._value(path, value, depth)
         if not isinstance(value, Tensor):
             self.entries[path] = found
@@ -189,7 +189,7 @@ class _Walk:
             name = f"{kind.__module__}.{kind.__qualname__}.forward"
             self.entries[name] = (Same(own), *map(Same, called))
 
-    def _value(self, path: str, value: Any, depth: int = 0) -> Value:
+    def _value(self, path: str, value: object, depth: int = 0) -> Value:
         """A value that is equal while `value` says the same; parts that may change alone get entries of their own."""
         kind = type(value)
         if kind in _PLAIN:
@@ -215,7 +215,7 @@ class _Walk:
             return frozenset(item if type(item) in _PLAIN else Same(item) for item in value)
         return self._object(path, value, depth + 1)
 
-    def _object(self, path: str, value: Any, depth: int) -> Value:
+    def _object(self, path: str, value: object, depth: int) -> Value:
         """An object with attributes or a function, whose parts are entries; what was visited is named."""
         if isinstance(value, MethodType):
             method = (("__func__", value.__func__), ("__self__", value.__self__))
@@ -246,7 +246,7 @@ class _Walk:
 _OWN = _RECORDS | _HOW_HOOKS_ARE_CALLED | {"_parameters", "_buffers", "_modules", *_HOOKS}
 
 
-def _written_by_forward(attributes: Mapping[str, Any]) -> tuple[str, ...]:
+def _written_by_forward(attributes: Mapping[str, object]) -> tuple[str, ...]:
     """The ends of the names that a module with dynamic RoPE writes to while it runs."""
     kinds = attributes.get("rope_type")
     kinds = kinds.values() if isinstance(kinds, dict) else (kinds,)
@@ -265,7 +265,7 @@ def _numbers(tensor: Tensor) -> Value:
     return _Numbers((place, version, tensor.shape, tensor.stride(), tensor.dtype, tensor.device))
 
 
-def _parts(value: Any) -> Iterator[tuple[str, Any]] | None:
+def _parts(value: object) -> Iterator[tuple[str, object]] | None:
     """What an object's behaviour depends on, by name; None for one that is taken as it is."""
     if isinstance(value, FunctionType):
         return _parts_of_function(value)
@@ -280,7 +280,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]] | None:
     return iter(list(attributes.items())) if isinstance(attributes, dict) else None
 
 
-def _parts_of_function(function: FunctionType) -> Iterator[tuple[str, Any]]:
+def _parts_of_function(function: FunctionType) -> Iterator[tuple[str, object]]:
     """Defaults, attributes, what it closes over; of a user's function the globals that it names too."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:

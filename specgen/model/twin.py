@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
@@ -29,7 +28,7 @@ _PADDING_CHECK = "warn_if_padding_and_no_attention_mask"
 _PER_ROW = ("adapter_names", "alora_offsets")
 
 
-def unwrapped(model: Any) -> PreTrainedModel:
+def unwrapped(model: object) -> PreTrainedModel:
     """The transformers model inside of what `torch.compile` or PEFT made of one.
 
     Raises UnsupportedModel for what is none, and for PEFT's prompt learning, which reads more than a prompt's ids.
@@ -73,7 +72,7 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
     return made
 
 
-def _no_check(*_: Any, **__: Any) -> None:
+def _no_check(*_: object, **__: object) -> None:
     """Packed rows hold no padding: a row that is the padding token means it."""
 
 
@@ -86,7 +85,7 @@ def runs_alone(given: PreTrainedModel) -> Iterator[None]:
     names = {id(module): name for name, module in given.named_modules()}
     here, called = threading.get_ident(), list[str]()
 
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def note(module: nn.Module, args: tuple[object, ...]) -> None:
         if id(module) in names and threading.get_ident() == here:
             called.append(names[id(module)])
 
@@ -108,12 +107,12 @@ def _refuse(model: PreTrainedModel, reason: str) -> UnsupportedModel:
     return UnsupportedModel(f"model type {model.config.model_type!r}: {reason}")
 
 
-def _learns_prompts(model: Any) -> bool:
+def _learns_prompts(model: object) -> bool:
     config = getattr(model, "active_peft_config", None) if not isinstance(model, PreTrainedModel) else None
     return bool(getattr(config, "is_prompt_learning", False))
 
 
-def _prepares_otherwise(model: Any) -> bool:
+def _prepares_otherwise(model: object) -> bool:
     """Whether another function says what this model reads; PEFT leaves the model's own one behind."""
     method = getattr(model, "__dict__", {}).get("prepare_inputs_for_generation")
     own = getattr(type(model), "prepare_inputs_for_generation", None)
@@ -169,7 +168,7 @@ def _chance(module: nn.Module) -> str | None:
     return _random_setting(module.__dict__)
 
 
-def _random_setting(settings: Mapping[str, Any]) -> str | None:
+def _random_setting(settings: Mapping[str, object]) -> str | None:
     found = (
         f"{name}={value}"
         for name, value in settings.items()

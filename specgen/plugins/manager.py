@@ -173,7 +173,7 @@ class Plugins:
     def _offers(self, hook: str) -> dict[str, tuple[Any, PluginInfo]]:
         if hook not in _KINDS:
             raise UnknownName("hook", hook, _KINDS)
-        offers: dict[str, tuple[Any, PluginInfo]] = {}
+        offers: dict[str, tuple[object, PluginInfo]] = {}
         for implementation in self._implementations(hook):
             plugin = self._infos[implementation.plugin_name]
             answer = _checked(self._ask(hook, implementation, {}), hook, plugin)
@@ -238,7 +238,7 @@ def _invoke(implementation: pluggy.HookImpl, arguments: Mapping[str, object]) ->
     return implementation.function(*(arguments[name] for name in implementation.argnames))
 
 
-def _checked(answer: object, hook: str, plugin: PluginInfo) -> Mapping[str, Callable[..., Any]]:
+def _checked(answer: object, hook: str, plugin: PluginInfo) -> Mapping[str, Callable[..., object]]:
     if not isinstance(answer, Mapping):
         raise PluginError(
             f"plugin {plugin}: hook {hook!r} returned {type(answer).__name__}; it must return name -> factory"

@@ -16,7 +16,7 @@ from specgen.types import Constraint, LogitsProcessor, Speculation, StoppingCrit
 
 _SAMPLING_ONLY = ("top_k", "top_p", "min_p", "typical_p")
 _FROM_GENERATION_CONFIG = ("temperature", *_SAMPLING_ONLY)
-_NOT_FOLLOWED: dict[str, tuple[Any, ...]] = {
+_NOT_FOLLOWED: dict[str, tuple[object, ...]] = {
     "bad_words_ids": (),
     "begin_suppress_tokens": ([],),
     "dola_layers": (),
@@ -112,7 +112,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     n: int = 1
     logprobs: int | None = None
     processors: tuple[LogitsProcessor, ...] = ()
-    plugin_processors: Mapping[str, Mapping[str, Any]] | None = None
+    plugin_processors: Mapping[str, Mapping[str, object]] | None = None
     constraint: Constraint | None = None
     speculation: Speculation | None = None
     prediction: str | tuple[int, ...] = ()
@@ -121,7 +121,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     trace: bool = False
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> SamplingParams:
+    def of(cls, options: Mapping[str, object]) -> SamplingParams:
         """Build from keywords as users write them: lists for tuples, one string for `stop`, "off" for speculation."""
         known = cls.__struct_fields__
         for name in options:
@@ -202,7 +202,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         As in transformers, its temperature and filters count only where it says `do_sample`; anything the request
         says itself wins. Its lengths are not followed, and `not_followed` names what else is not.
         """
-        filled: dict[str, Any] = {}
+        filled: dict[str, object] = {}
         asked = self.temperature is not None or any(getattr(self, name) is not None for name in _SAMPLING_ONLY)
         if defaults.do_sample and self.temperature != 0:
             for name in _FROM_GENERATION_CONFIG:
@@ -220,20 +220,20 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return msgspec.structs.replace(self, **filled)
 
 
-def not_followed(defaults: GenerationConfig) -> dict[str, Any]:
+def not_followed(defaults: GenerationConfig) -> dict[str, object]:
     """What a `generation_config.json` says that would change texts in transformers and changes none here."""
     said = {name: getattr(defaults, name, None) for name in _NOT_FOLLOWED}
     return {name: value for name, value in said.items() if value is not None and value not in _NOT_FOLLOWED[name]}
 
 
-def check_ids(ids: Iterable[Any], vocab_size: int, param: str) -> None:
+def check_ids(ids: Iterable[object], vocab_size: int, param: str) -> None:
     """Raise InvalidRequest, naming the first that is not a token id of a vocabulary of `vocab_size`."""
     for token in ids:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
             raise InvalidRequest(f"{param} holds {token!r}; token ids are 0 to {vocab_size - 1}", param=param)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """numpy's and other numbers as Python's own; anything else as it is."""
     if isinstance(value, bool | int | float):
         return value

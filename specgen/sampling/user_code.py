@@ -22,7 +22,7 @@ class UserCode:
 
     function: Callable[..., Any]
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: object) -> Any:
         """What the function returns. Raises UserCodeRaised."""
         try:
             return self.function(*arguments)

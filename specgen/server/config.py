@@ -90,7 +90,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         cls,
         file: str | Path | None = None,
         environment: Mapping[str, str] = os.environ,
-        flags: Mapping[str, Any] | None = None,
+        flags: Mapping[str, object] | None = None,
     ) -> ServerConfig:
         """Read a TOML or JSON file, the environment and flags; what comes later wins, None as a flag says nothing.
 
@@ -117,10 +117,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise InvalidRequest(f"server setting: {error}", param="config") from None
 
 
-def _file(path: Path) -> dict[str, Any]:
+def _file(path: Path) -> dict[str, object]:
     try:
         text = path.read_text(encoding="utf-8")
-        found: Any = msgspec.json.decode(text) if path.suffix == ".json" else tomllib.loads(text)
+        found: object = msgspec.json.decode(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"config file {path} cannot be read: {error}", param="config") from None
     if not isinstance(found, dict):
@@ -128,16 +128,16 @@ def _file(path: Path) -> dict[str, Any]:
     return found
 
 
-def _environment(environment: Mapping[str, str]) -> dict[str, Any]:
+def _environment(environment: Mapping[str, str]) -> dict[str, object]:
     """What begins with the prefix; lists and mappings are written as JSON."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for name, value in environment.items():
         if name.startswith(PREFIX):
             found[name.removeprefix(PREFIX).lower()] = _value(value)
     return found
 
 
-def _value(text: str) -> Any:
+def _value(text: str) -> object:
     if not text.startswith(("[", "{")):
         return text
     try:

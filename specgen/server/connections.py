@@ -131,7 +131,7 @@ class _Connection(web.RequestHandler):
             resp.force_close()
         return await super().finish_response(request, resp, start_time)
 
-    def log_exception(self, *args: Any, **kw: Any) -> None:
+    def log_exception(self, *args: object, **kw: object) -> None:
         error = kw.get("exc_info")
         log.error("a connection failed", error=type(error).__name__ if error else None, peer=str(self.peername))
 
@@ -154,10 +154,10 @@ class Throttle:
         log.warning(event, times=self._missed.pop(event, 0) + 1, **values)
 
 
-def told_by_loop(tell: Throttle) -> Callable[[asyncio.AbstractEventLoop, dict[str, Any]], None]:
+def told_by_loop(tell: Throttle) -> Callable[[asyncio.AbstractEventLoop, dict[str, object]], None]:
     """An exception handler for an event loop. Descriptors that run out are told a hundred times a second else."""
 
-    def handle(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    def handle(_: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
         error = context.get("exception")
         tell(str(context.get("message", "an error in the event loop")), error=type(error).__name__ if error else None)
 

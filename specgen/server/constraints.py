@@ -25,7 +25,7 @@ _GUIDED = {
 }
 
 
-def constraint_of(fields: Mapping[str, Any]) -> Constraint | None:
+def constraint_of(fields: Mapping[str, object]) -> Constraint | None:
     """The constraint that a request's JSON `fields` ask for; None where any text will do.
 
     Read are `response_format`, `structured_outputs`, `guided_json`, `guided_regex`, `guided_choice`, `guided_grammar`,
@@ -41,7 +41,7 @@ def constraint_of(fields: Mapping[str, Any]) -> Constraint | None:
     return found[0] if found else None
 
 
-def _asked(fields: Mapping[str, Any]) -> Iterator[Constraint]:
+def _asked(fields: Mapping[str, object]) -> Iterator[Constraint]:
     if (asked := fields.get("response_format")) is not None:
         yield from _response_format(asked)
     if (asked := fields.get("structured_outputs")) is not None:
@@ -69,7 +69,7 @@ def _response_format(asked: Any) -> Iterator[Constraint]:
         yield Constraint.of({"json_schema": schema}, param="response_format")
 
 
-def _structured_outputs(asked: Any) -> Iterator[Constraint]:
+def _structured_outputs(asked: object) -> Iterator[Constraint]:
     """vLLM's. What it can say besides, of white space and back-ends, is refused by name."""
     if not isinstance(asked, Mapping):
         raise InvalidRequest(f"structured_outputs is {asked!r}; it must be a mapping", param="structured_outputs")
@@ -82,7 +82,7 @@ def _structured_outputs(asked: Any) -> Iterator[Constraint]:
         yield Constraint.of({_STRUCTURED[name]: value}, param="structured_outputs")
 
 
-def _tool_calls(tools: Any, choice: Any, *, parallel: bool) -> Iterator[Constraint]:
+def _tool_calls(tools: object, choice: object, *, parallel: bool) -> Iterator[Constraint]:
     named = _named(choice)
     if named is None and choice not in (None, "none", "auto", "required"):
         choices = "none, auto, required, {'type': 'function', 'function': {'name': ...}}"
@@ -102,12 +102,12 @@ def _tool_calls(tools: Any, choice: Any, *, parallel: bool) -> Iterator[Constrai
         yield _calls(tools, "auto", parallel=parallel)
 
 
-def _calls(tools: Sequence[Mapping[str, Any]], choice: str, *, parallel: bool) -> Constraint:
+def _calls(tools: Sequence[Mapping[str, object]], choice: str, *, parallel: bool) -> Constraint:
     value = {"tools": list(tools), "choice": choice, "parallel": parallel}
     return Constraint.of({"tool_calls": value}, param="tools")
 
 
-def _named(choice: Any) -> str | None:
+def _named(choice: object) -> str | None:
     """The function that `tool_choice` names: under `function` in chats, beside `type` in responses."""
     if not isinstance(choice, Mapping) or choice.get("type") != "function":
         return None
@@ -116,6 +116,6 @@ def _named(choice: Any) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _is_function(tool: Any) -> bool:
+def _is_function(tool: object) -> bool:
     function = tool.get("function") if isinstance(tool, Mapping) else None
     return isinstance(function, Mapping) and isinstance(function.get("name"), str)

@@ -33,7 +33,7 @@ def document(routes: Iterable[Route]) -> bytes:
     kinds = list(dict.fromkeys(kinds))
     schemas, components = msgspec.json.schema_components(kinds, ref_template=_TEMPLATE)
     by_kind = dict(zip(kinds, schemas, strict=True))
-    paths: dict[str, dict[str, Any]] = {}
+    paths: dict[str, dict[str, object]] = {}
     for route in routes:
         paths.setdefault(_path(route), {})[route.method.lower()] = _operation(route, by_kind)
     found = {
@@ -53,8 +53,8 @@ def _path(route: Route) -> str:
     return re.sub(r"{(\w+):[^}]+}", r"{\1}", route.path)
 
 
-def _operation(route: Route, schemas: dict[Any, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {
+def _operation(route: Route, schemas: dict[object, Any]) -> dict[str, Any]:
+    found: dict[str, object] = {
         "summary": route.summary,
         "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{_path(route)}").strip("_"),
         "responses": _responses(route, schemas),
@@ -70,8 +70,8 @@ def _operation(route: Route, schemas: dict[Any, Any]) -> dict[str, Any]:
     return found
 
 
-def _responses(route: Route, schemas: dict[Any, Any]) -> dict[str, Any]:
-    content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
+def _responses(route: Route, schemas: dict[object, object]) -> dict[str, object]:
+    content: dict[str, object] = {"text/plain": {"schema": {"type": "string"}}}
     if route.answer is not None:
         content = {"application/json": {"schema": schemas[route.answer]}}
     if route.event is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 from aiohttp.typedefs import Handler
@@ -27,7 +27,7 @@ class Route:
     handler: Handler
     access: Access = "key"
     body: type[msgspec.Struct] | None = None
-    answer: Any = None
+    answer: object = None
     event: type[msgspec.Struct] | None = None
 
     @property

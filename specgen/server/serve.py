@@ -100,7 +100,7 @@ async def _listen(runner: web.AppRunner, at: socket.socket, config: ServerConfig
         raise _cannot_listen(config, error) from None
 
 
-def _places(config: ServerConfig) -> list[tuple[socket.AddressFamily, Any]]:
+def _places(config: ServerConfig) -> list[tuple[socket.AddressFamily, object]]:
     """(family, address) of all that the host's name stands for; no name is every address of this machine."""
     found = socket.getaddrinfo(config.host or None, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     return list(dict.fromkeys((family, address) for family, _, _, _, address in found))

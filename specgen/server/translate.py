@@ -84,7 +84,7 @@ class RequestTranslator:
             raise invalid(f"n is {asked.n}; at most {self._config.max_n}", "n")
         if asked.stream_options is not None and not asked.stream:
             raise invalid("stream_options needs stream: true", "stream_options")
-        options: dict[str, Any] = {name: getattr(asked, name) for name in _SAME_NAME}
+        options: dict[str, object] = {name: getattr(asked, name) for name in _SAME_NAME}
         if asked.model not in (None, self._name):
             options["adapter"] = asked.model
         if asked.logit_bias is not None:
@@ -140,7 +140,7 @@ def conversation(messages: list[Message], tools: list[Tool] | None, options: dic
     )
 
 
-def _message(message: Message, param: str) -> dict[str, Any]:
+def _message(message: Message, param: str) -> dict[str, object]:
     found: dict[str, Any] = msgspec.to_builtins(message)
     # Templates know no "developer", which is OpenAI's newer word.
     found["role"] = "system" if message.role == "developer" else message.role

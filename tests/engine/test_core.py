@@ -1696,8 +1696,10 @@ def test_a_draft_model_with_another_vocabulary_is_refused(model: PreTrainedModel
 
 def test_a_deep_tree_is_cut_where_the_text_ends() -> None:
     tree = TokenTree((1, 2, 3, 4), (-1, 0, 1, -1), (1.0,) * 4)
-    assert drafting._shallow(tree, 2) == TokenTree((1, 2, 4), (-1, 0, -1), (1.0,) * 3)
-    assert drafting._shallow(tree, 3) is tree
+    draft = Draft(tree, (("a",), ("a", "b"), ("b",), ("a",)))
+    cut = Draft(TokenTree((1, 2, 4), (-1, 0, -1), (1.0,) * 3), (("a",), ("a", "b"), ("a",)))
+    assert drafting._shallow(draft, 2) == cut
+    assert drafting._shallow(draft, 3) is draft
     assert max(depths(tree)) == 3
     assert MAX_TREE_NODES == 63
     assert Speculation().max_nodes == MAX_TREE_NODES

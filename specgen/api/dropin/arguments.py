@@ -22,7 +22,7 @@ _METHOD = "_extract_generation_mode_kwargs"
 _KEPT = ("streamer", "tokenizer")
 
 
-def keep_arguments_for(function: Callable[..., Any]) -> None:
+def keep_arguments_for(function: Callable[..., object]) -> None:
     """From now on `generate` hands `streamer` and `tokenizer` to `function`, or a `functools.partial` of it, given as
     its `custom_generate`. A release without that method gets a warning: what it drops is dropped."""
     method = getattr(GenerationMixin, _METHOD, None)
@@ -32,10 +32,10 @@ def keep_arguments_for(function: Callable[..., Any]) -> None:
     signature = inspect.signature(method)
 
     @wraps(method)
-    def extended(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    def extended(*args: object, **kwargs: object) -> dict[str, object]:
         # Before the method, which takes the tokenizer out of the caller's keywords.
         given = _flat(signature.bind(*args, **kwargs).arguments)
-        found: dict[str, Any] = method(*args, **kwargs)
+        found: dict[str, object] = method(*args, **kwargs)
         if _unwrapped(given.get("custom_generate")) is function:
             found |= {name: given[name] for name in _KEPT if given.get(name) is not None}
         return found
@@ -43,7 +43,7 @@ def keep_arguments_for(function: Callable[..., Any]) -> None:
     setattr(GenerationMixin, _METHOD, extended)
 
 
-def _flat(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(arguments: Mapping[str, Any]) -> dict[str, object]:
     """The arguments, and the caller's keywords among them as arguments too."""
     return {**arguments.get("kwargs", {}), **arguments}
 

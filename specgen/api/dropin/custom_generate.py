@@ -38,7 +38,7 @@ from specgen.engine.request import PreparedRequest
 from specgen.engine.stream import gather
 from specgen.errors import ContextLengthExceeded, InvalidRequest
 from specgen.sampling.params import SamplingParams
-from specgen.types import Result, Speculation
+from specgen.types import AnyTokenizer, Result, Speculation
 
 log = Log("specgen.dropin")
 
@@ -92,8 +92,8 @@ def custom_generate(
     generation_config: GenerationConfig,
     speculation: Any = "auto",
     streamer: BaseStreamer | None = None,
-    tokenizer: Any = None,
-    **model_kwargs: Any,
+    tokenizer: AnyTokenizer | None = None,
+    **model_kwargs: object,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Greedy or sampled decoding of int64[batch, length] through the engine of `model`.
 

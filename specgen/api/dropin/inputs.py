@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, StaticCache
 _CHANGE_NO_TEXT = ("cache_position", "logits_to_keep", "return_dict")
 
 
-def not_read(model_kwargs: Mapping[str, Any], config: GenerationConfig) -> str | None:
+def not_read(model_kwargs: Mapping[str, object], config: GenerationConfig) -> str | None:
     """The first keyword that says something to the model's forward that an engine's would not hear; None if none does.
 
     Caches are told by their type, since releases name them differently. Options of the generation config are judged

@@ -35,7 +35,7 @@ _KINDS = {getattr(logits_process, name) for name in _STATELESS.split() if hasatt
 _ENDS = (EosTokenCriteria, MaxLengthCriteria)
 
 
-def is_stateless(function: Any, rows: int) -> bool:
+def is_stateless(function: object, rows: int) -> bool:
     """Whether a processor or criterion is one of transformers' own that looks at each of the rows by itself and
     remembers nothing, so that it does not matter how often, in which order and with which other rows it is called."""
     ignored = getattr(function, "prompt_ignore_length", None)
@@ -44,18 +44,18 @@ def is_stateless(function: Any, rows: int) -> bool:
     return type(function) in _KINDS or type(function) in (*_ENDS, StopStringCriteria)
 
 
-def is_end(criterion: Any) -> bool:
+def is_end(criterion: object) -> bool:
     """Whether an engine has a stop rule of its own that does the same."""
     return type(criterion) in _ENDS
 
 
-def stateless_calls(functions: Sequence[Any], row: int, padding: Tensor) -> tuple[Any, ...]:
+def stateless_calls(functions: Sequence[object], row: int, padding: Tensor) -> tuple[object, ...]:
     """Stateless processors or criteria as they act on one row of a batch, with int64[1, n] of padding."""
     of_row = [_of_row(function, row) for function in functions]
     return tuple(PaddedCall(function, padding) if padding.numel() else function for function in of_row)
 
 
-def _of_row(function: Any, row: int) -> Any:
+def _of_row(function: Any, row: int) -> object:
     """The processor, or one like it that holds the row's entry alone where it has one for each."""
     ignored = getattr(function, "prompt_ignore_length", None)
     if isinstance(ignored, Tensor):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 HALF = "\N{REPLACEMENT CHARACTER}"
 """What a decoder writes for bytes that are no character yet."""
@@ -17,7 +18,7 @@ _MOST_PENDING = 3
 class Spelling:
     """Special tokens stand in texts by their names; none is added or left out."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self._pieces: dict[int, str] = {}
         # SentencePiece drops the space before a text's first word; behind these ids nothing is a first word.

@@ -34,7 +34,7 @@ class PackedCache(Cache):
         self.stores = stores
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Take [1, kv_heads, rows, dim]; return what the model is to attend to. See `ForwardBatch.write`."""
         return self.batch.write(_stored(self.batch.pool, self.stores, layer_idx), key_states, value_states)
@@ -100,7 +100,7 @@ class AttentionRoute:
         scaling: float | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> tuple[Tensor, None]:
         """transformers' attention function: query [1, heads, rows, dim]; returns [1, rows, heads, value_dim]."""
         layer: Any = module.layer_idx

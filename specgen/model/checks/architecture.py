@@ -140,7 +140,7 @@ def _no_dense_mask(model: PreTrainedModel, reaches: Sequence[Reach]) -> str | No
     return None
 
 
-def _layers_by_config(model: PreTrainedModel, config: PreTrainedConfig) -> list[Any]:
+def _layers_by_config(model: PreTrainedModel, config: PreTrainedConfig) -> list[object]:
     """The layers of the cache that transformers' generate would hand to the model."""
     try:
         return list(DynamicCache(config=config).layers)
@@ -168,7 +168,7 @@ def _longrope_limit(config: PreTrainedConfig) -> int | None:
 
     So a long text would change what is said of a short one beside it; behind that length nothing is exact.
     """
-    ropes: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    ropes: dict[str, object] = getattr(config, "rope_parameters", None) or {}
     kinds = [
         kind for kind in (ropes, *ropes.values()) if isinstance(kind, dict) and kind.get("rope_type") == "longrope"
     ]
@@ -191,11 +191,11 @@ def _kind(config: PreTrainedConfig, index: int) -> str:
     return str(kinds[index]) if kinds and index < len(kinds) else "attention"
 
 
-def _window(layer: Any) -> int | None:
+def _window(layer: object) -> int | None:
     return getattr(layer, "sliding_window", None)
 
 
-def _state(layer: Any) -> str:
+def _state(layer: object) -> str:
     if type(layer) is DynamicLayer:
         return "keeps no keys and values: its state is elsewhere and cannot be rolled back after a rejected draft"
     return f"keeps a {type(layer).__name__}, which cannot be rolled back after a rejected draft"

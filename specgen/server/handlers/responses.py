@@ -192,7 +192,7 @@ class ResponseWriter:
         self._last = self._response(status, [*messages, *self._items], result)
         return [*found, self.event(f"response.{status}", response=self._last)]
 
-    def _text_event(self, type: str, **fields: Any) -> ResponseEvent:
+    def _text_event(self, type: str, **fields: object) -> ResponseEvent:
         return self.event(type, item_id=self._message_id, output_index=0, content_index=0, **fields)
 
     def _message(self, status: str) -> OutputItem:
