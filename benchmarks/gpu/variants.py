@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from specgen.kernels.draws import Draw, Warp
 from specgen.kernels.kv_layout import LayerPlanes
-from specgen.kernels.sample_rows import Draw, Warp
 from specgen.kernels.triton.kv_commit import kv_commit
 from specgen.kernels.triton.kv_write import kv_write
 from specgen.kernels.triton.sample_rows import sample_rows

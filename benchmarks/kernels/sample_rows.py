@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.kernels.case import Case, usable
 from specgen.kernels import reference
-from specgen.kernels.sample_rows import Draw, Warp
+from specgen.kernels.draws import Draw, Warp
 
 _SHAPES = ((1, 49_152), (16, 49_152), (16, 151_936))
 _WARPS = {"plain": Warp(), "warped": Warp(0.8, 40, 0.95, 0.05)}

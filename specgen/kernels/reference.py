@@ -14,7 +14,7 @@ from specgen.kernels.kv_codes import affine4, hadamard, rotated, scaled
 from specgen.kernels.kv_layout import Coding, LayerPlanes
 
 if TYPE_CHECKING:
-    from specgen.kernels.sample_rows import Draw
+    from specgen.kernels.draws import Draw
 
 _GOLDEN, _MIX1, _MIX2 = (n - 2**64 for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from specgen.kv.pool import KVPool
-
-if TYPE_CHECKING:
-    from specgen.kv.prefix_cache import PrefixCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,19 +22,23 @@ class Lease:
 
 
 class Pin:
-    """Pages that stay in the pool until `release`, or until no request could run without them."""
+    """Pages that stay in the pool until `release`, or until no request could run without them.
 
-    def __init__(self, cache: PrefixCache, pages: Sequence[int]) -> None:
-        self._cache = cache
+    pins: where it stands among others until then, the oldest first. The references to the pages are the caller's.
+    """
+
+    def __init__(self, pool: KVPool, pages: Sequence[int], pins: list[Pin]) -> None:
+        self._pool = pool
+        self._pins = pins
         self.held_pages = list(pages)
-        self.tokens = len(pages) * cache.pool.page_size
-        cache.pins.append(self)
-        cache.pool.attach(self)
+        self.tokens = len(pages) * pool.page_size
+        pins.append(self)
+        pool.attach(self)
 
     def release(self) -> None:
         """Let them go. Doing so twice is harmless."""
-        if self in self._cache.pins:
-            self._cache.pins.remove(self)
-            self._cache.pool.detach(self)
-            self._cache.pool.drop(reversed(self.held_pages))
+        if self in self._pins:
+            self._pins.remove(self)
+            self._pool.detach(self)
+            self._pool.drop(reversed(self.held_pages))
             self.tokens = 0

@@ -141,7 +141,8 @@ class PrefixCache:
 
     def pin(self, key: CacheKey, ids: Sequence[int]) -> Pin:
         """Keep the whole pages of `ids` that are cached now."""
-        return Pin(self, [node.page for node in self._hold(key, ids, len(ids)) if node.page is not None])
+        held = [node.page for node in self._hold(key, ids, len(ids)) if node.page is not None]
+        return Pin(self.pool, held, self.pins)
 
     def yield_pins(self, pages: int) -> bool:
         """Release pins, the oldest first, until `pages` pages can be taken: when otherwise no request could run."""

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from specgen.kernels.backends import pick
-from specgen.kernels.sample_rows import Draw, sample_rows
+from specgen.kernels.draws import Draw
+from specgen.kernels.sample_rows import sample_rows
 from specgen.kernels.top_tokens import on_host, top_tokens
 from specgen.sampling.sampler import Sampler
 from specgen.tree import depths

@@ -32,7 +32,7 @@ from transformers import (
 
 from specgen.errors import RequestFailed
 from specgen.kernels import reference
-from specgen.kernels.sample_rows import Warp
+from specgen.kernels.draws import Warp
 from specgen.sampling.params import SamplingParams
 from specgen.sampling.user_code import UserCode
 from specgen.types import LogitsProcessor, Logprob

@@ -129,7 +129,7 @@ class Writer(ABC):
         return self._spellings[choice].take(logprobs, text, result)
 
     def _request(self, job: Generation, choice: int) -> Request:
-        return job.prepared[choice // (self.asked.n or 1)][0]
+        return job.prepared[choice // (self.asked.n or 1)].request
 
     def trace(self, job: Generation, choice: int, output: StepOutput) -> StepTrace | UnsetType:
         """Who guessed what, where the request asks for it."""
@@ -206,7 +206,7 @@ def json_response(answer: msgspec.Struct, status: int = 200) -> web.Response:
 
 
 def _prompt_tokens(job: Generation) -> int:
-    return sum(len(request.ids) for request, _ in job.prepared)
+    return sum(len(prepared.request.ids) for prepared in job.prepared)
 
 
 def _usage(prompt: int, completion: int, *, cached: int = 0, accepted: int = 0, rejected: int = 0) -> Usage:

@@ -37,7 +37,7 @@ class Service:
     hosts: Hosts
     metrics: Metrics
     jobs: Jobs
-    asker: RequestTranslator
+    translator: RequestTranslator
     texts: Texts
     health: Health
     created: int = field(default_factory=lambda: int(time.time()))

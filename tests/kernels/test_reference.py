@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional
 
 from specgen.kernels import reference
-from specgen.kernels.sample_rows import Draw, Warp, sample_rows
+from specgen.kernels.draws import Draw, Warp
+from specgen.kernels.sample_rows import sample_rows
 from specgen.kv.formats import FORMATS, LayerShape
 from tests.support.attention import World
 from tests.support.sampled_rows import sampled

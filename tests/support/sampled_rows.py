@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specgen.kernels.sample_rows import Draw
+from specgen.kernels.draws import Draw
 from specgen.sampling.params import SamplingParams
 from specgen.sampling.sampler import PositionKeys, Sampler, processors
 

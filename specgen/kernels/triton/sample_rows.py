@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specgen.kernels.sample_rows import Draw
+from specgen.kernels.draws import Draw
 
 _BLOCK = 2048
 _FIELDS = tl.constexpr(7)

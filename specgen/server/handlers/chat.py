@@ -35,7 +35,7 @@ async def chat(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
     asked = await read(request, ChatRequest)
     service.check_model(asked.model)
-    prompts, params = await service.aside(request, lambda: service.asker.chat(asked, request[CALLER]))
+    prompts, params = await service.aside(request, lambda: service.translator.chat(asked, request[CALLER]))
     return await respond(request, ChatWriter(asked, service), prompts, params)
 
 

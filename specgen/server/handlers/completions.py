@@ -29,7 +29,7 @@ async def complete(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
     asked = await read(request, CompletionRequest)
     service.check_model(asked.model)
-    prompts, params = await service.aside(request, lambda: service.asker.completion(asked, request[CALLER]))
+    prompts, params = await service.aside(request, lambda: service.translator.completion(asked, request[CALLER]))
     return await respond(request, CompletionWriter(asked, service, prompts), prompts, params)
 
 

@@ -47,7 +47,7 @@ async def respond(request: web.Request) -> web.StreamResponse:
     service = request.app[SERVICE]
     asked = await read(request, ResponsesRequest)
     service.check_model(asked.model)
-    prompts, params = await service.aside(request, lambda: service.asker.chat(as_chat(asked), request[CALLER]))
+    prompts, params = await service.aside(request, lambda: service.translator.chat(as_chat(asked), request[CALLER]))
     writer = ResponseWriter(asked, service)
     running = service.jobs.run(request[CALLER], request[TIMING], prompts, params, "input", len(await whole(request)))
     if not asked.stream:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specgen.kernels.sample_rows import Draw, Warp
+from specgen.kernels.draws import Draw, Warp
 from tests.support.sampled_rows import sampled
 
 pytest.importorskip("triton")
