@@ -14,6 +14,7 @@ from specgen.model.attention.base import AttentionBackend
 from specgen.model.attention.choice import choose_backend
 from specgen.model.checks.architecture import Architecture
 from specgen.model.checks.invariance import CHECK_PAGES, check_invariance, refusal
+from specgen.model.checks.kv_format import check_kv_format
 from specgen.model.checks.quantisation import quantised_layers
 from specgen.model.forward.eager import EagerForward
 from specgen.model.hidden_states import HiddenStateTap
@@ -94,6 +95,7 @@ def pack_model(
     Raises UnsupportedModel, naming the layer and what to do instead.
     """
     wrapped = WrappedModel(model, pack=cpu_kernels and gpu_kernels is not True)
+    check_kv_format(kv_format, wrapped.architecture.shapes, wrapped.architecture.dtype)
     chosen = choose_backend(wrapped, kv_format, cpu_kernels=cpu_kernels, gpu_kernels=gpu_kernels)
     backend, layers = chosen.backend, None
     rounds = not kv_format.lossless and wrapped.architecture.dtype != torch.float64

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -160,4 +161,7 @@ async def _until_stopped(app: web.Application, stop: asyncio.Event) -> bool:
 def _on_signals(stop: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, stop)
+        if sys.platform == "win32":  # whose event loops know no signals
+            signal.signal(name, lambda *_: loop.call_soon_threadsafe(stop))
+        else:
+            loop.add_signal_handler(name, stop)
