@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypedDict
 
 import msgspec
+from msgspec import Meta
 
 from specgen._base.option_names import ENGINE
+from specgen._base.ranges import check_ranges
 from specgen.errors import InvalidRequest, UnknownName
 from specgen.lora.adapter import AdapterOptions
 from specgen.types import Speculation
@@ -17,16 +18,6 @@ from specgen.types import Speculation
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_LEAST = {
-    "max_context": 1,
-    "kv_tokens": 1,
-    "max_num_seqs": 1,
-    "max_prefill_tokens": 1,
-    "prefix_cache_bytes": 0,
-    "host_cache_bytes": 0,
-    "disk_cache_bytes": 0,
-    "response_cache_bytes": 0,
-}
 _DISK_BYTES = 10 << 30
 _RESPONSE_SECONDS = 600.0
 _NEEDS = (
@@ -36,8 +27,9 @@ _NEEDS = (
 """What says nothing unless another option is set, its default, and that option."""
 
 _INTER_TOKEN_SECONDS = 0.2
-_FLAGS = ("cpu_kernels", "gpu_graphs", "prefix_cache")
-_MAY_BE_NONE = ("max_context", "kv_tokens", "prefix_cache_bytes")
+_Positive: TypeAlias = Annotated[int, Meta(ge=1)]
+_Bytes: TypeAlias = Annotated[int, Meta(ge=0)]
+_Seconds: TypeAlias = Annotated[float, Meta(gt=0)]
 
 
 class EngineOptions(TypedDict, total=False):
@@ -114,25 +106,25 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     )
     context: tuple[Any, ...] = ("chat-template",)
     speculation: Speculation = Speculation()
-    max_context: int | None = None
-    kv_tokens: int | None = None
+    max_context: _Positive | None = None
+    kv_tokens: _Positive | None = None
     kv_format: str = "native"
     prefix_cache: bool = True
-    prefix_cache_bytes: int | None = None
-    host_cache_bytes: int = 0
+    prefix_cache_bytes: _Bytes | None = None
+    host_cache_bytes: _Bytes = 0
     disk_cache: str | Path | None = None
-    disk_cache_bytes: int = _DISK_BYTES
-    response_cache_bytes: int = 0
-    response_cache_seconds: float = _RESPONSE_SECONDS
+    disk_cache_bytes: _Bytes = _DISK_BYTES
+    response_cache_bytes: _Bytes = 0
+    response_cache_seconds: _Seconds = _RESPONSE_SECONDS
     batch_invariant: bool | None = None
     compile: bool | Literal["background"] = False
     cpu_kernels: bool = True
     gpu_kernels: bool | None = None
     gpu_graphs: bool = True
-    constraint_seconds: float = 5.0
-    max_num_seqs: int = 16
-    max_prefill_tokens: int = 512
-    inter_token_seconds: float | None = _INTER_TOKEN_SECONDS
+    constraint_seconds: _Seconds = 5.0
+    max_num_seqs: _Positive = 16
+    max_prefill_tokens: _Positive = 512
+    inter_token_seconds: _Seconds | None = _INTER_TOKEN_SECONDS
     adapters: AdapterOptions = AdapterOptions()
 
     @classmethod
@@ -171,39 +163,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         msgspec.structs.force_setattr(self, "drafters", _with_options(self.drafters))
         msgspec.structs.force_setattr(self, "context", _listed("context", self.context, "a stage, or a list of stages"))
-        self._check_choices()
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is None and name in _MAY_BE_NONE:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InvalidRequest(f"{name} is {value!r}; it must be a whole number, at least {least}", param=name)
-        self._check_caches()
-        self._check_seconds()
-        for name, default, needed in _NEEDS:
-            if getattr(self, name) != default and not getattr(self, needed):
-                message = f"{name} is {getattr(self, name)!r}, but {needed} is {getattr(self, needed)!r}; set it too"
-                raise InvalidRequest(message, param=name)
-
-    def _check_choices(self) -> None:
-        if not isinstance(self.batch_invariant, bool | None):
-            raise InvalidRequest(
-                f"batch_invariant is {self.batch_invariant!r}; choices: True, False, None", param="batch_invariant"
-            )
-        if not isinstance(self.compile, bool) and self.compile != "background":
-            message = f"compile is {self.compile!r}; choices: True, False, 'background'"
-            raise InvalidRequest(message, param="compile")
+        check_ranges(self)
         if self.compile == "background" and self.batch_invariant:
             message = (
                 "compile is 'background' and batch_invariant is True: bits would change when the compiled forward comes"
             )
             raise InvalidRequest(f"{message}; take compile=True", param="compile")
-        for name in _FLAGS:
-            if not isinstance(value := getattr(self, name), bool):
-                raise InvalidRequest(f"{name} is {value!r}; choices: True, False", param=name)
-        if not isinstance(self.gpu_kernels, bool | None):
-            message = f"gpu_kernels is {self.gpu_kernels!r}; choices: True, False, None"
-            raise InvalidRequest(message, param="gpu_kernels")
+        self._check_caches()
+        for name, default, needed in _NEEDS:
+            if getattr(self, name) != default and not getattr(self, needed):
+                message = f"{name} is {getattr(self, name)!r}, but {needed} is {getattr(self, needed)!r}; set it too"
+                raise InvalidRequest(message, param=name)
 
     def _check_caches(self) -> None:
         if not isinstance(self.disk_cache, str | Path | None) or self.disk_cache == "":
@@ -212,15 +182,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             if getattr(self, name) and not self.prefix_cache:
                 message = f"{name} is {getattr(self, name)!r}, but prefix_cache is off; set prefix_cache=True"
                 raise InvalidRequest(message, param=name)
-
-    def _check_seconds(self) -> None:
-        for name in ("response_cache_seconds", "inter_token_seconds", "constraint_seconds"):
-            seconds = getattr(self, name)
-            if seconds is None and name == "inter_token_seconds":
-                continue
-            number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
-            if not number or not 0 < seconds < math.inf:
-                raise InvalidRequest(f"{name} is {seconds!r}; it must be a finite number above 0", param=name)
 
 
 def _listed(name: str, value: object, wanted: str) -> tuple[Any, ...]:

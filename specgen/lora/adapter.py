@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from specgen._base.ranges import check_ranges
 from specgen.errors import InvalidRequest
 
 
@@ -102,19 +104,15 @@ class AdapterOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """
 
     root: str | Path | None = None
-    max_rank: int = 64
-    device_bytes: int = 1 << 30
-    host_bytes: int = 4 << 30
-    disk_bytes: int = 16 << 30
+    max_rank: Annotated[int, Meta(ge=0)] = 64
+    device_bytes: Annotated[int, Meta(ge=0)] = 1 << 30
+    host_bytes: Annotated[int, Meta(ge=0)] = 4 << 30
+    disk_bytes: Annotated[int, Meta(ge=0)] = 16 << 30
 
     def __post_init__(self) -> None:
         if not isinstance(self.root, str | Path | None):
             raise InvalidRequest(f"adapters.root is {self.root!r}; it must be a folder", param="adapters")
-        for name in ("max_rank", "device_bytes", "host_bytes", "disk_bytes"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                message = f"adapters.{name} is {value!r}; it must be a whole number, at least 0"
-                raise InvalidRequest(message, param="adapters")
+        check_ranges(self, owner="adapters.", param="adapters")
 
     @classmethod
     def of(cls, value: Mapping[str, Any] | AdapterOptions) -> AdapterOptions:

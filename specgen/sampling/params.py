@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence, Set
-from numbers import Integral, Real
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 from transformers import GenerationConfig
 
 from specgen._base.option_names import REQUEST
+from specgen._base.ranges import check_ranges, is_finite, plain
 from specgen.errors import InvalidRequest, UnknownName, check_text
 from specgen.types import Constraint, LogitsProcessor, Speculation, StoppingCriterion
 
@@ -38,7 +38,6 @@ _NOT_FOLLOWED: dict[str, tuple[object, ...]] = {
     "watermarking_config": (),
 }
 """What of a `generation_config.json` would change texts and is not followed, and its values that change none."""
-_FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "trace")
 _SEVERAL = (
     "allowed_token_ids",
     "banned_token_ids",
@@ -49,7 +48,7 @@ _SEVERAL = (
     "stopping_criteria",
 )
 _IDS = ("allowed_token_ids", "banned_token_ids", "stop_token_ids", "prediction")
-_MAX_SEED = 2**64
+_LAST_SEED = 2**64 - 1
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -87,30 +86,30 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     Raises InvalidRequest naming the field, its value and the choices.
     """
 
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    temperature: Annotated[float, Meta(ge=0)] | None = None
+    top_k: Annotated[int, Meta(ge=0)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    typical_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: tuple[int, ...] | None = None
     banned_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[str, ...] = ()
-    no_repeat_ngram_size: int | None = None
-    min_tokens: int | None = None
-    max_tokens: int | None = None
+    no_repeat_ngram_size: Annotated[int, Meta(ge=0)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     stopping_criteria: tuple[StoppingCriterion, ...] = ()
-    seed: int | None = None
-    n: int = 1
-    logprobs: int | None = None
+    seed: Annotated[int, Meta(ge=0, le=_LAST_SEED)] | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] = 1
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     processors: tuple[LogitsProcessor, ...] = ()
     plugin_processors: Mapping[str, Mapping[str, object]] | None = None
     constraint: Constraint | None = None
@@ -154,22 +153,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             _several(self, "prediction")
         for name in _IDS:
             _plain_ids(self, name)
-        for name in _FLAGS:
-            _flag(self, name)
-        _number(self, "temperature", 0.0, math.inf)
-        _number(self, "top_p", 0.0, 1.0, open_low=True)
-        _number(self, "typical_p", 0.0, 1.0, open_low=True)
-        _number(self, "min_p", 0.0, 1.0)
-        _number(self, "repetition_penalty", 0.0, math.inf, open_low=True)
-        _number(self, "presence_penalty", -2.0, 2.0)
-        _number(self, "frequency_penalty", -2.0, 2.0)
-        _integer(self, "top_k", 0)
-        _integer(self, "no_repeat_ngram_size", 0)
-        _integer(self, "min_tokens", 0)
-        _integer(self, "max_tokens", 1)
-        _integer(self, "seed", 0, _MAX_SEED - 1)
-        _integer(self, "n", 1, 128)
-        _integer(self, "logprobs", 0, 20)
+        check_ranges(self)
         for name in ("stop", "bad_words"):
             _strings(self, name)
         for name in ("processors", "stopping_criteria"):
@@ -233,65 +217,21 @@ def check_ids(ids: Iterable[object], vocab_size: int, param: str) -> None:
             raise InvalidRequest(f"{param} holds {token!r}; token ids are 0 to {vocab_size - 1}", param=param)
 
 
-def _plain(value: object) -> Any:
-    """numpy's and other numbers as Python's own; anything else as it is."""
-    if isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, Integral):
-        return int(value)
-    return float(value) if isinstance(value, Real) else value
-
-
 def _plain_ids(params: SamplingParams, name: str) -> None:
     value = getattr(params, name)
     if value is not None and not isinstance(value, str) and any(type(token) is not int for token in value):
-        msgspec.structs.force_setattr(params, name, tuple(map(_plain, value)))
+        msgspec.structs.force_setattr(params, name, tuple(map(plain, value)))
 
 
 def _plain_bias(params: SamplingParams) -> None:
     if not params.logit_bias:
         return
-    biases = {_plain(token): _plain(bias) for token, bias in params.logit_bias.items()}
+    biases = {plain(token): plain(bias) for token, bias in params.logit_bias.items()}
     for token, bias in biases.items():
         number = isinstance(bias, int | float) and not isinstance(bias, bool)
-        if not isinstance(token, int) or not number or not _is_finite(bias):
+        if not isinstance(token, int) or not number or not is_finite(bias):
             raise InvalidRequest(f"logit_bias {token!r}: {bias!r} is not token id: finite number", param="logit_bias")
     msgspec.structs.force_setattr(params, "logit_bias", biases)
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        # A whole number that no float holds.
-        return False
-
-
-def _number(params: SamplingParams, name: str, low: float, high: float, *, open_low: bool = False) -> None:
-    value = _plain(getattr(params, name))
-    if value is None:
-        return
-    number = isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
-    if not number or not (low < value if open_low else low <= value) or not value <= high:
-        bound = f"{'above' if open_low else 'from'} {low:g} to {high:g}"
-        raise InvalidRequest(f"{name} is {value!r}; it must be a finite number {bound}", param=name)
-    msgspec.structs.force_setattr(params, name, value)
-
-
-def _integer(params: SamplingParams, name: str, low: int, high: int | None = None) -> None:
-    value = _plain(getattr(params, name))
-    if value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-        bound = f"{low} to {high}" if high is not None else f"at least {low}"
-        raise InvalidRequest(f"{name} is {value!r}; it must be a whole number, {bound}", param=name)
-    msgspec.structs.force_setattr(params, name, value)
-
-
-def _flag(params: SamplingParams, name: str) -> None:
-    value = getattr(params, name)
-    if not isinstance(value, bool):
-        raise InvalidRequest(f"{name} is {value!r}; choices: True, False", param=name)
 
 
 def _several(params: SamplingParams, name: str) -> None:
