@@ -352,7 +352,7 @@ class Engine:
             context_length=self.target.context_length,
             device=self.target.device,
             pipeline=pipeline,
-            drafting=self._core.drafting,
+            drafters=tuple(self.config.drafters),
             plugin_processors=self.plugins.collect("logits_processors"),
             constraints=Constraints(self.plugins.collect("constraints"), setup, self.config.constraint_seconds),
             adapter_named=self.adapters.named,

@@ -13,7 +13,6 @@ from specgen.draft.budget import AcceptanceModel, RowCost, likeliest, worthwhile
 from specgen.draft.drafter import Drafter, DraftHints, DraftSession
 from specgen.draft.features import Features, Wanted
 from specgen.draft.merge import NO_DRAFT, Draft, Merged
-from specgen.errors import UnknownName
 from specgen.sampling.constraint import Constrained
 from specgen.tree import check, depths
 from specgen.types import EMPTY_TREE, MAX_TREE_NODES, DrafterStats, Speculation, TokenTree
@@ -85,12 +84,6 @@ class DraftManager:
         self._speedup = 1.0
         self._curious = [name for name, drafter in drafters.items() if drafter.wanted != Wanted()]
         self.wanted = Wanted.union(drafter.wanted for drafter in drafters.values())
-
-    def check_names(self, speculation: Speculation) -> None:
-        """Raise UnknownName if the request asks for a drafter that the engine does not have."""
-        for name in speculation.drafters or ():
-            if name not in self.drafters:
-                raise UnknownName("drafter", name, self.drafters, param="speculation")
 
     def open(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -15,7 +15,6 @@ from specgen._base.torch_state import plain_torch
 from specgen.context.length_bound import check_fits
 from specgen.context.pipeline import ContextPipeline
 from specgen.context.stage import Context
-from specgen.draft.manager import DraftManager
 from specgen.engine.detokenizer import Decoder, IncrementalDetokenizer
 from specgen.engine.request import PreparedRequest, Request, SampleSpec, StopRules
 from specgen.errors import InvalidRequest, SpecgenError, UnknownName
@@ -34,7 +33,7 @@ class RequestBuilder:
     """What an engine knows about its model, as far as building requests needs it.
 
     model: whose generation config is read at each request, as `generate` does.
-    adapter_named: finds a loaded adapter, or raises.
+    drafters: the names of those that the engine has. adapter_named: finds a loaded adapter, or raises.
     speculation: how requests draft that do not say it themselves.
     """
 
@@ -44,7 +43,7 @@ class RequestBuilder:
     context_length: int
     device: torch.device
     pipeline: ContextPipeline
-    drafting: DraftManager
+    drafters: Collection[str]
     plugin_processors: Mapping[str, LogitsProcessorFactory]
     constraints: Constraints
     adapter_named: Callable[[str], Adapter]
@@ -66,7 +65,7 @@ class RequestBuilder:
         params.check_vocabulary(self.vocab_size)
         self._check_text_needs(params)
         speculation = self.speculation if params.speculation is None else params.speculation
-        self.drafting.check_names(speculation)
+        self._check_drafters(speculation)
         params = params.resolved(self.defaults)
         ids = self.encode(prompt)
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -84,6 +83,11 @@ class RequestBuilder:
         ids = self.pipeline.run(Context.of(prompt, max_prompt_tokens=self.context_length - 1))
         check_ids(ids, self.vocab_size, "prompt")
         return ids
+
+    def _check_drafters(self, speculation: Speculation) -> None:
+        for name in speculation.drafters or ():
+            if name not in self.drafters:
+                raise UnknownName("drafter", name, self.drafters, param="speculation")
 
     def _sample(self, request: Request, index: int, matcher: Matcher | None, *, copies: bool) -> SampleSpec:
         params = request.params

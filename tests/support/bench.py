@@ -87,7 +87,7 @@ class Bench:
             context_length=self.target.context_length,
             device=self.target.device,
             pipeline=ContextPipeline.build(("chat-template",), stages, tokenizer),
-            drafting=self.core.drafting,
+            drafters=tuple(drafters or ()),
             plugin_processors={},
             constraints=Constraints({}, ConstraintSetup(tokenizer, self.target.vocab_size)),
             adapter_named={}.__getitem__,
