@@ -101,10 +101,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Raises InvalidRequest naming the field.
     """
 
-    drafters: Mapping[str, Mapping[str, Any]] = msgspec.field(
+    drafters: Mapping[str, Mapping[str, object]] = msgspec.field(
         default_factory=lambda: {"grammar": {}, "prediction": {}, "prompt-lookup": {}, "recycling": {}}
     )
-    context: tuple[Any, ...] = ("chat-template",)
+    context: tuple[str | tuple[str, Mapping[str, object]], ...] = ("chat-template",)
     speculation: Speculation = Speculation()
     max_context: _Positive | None = None
     kv_tokens: _Positive | None = None
@@ -128,10 +128,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     adapters: AdapterOptions = AdapterOptions()
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> EngineConfig:
+    def of(cls, options: Mapping[str, object]) -> EngineConfig:
         """Build from keywords as users write them: drafters as a list of names or a mapping, `draft_model` as a
         shorthand for the drafter of that name."""
-        values = dict(options)
+        values: dict[str, Any] = dict(options)
         drafters = values.pop("drafters", None)
         draft_model = values.pop("draft_model", None)
         for name in values:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import msgspec
 
@@ -53,6 +53,7 @@ class StoppingCriterion(Protocol):
         """Whether a text ends behind its last token: ids int64[1, n] and logits float32[1, vocab] to truth."""
 
 
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 Message: TypeAlias = Mapping[str, object]
 Prompt: TypeAlias = "str | Sequence[int] | Sequence[Message] | Chat"
 """One prompt: text, token ids, or messages (`{"role": ..., "content": ...}`), with what their template wants or not."""
@@ -171,9 +172,10 @@ class Constraint:
             raise InvalidRequest(f"{param} {name!r} must hold JSON: {error}", param=param) from None
 
     @property
-    def value(self) -> Any:
+    def value(self) -> Json:
         """The value, made anew."""
-        return json.loads(self.json)
+        value: Json = json.loads(self.json)
+        return value
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from specgen._base.log import Log
 from specgen._base.timed_threads import TimedThreads
 from specgen.errors import InvalidRequest, Overloaded, UnknownName
 from specgen.tree import path, select
-from specgen.types import EMPTY_TREE, AnyTokenizer, Constraint, TokenTree
+from specgen.types import EMPTY_TREE, AnyTokenizer, Constraint, Json, TokenTree
 
 log = Log("specgen.constraint")
 
@@ -82,8 +82,6 @@ class ConstraintSetup:
     vocab_size: int
     end_ids: tuple[int, ...] = ()
 
-
-Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 ConstraintFactory: TypeAlias = Callable[[ConstraintSetup, Json], Matcher]
 """`factory(setup, value) -> Matcher`: `value` is what the request says, in JSON's types.

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 import specgen
 from specgen import EngineConfig, EngineOptions, SamplingOptions, SamplingParams
 
+ANY = re.compile(r"\bAny\b")
 NAMES = [
     "AdapterRefused",
     "Chat",
@@ -98,6 +102,21 @@ def test_the_public_names_are_these() -> None:
 def test_keywords_are_the_fields() -> None:
     assert set(SamplingOptions.__annotations__) == set(SamplingParams.__struct_fields__)
     assert set(EngineOptions.__annotations__) == {*EngineConfig.__struct_fields__, "draft_model"}
+
+
+def test_no_public_signature_holds_any() -> None:
+    """Of classes their fields, methods and properties: what a user's type checker sees."""
+    holding = [where for name in NAMES for where, hint in _hints(name, getattr(specgen, name)) if ANY.search(hint)]
+    assert not holding
+
+
+def _hints(name: str, thing: object) -> Iterator[tuple[str, str]]:
+    members = vars(thing).items() if inspect.isclass(thing) else ()
+    shown = [(f"{name}.{member}", value) for member, value in members if not member.startswith("_")]
+    for where, value in [(name, thing), *shown]:
+        function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+        for part, hint in getattr(function, "__annotations__", {}).items():
+            yield f"{where}: {part}", str(hint)
 
 
 def test_the_import_is_quick() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ def custom_generate(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    speculation: Any = "auto",
+    speculation: Literal["auto", "off"] | Mapping[str, object] | Speculation = "auto",
     streamer: BaseStreamer | None = None,
     tokenizer: AnyTokenizer | None = None,
     **model_kwargs: object,
