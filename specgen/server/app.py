@@ -57,7 +57,7 @@ async def admit(request: web.Request, handler: Handler) -> web.StreamResponse:
     if access == "admin":
         service.keys.check_admin(caller)
     if request.method == "POST":
-        service.jobs.gate.check_rate(caller)
+        service.generations.gate.check_rate(caller)
     return await handler(request)
 
 
@@ -75,7 +75,7 @@ async def _beside(app: web.Application) -> AsyncIterator[None]:
     watching.cancel()
     with suppress(asyncio.CancelledError):
         await watching
-    service.jobs.close()
+    service.generations.close()
 
 
 _ACCESS: web.AppKey[dict[object, Access]] = web.AppKey("access", dict)

@@ -38,7 +38,7 @@ class Generation:
 
     @property
     def request_ids(self) -> list[str]:
-        """The engine's names of what it has of this job."""
+        """The engine's names of what it has of this generation."""
         return [stream.request_id for stream in self._streams]
 
     async def outputs(self) -> AsyncIterator[tuple[int, StepOutput]]:
@@ -83,14 +83,14 @@ class Generation:
             stream.cancel()
 
 
-class Jobs:
+class Generations:
     """Brings requests to an engine and keeps account of those that are there."""
 
     def __init__(self, engine: Engine, config: ServerConfig) -> None:
         self.engine = engine
         self.gate = AdmissionControl(config, engine.config.max_num_seqs)
         self._config = config
-        self._jobs: set[Generation] = set()
+        self._running: set[Generation] = set()
         self._accounting: set[asyncio.Task[None]] = set()
         self._ended: ApiError | None = None
         self._preparing = Preparing()
@@ -99,7 +99,7 @@ class Jobs:
     async def run(
         self, caller: Caller, timing: Timing, prompts: Sequence[Prompt], params: SamplingParams, field: str, size: int
     ) -> AsyncIterator[Generation]:
-        """A job for prompts, ended on the way out.
+        """A generation for prompts, ended on the way out.
 
         field: where the prompts stand in the request, for errors. size: bytes of its body.
 
@@ -109,13 +109,13 @@ class Jobs:
             async with in_time(timing.arrival, self._config.request_seconds):
                 async with self._patience(timing.arrival):
                     prepared = await self._prepared(prompts, params, field, size)
-                async with self._started(prepared, timing) as job:
+                async with self._started(prepared, timing) as generation:
                     place.started()
-                    with self._ending_if_waiting(job, timing.arrival):
+                    with self._ending_if_waiting(generation, timing.arrival):
                         try:
-                            yield job
+                            yield generation
                         finally:
-                            place.was_served = job.has_begun
+                            place.was_served = generation.has_begun
 
     async def text(self, caller: Caller, timing: Timing, function: Callable[[], T], size: int) -> T:
         """What `function` makes of the text of a request with a body of `size` bytes, which is let in as a sequence is.
@@ -133,8 +133,8 @@ class Jobs:
     def end_all(self, failure: ApiError) -> None:
         """Tell all who wait that the server ends their requests, those too whose prompts are still prepared."""
         self._ended = failure
-        for job in list(self._jobs):
-            job.end(failure)
+        for generation in list(self._running):
+            generation.end(failure)
 
     def close(self) -> None:
         """Let the threads go, and what nobody will count any more."""
@@ -169,22 +169,24 @@ class Jobs:
             raise self._waited() from None
 
     @contextmanager
-    def _ending_if_waiting(self, job: Generation, arrival: float) -> Iterator[None]:
-        """End a job that the engine has not begun when there is an end to waiting."""
+    def _ending_if_waiting(self, generation: Generation, arrival: float) -> Iterator[None]:
+        """End a generation that the engine has not begun when there is an end to waiting."""
         most = self._config.max_waiting_seconds
         if most is None:
             yield
             return
-        watch = asyncio.create_task(self._end_if_waiting(job, arrival + most - time.monotonic()))
+        watch = asyncio.create_task(self._end_if_waiting(generation, arrival + most - time.monotonic()))
         try:
             yield
         finally:
             watch.cancel()
 
-    async def _end_if_waiting(self, job: Generation, seconds: float) -> None:
+    async def _end_if_waiting(self, generation: Generation, seconds: float) -> None:
         await asyncio.sleep(seconds)
-        if not job.has_begun and await self.in_thread(lambda: all(map(self.engine.is_waiting, job.request_ids))):
-            job.end(self._waited())
+        if not generation.has_begun and await self.in_thread(
+            lambda: all(map(self.engine.is_waiting, generation.request_ids))
+        ):
+            generation.end(self._waited())
 
     def _waited(self) -> ApiError:
         message = f"the server is busy: it did not begin within {self._config.max_waiting_seconds:g} seconds"
@@ -194,14 +196,14 @@ class Jobs:
     async def _started(self, prepared: Sequence[PreparedRequest], timing: Timing) -> AsyncIterator[Generation]:
         if self._ended is not None:
             raise self._ended
-        job = Generation(prepared, self.engine.start(*prepared), timing)
-        self._jobs.add(job)
+        generation = Generation(prepared, self.engine.start(*prepared), timing)
+        self._running.add(generation)
         try:
-            yield job
+            yield generation
         finally:
-            self._jobs.discard(job)
-            job.end(job.failure)
-            accounting = asyncio.create_task(job.account())
+            self._running.discard(generation)
+            generation.end(generation.failure)
+            accounting = asyncio.create_task(generation.account())
             self._accounting.add(accounting)
             accounting.add_done_callback(self._accounting.discard)
 

@@ -1,4 +1,4 @@
-"""What chats and completions share when they answer: usage, metrics, padding, and the way from a job to a response."""
+"""What chats and completions share when they answer: usage, metrics, padding, the way from a generation to a body."""
 
 from __future__ import annotations
 
@@ -57,39 +57,39 @@ class Writer(ABC):
         self._spellings: dict[int, Spelling] = {}
         self._tracers: dict[int, Tracer] = {}
 
-    async def begin(self, job: Generation) -> None:
-        """What is to be done when the job was accepted, before the answer."""
+    async def begin(self, generation: Generation) -> None:
+        """What is to be done when the generation was accepted, before the answer."""
 
     @abstractmethod
-    def answer(self, job: Generation, results: Sequence[Result]) -> msgspec.Struct:
+    def answer(self, generation: Generation, results: Sequence[Result]) -> msgspec.Struct:
         """The whole answer."""
 
     @abstractmethod
-    def chunks(self, job: Generation, choice: int, output: StepOutput) -> list[Any]:
+    def chunks(self, generation: Generation, choice: int, output: StepOutput) -> list[Any]:
         """The events that one output of a choice makes."""
 
     @abstractmethod
     def last_chunk(self, usage: Usage, metrics: RequestMetrics | UnsetType) -> Any:
         """The event without choices that holds the usage."""
 
-    async def events(self, job: Generation) -> AsyncIterator[msgspec.Struct]:
+    async def events(self, generation: Generation) -> AsyncIterator[msgspec.Struct]:
         """All events of a stream, but for its [DONE]."""
-        await self.begin(job)
+        await self.begin(generation)
         results: list[Result] = []
-        async for choice, output in job.outputs():
+        async for choice, output in generation.outputs():
             self._completion += len(output.tokens)
             if output.result is not None:
                 results.append(output.result)
-            for chunk in self.chunks(job, choice, output):
+            for chunk in self.chunks(generation, choice, output):
                 if self.options.continuous_usage_stats:
-                    chunk.usage = _usage(_prompt_tokens(job), self._completion)
+                    chunk.usage = _usage(_prompt_tokens(generation), self._completion)
                 elif self.options.include_usage:
                     chunk.usage = None
                 if self.options.include_obfuscation:
                     chunk.obfuscation = _padding(chunk)
                 yield chunk
         if self.options.include_usage:
-            yield self.last_chunk(usage(job, results), self.metrics(results))
+            yield self.last_chunk(usage(generation, results), self.metrics(results))
 
     def metrics(self, results: Sequence[Result]) -> RequestMetrics | UnsetType:
         """Acceptance, as far as the server tells it."""
@@ -118,33 +118,33 @@ class Writer(ABC):
         return RequestMetrics(found)
 
     def spelt(
-        self, job: Generation, choice: int, logprobs: Sequence[Logprob], text: str, result: Result | None
+        self, generation: Generation, choice: int, logprobs: Sequence[Logprob], text: str, result: Result | None
     ) -> list[tuple[int, Logprob]]:
         """(place in the text, log-probability) of the tokens of a choice that may be shown by now: see `Spelling`."""
-        request = self._request(job, choice)
+        request = self._request(generation, choice)
         if request.params.logprobs is None:
             return []
         if choice not in self._spellings:
             self._spellings[choice] = self.service.texts.spelling(request)
         return self._spellings[choice].take(logprobs, text, result)
 
-    def _request(self, job: Generation, choice: int) -> Request:
-        return job.prepared[choice // (self.asked.n or 1)].request
+    def _request(self, generation: Generation, choice: int) -> Request:
+        return generation.prepared[choice // (self.asked.n or 1)].request
 
-    def trace(self, job: Generation, choice: int, output: StepOutput) -> StepTrace | UnsetType:
+    def trace(self, generation: Generation, choice: int, output: StepOutput) -> StepTrace | UnsetType:
         """Who guessed what, where the request asks for it."""
-        request = self._request(job, choice)
+        request = self._request(generation, choice)
         if not request.params.trace or not output.tokens:
             return UNSET
         tracer = self._tracers.setdefault(choice, self.service.texts.tracer(request))
         return tracer.trace(output)
 
 
-def usage(job: Generation, results: Sequence[Result]) -> Usage:
+def usage(generation: Generation, results: Sequence[Result]) -> Usage:
     """The tokens of a request: each prompt once, all of its sequences, and what became of a prediction."""
     shares = [share for result in results for name, share in result.stats.by_drafter.items() if name == "prediction"]
     return _usage(
-        _prompt_tokens(job),
+        _prompt_tokens(generation),
         sum(result.usage.completion_tokens for result in results),
         cached=sum(result.usage.cached_tokens for result in results if result.index == 0),
         accepted=sum(share.accepted for share in shares),
@@ -157,17 +157,17 @@ async def respond(
 ) -> web.StreamResponse:
     """Run a request and answer it, whole or as a stream."""
     service = request.app[SERVICE]
-    running = service.jobs.run(
+    running = service.generations.run(
         request[CALLER], request[TIMING], prompts, params, writer.field, len(await whole(request))
     )
     if not writer.asked.stream:
-        async with running as job:
-            await writer.begin(job)
-            results = await job.results()
+        async with running as generation:
+            await writer.begin(generation)
+            results = await generation.results()
             if params.logprobs is None:
-                return json_response(writer.answer(job, results))
+                return json_response(writer.answer(generation, results))
             # The text of each token and of those that were likely too takes a while.
-            return json_response(await service.jobs.in_thread(lambda: writer.answer(job, results)))
+            return json_response(await service.generations.in_thread(lambda: writer.answer(generation, results)))
     return await stream(request, running, writer.events)
 
 
@@ -179,15 +179,15 @@ async def stream(
     *,
     named: bool = False,
 ) -> web.StreamResponse:
-    """Run a job and send its events; what fails before the first one is raised.
+    """Run a generation and send its events; what fails before the first one is raised.
 
     failed: the event for an error. named: each event says its type in a line of its own, and none says [DONE].
     """
     config = request.app[SERVICE].config
     sent = EventStream(request, write=config.write_seconds, ping=config.ping_seconds, named=named)
     try:
-        async with running as job:
-            await sent.feed(events(job))
+        async with running as generation:
+            await sent.feed(events(generation))
         await sent.done()
     except ReaderTooSlow:
         report(request, "the client read too slowly")
@@ -205,8 +205,8 @@ def json_response(answer: msgspec.Struct, status: int = 200) -> web.Response:
     return web.Response(body=msgspec.json.encode(answer), status=status, content_type="application/json")
 
 
-def _prompt_tokens(job: Generation) -> int:
-    return sum(len(prepared.request.ids) for prepared in job.prepared)
+def _prompt_tokens(generation: Generation) -> int:
+    return sum(len(prepared.request.ids) for prepared in generation.prepared)
 
 
 def _usage(prompt: int, completion: int, *, cached: int = 0, accepted: int = 0, rejected: int = 0) -> Usage:

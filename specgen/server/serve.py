@@ -80,7 +80,7 @@ async def serve(
 async def drain(app: web.Application, now: asyncio.Event) -> None:
     """Take no more requests and wait for those that are there, as long as the config says or until `now`."""
     service = app[SERVICE]
-    gate = service.jobs.gate
+    gate = service.generations.gate
     gate.is_draining = True
     log.info("draining", sequences=gate.sequences, seconds=service.config.shutdown_seconds)
     waiting = {asyncio.create_task(gate.until_empty()), asyncio.create_task(now.wait())}
@@ -89,7 +89,7 @@ async def drain(app: web.Application, now: asyncio.Event) -> None:
     for task in waiting:
         task.cancel()
     if gate.sequences and not now.is_set():
-        service.jobs.end_all(ApiError(503, "the server is shutting down", code="shutting_down", retry=1))
+        service.generations.end_all(ApiError(503, "the server is shutting down", code="shutting_down", retry=1))
         with suppress(TimeoutError):
             await asyncio.wait_for(gate.until_empty(), _LAST_WORDS_SECONDS)
 

@@ -13,7 +13,7 @@ from aiohttp import web
 from specgen.api.engine import Engine
 from specgen.server.auth import CALLER, Keys
 from specgen.server.config import ServerConfig
-from specgen.server.generation import Jobs
+from specgen.server.generation import Generations
 from specgen.server.health import Health
 from specgen.server.hosts import Hosts
 from specgen.server.metrics import TIMING, Metrics
@@ -36,7 +36,7 @@ class Service:
     keys: Keys
     hosts: Hosts
     metrics: Metrics
-    jobs: Jobs
+    generations: Generations
     translator: RequestTranslator
     texts: Texts
     health: Health
@@ -46,8 +46,8 @@ class Service:
     def of(cls, engine: Engine, config: ServerConfig) -> Service:
         """Build it around an engine that stays the caller's."""
         name = config.served_model_name or _name(engine)
-        jobs = Jobs(engine, config)
-        metrics = Metrics(engine, name, lambda: jobs.gate.preparing, compat=config.metrics_compat == "vllm")
+        generations = Generations(engine, config)
+        metrics = Metrics(engine, name, lambda: generations.gate.preparing, compat=config.metrics_compat == "vllm")
         return cls(
             engine,
             config,
@@ -55,7 +55,7 @@ class Service:
             Keys(config.api_keys, config.admin_key),
             Hosts(config),
             metrics,
-            jobs,
+            generations,
             RequestTranslator(config, name, engine),
             Texts(engine.tokenizer),
             Health(engine, config),
@@ -74,7 +74,7 @@ class Service:
     async def text(self, request: web.Request, function: Callable[[], T]) -> T:
         """What `function` makes of the text of a request that was read, on a thread and counted as waiting."""
         size = len(await whole(request))
-        return await self.jobs.text(request[CALLER], request[TIMING], function, size)
+        return await self.generations.text(request[CALLER], request[TIMING], function, size)
 
     def models(self) -> list[str]:
         """The names that requests may use: the model's and its adapters'."""

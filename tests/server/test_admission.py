@@ -108,7 +108,7 @@ async def test_what_is_prepared_waits(shared_engine: Engine, path: str, body: di
     async with serving(shared_engine, max_queued=0) as world:
         with held(shared_engine) as go:
             async with asking(world, path, body) as asked:
-                await until(lambda: world.service.jobs.gate.preparing == sequences)
+                await until(lambda: world.service.generations.gate.preparing == sequences)
                 assert (await world.metrics())[WAITING] == sequences
                 refused = await post(world, CHAT, {**SHORT, "n": ROOM + 1 - sequences})
                 assert (refused[0], refused[1]["error"]["code"]) == (429, "queue_full")
@@ -121,7 +121,7 @@ async def test_small_requests_overtake_large_ones(shared_engine: Engine) -> None
     async with serving(shared_engine) as world:
         with held(shared_engine, least=SMALL_BYTES) as go:
             async with asking(world, "/tokenize", {"prompt": LARGE}, times=6) as tasks:
-                await until(lambda: world.service.jobs.gate.preparing == 6)
+                await until(lambda: world.service.generations.gate.preparing == 6)
                 assert (await post(world, CHAT, SHORT))[0] == 200
                 assert (await post(world, "/tokenize", {"prompt": "a"}))[0] == 200
                 assert not any(task.done() for task in tasks)
@@ -132,12 +132,12 @@ async def test_the_texts_of_one_key_have_a_share_of_their_own(shared_engine: Eng
     async with serving(shared_engine, key_sequences=1) as world:
         with held(shared_engine) as go:
             async with asking(world, "/tokenize", {"prompt": "abc"}):
-                await until(lambda: world.service.jobs.gate.preparing)
+                await until(lambda: world.service.generations.gate.preparing)
                 status, answer, _ = await post(world, "/tokenize", {"prompt": "abc"})
                 assert (status, answer["error"]["code"]) == (429, "too_many_sequences")
                 assert answer["error"]["message"] == "2 texts at once with this key; at most 1"
                 async with asking(world, CHAT, SHORT) as chats:
-                    await until(lambda: world.service.jobs.gate.preparing == 2)
+                    await until(lambda: world.service.generations.gate.preparing == 2)
                     go.set()
                 assert chats[0].result()[0] == 200
 
@@ -165,7 +165,7 @@ async def test_what_is_compiled_without_end_holds_up_only_its_like() -> None:
         async with serving(own) as world:
             try:
                 async with asking(world, CHAT, {**SHORT, "guided_regex": "a"}, times=12) as tasks:
-                    await until(lambda: world.service.jobs.gate.preparing == 12)
+                    await until(lambda: world.service.generations.gate.preparing == 12)
                     assert (await post(world, CHAT, SHORT))[0] == 200
                 answers = [task.result() for task in tasks]
             finally:

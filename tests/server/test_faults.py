@@ -419,9 +419,9 @@ async def test_a_client_that_leaves_while_its_prompt_is_prepared(shared_engine: 
             patch.setattr(shared_engine, "prepare", slowly)
             steps = shared_engine.counters.steps
             reader = await asyncio.to_thread(connect, world, LONG)
-            await until(lambda: world.service.jobs.gate.sequences)
+            await until(lambda: world.service.generations.gate.sequences)
             reader.close()
-            await until(lambda: not world.service.jobs.gate.sequences)
+            await until(lambda: not world.service.generations.gate.sequences)
             await asyncio.sleep(0.4)
         assert shared_engine.counters.steps == steps
 
@@ -437,8 +437,8 @@ async def test_a_reader_that_never_reads_is_let_go(shared_engine: Any) -> None:
             f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
         )
         reader.sendall(head.encode() + data)
-        await until(lambda: world.service.jobs.gate.sequences)
-        await until(lambda: not world.service.jobs.gate.sequences)
+        await until(lambda: world.service.generations.gate.sequences)
+        await until(lambda: not world.service.generations.gate.sequences)
         await until(lambda: not world.engine.load.running)
         reader.close()
         assert (await world.client().chat.completions.create(**SHORT)).choices
@@ -500,7 +500,7 @@ async def test_a_full_queue_is_told_before_anything_heavy(shared_engine: Any) ->
             first = asyncio.create_task(
                 world.http.post(f"{world.url}{PATH}", json={**LONG, "max_tokens": 8, "n": room})
             )
-            await until(lambda: world.service.jobs.gate.sequences == room)
+            await until(lambda: world.service.generations.gate.sequences == room)
             async with world.http.post(f"{world.url}{PATH}", json=SHORT) as answer:
                 assert answer.status == 429
                 assert answer.headers["Retry-After"] == "1"
@@ -518,12 +518,12 @@ async def test_a_key_has_its_share_and_its_rate(shared_engine: Any) -> None:
         first = asyncio.create_task(
             world.http.post(f"{world.url}{PATH}", json=LONG, headers={"Authorization": "Bearer one"})
         )
-        await until(lambda: world.service.jobs.gate.sequences)
+        await until(lambda: world.service.generations.gate.sequences)
         with pytest.raises(openai.RateLimitError, match="at most 1"):
             await world.client("one").chat.completions.create(**SHORT)
         assert (await world.client("two").chat.completions.create(**SHORT)).choices
         first.cancel()
-        await until(lambda: not world.service.jobs.gate.sequences)
+        await until(lambda: not world.service.generations.gate.sequences)
         assert (await world.client("one").chat.completions.create(**SHORT)).choices
         with pytest.raises(openai.RateLimitError, match="3 per 1 minute") as caught:
             await world.client("one").chat.completions.create(**SHORT)

@@ -182,7 +182,7 @@ class World:
 
     async def idle(self) -> None:
         """Wait until nothing runs; then nothing may be held."""
-        await until(lambda: not (self.service.jobs.gate.sequences or self.engine._core.busy))
+        await until(lambda: not (self.service.generations.gate.sequences or self.engine._core.busy))
         await asyncio.to_thread(self.engine.check)
 
 

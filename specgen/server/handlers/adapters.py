@@ -30,7 +30,7 @@ async def load_adapter(request: web.Request) -> web.StreamResponse:
     adapters = service.engine.adapters
     put = adapters.reload if asked.load_inplace else adapters.load
     try:
-        await service.jobs.in_thread(lambda: put(asked.lora_name, asked.lora_path))
+        await service.generations.in_thread(lambda: put(asked.lora_name, asked.lora_path))
     except InvalidRequest as error:
         raise invalid(_without(root, str(error)), "lora_path") from None
     return json_response(Status("loaded"))
@@ -40,7 +40,7 @@ async def unload_adapter(request: web.Request) -> web.StreamResponse:
     """Forget an adapter; requests that use it go on."""
     service = request.app[SERVICE]
     asked = await read(request, UnloadAdapterRequest)
-    await service.jobs.in_thread(lambda: service.engine.adapters.unload(asked.lora_name, timeout=0.0))
+    await service.generations.in_thread(lambda: service.engine.adapters.unload(asked.lora_name, timeout=0.0))
     return json_response(Status("unloaded"))
 
 

@@ -55,18 +55,18 @@ class ChatWriter(Writer):
         self._begun: set[int] = set()
         self._sent: Counter[int] = Counter()
 
-    def answer(self, job: Generation, results: Sequence[Result]) -> ChatAnswer:
+    def answer(self, generation: Generation, results: Sequence[Result]) -> ChatAnswer:
         """The whole answer."""
         return ChatAnswer(
             id=self.id,
             created=self.created,
             model=self.model,
-            choices=[self._choice(job, choice, result) for choice, result in enumerate(results)],
-            usage=usage(job, results),
+            choices=[self._choice(generation, choice, result) for choice, result in enumerate(results)],
+            usage=usage(generation, results),
             metrics=self.metrics(results),
         )
 
-    def chunks(self, job: Generation, choice: int, output: StepOutput) -> list[ChatChunk]:
+    def chunks(self, generation: Generation, choice: int, output: StepOutput) -> list[ChatChunk]:
         """The role comes with the first output, the reason of the end behind the last."""
         found = []
         if choice not in self._begun:
@@ -76,9 +76,9 @@ class ChatWriter(Writer):
         added = ChatChunkChoice(
             index=choice,
             delta=Delta(content=said or None, tool_calls=self._deltas(choice, calls) or None),
-            logprobs=self._logprobs(self.spelt(job, choice, output.logprobs, output.text, output.result)),
+            logprobs=self._logprobs(self.spelt(generation, choice, output.logprobs, output.text, output.result)),
             token_ids=list(output.tokens) if self.asked.return_token_ids and output.tokens else UNSET,
-            trace=self.trace(job, choice, output),
+            trace=self.trace(generation, choice, output),
         )
         if said or calls or added.logprobs or added.token_ids or added.trace:
             found.append(added)
@@ -97,12 +97,12 @@ class ChatWriter(Writer):
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
         return ChatChunk(id=self.id, created=self.created, model=self.model, choices=choices)
 
-    def _choice(self, job: Generation, choice: int, result: Result) -> ChatChoice:
+    def _choice(self, generation: Generation, choice: int, result: Result) -> ChatChoice:
         said, calls = self._parts(choice, result.text, result)
         return ChatChoice(
             index=choice,
             message=AssistantMessage(said if said or not calls else None, tool_calls=calls or UNSET),
-            logprobs=self._logprobs(self.spelt(job, choice, result.logprobs, result.text, result)),
+            logprobs=self._logprobs(self.spelt(generation, choice, result.logprobs, result.text, result)),
             finish_reason=self._finish_reason(choice, result),
             stop_reason=result.stop,
             token_ids=list(result.ids) if self.asked.return_token_ids else UNSET,

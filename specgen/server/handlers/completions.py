@@ -46,27 +46,27 @@ class CompletionWriter(Writer):
         self._samples = asked.n or 1
         self._begun: set[int] = set()
 
-    async def begin(self, job: Generation) -> None:
+    async def begin(self, generation: Generation) -> None:
         """Spell the prompts out, where they are wanted: by now their ids were checked."""
         if self._echoed:
             spell = self.service.texts.prompt
-            self._echoes = await self.service.jobs.in_thread(lambda: [spell(prompt) for prompt in self._echoed])
+            self._echoes = await self.service.generations.in_thread(lambda: [spell(prompt) for prompt in self._echoed])
 
-    def answer(self, job: Generation, results: Sequence[Result]) -> CompletionAnswer:
+    def answer(self, generation: Generation, results: Sequence[Result]) -> CompletionAnswer:
         """The whole answer."""
-        answer = self._answer([self._choice(job, choice, result) for choice, result in enumerate(results)])
-        answer.usage, answer.metrics = usage(job, results), self.metrics(results)
+        answer = self._answer([self._choice(generation, choice, result) for choice, result in enumerate(results)])
+        answer.usage, answer.metrics = usage(generation, results), self.metrics(results)
         return answer
 
-    def chunks(self, job: Generation, choice: int, output: StepOutput) -> list[CompletionAnswer]:
+    def chunks(self, generation: Generation, choice: int, output: StepOutput) -> list[CompletionAnswer]:
         """One for each output that has something to say."""
         text = self._echo(choice) + output.text
         added = CompletionChoice(
             index=choice,
             text=text,
-            logprobs=self._logprobs(self.spelt(job, choice, output.logprobs, output.text, output.result)),
+            logprobs=self._logprobs(self.spelt(generation, choice, output.logprobs, output.text, output.result)),
             token_ids=list(output.tokens) if self.asked.return_token_ids and output.tokens else UNSET,
-            trace=self.trace(job, choice, output),
+            trace=self.trace(generation, choice, output),
         )
         if output.result is not None:
             added.finish_reason, added.stop_reason = output.result.finish_reason, output.result.stop
@@ -83,11 +83,11 @@ class CompletionWriter(Writer):
     def _answer(self, choices: list[CompletionChoice]) -> CompletionAnswer:
         return CompletionAnswer(id=self.id, created=self.created, model=self.model, choices=choices)
 
-    def _choice(self, job: Generation, choice: int, result: Result) -> CompletionChoice:
+    def _choice(self, generation: Generation, choice: int, result: Result) -> CompletionChoice:
         return CompletionChoice(
             index=choice,
             text=self._echo(choice) + result.text,
-            logprobs=self._logprobs(self.spelt(job, choice, result.logprobs, result.text, result)),
+            logprobs=self._logprobs(self.spelt(generation, choice, result.logprobs, result.text, result)),
             finish_reason=result.finish_reason,
             stop_reason=result.stop,
             token_ids=list(result.ids) if self.asked.return_token_ids else UNSET,

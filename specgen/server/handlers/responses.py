@@ -49,10 +49,12 @@ async def respond(request: web.Request) -> web.StreamResponse:
     service.check_model(asked.model)
     prompts, params = await service.aside(request, lambda: service.translator.chat(as_chat(asked), request[CALLER]))
     writer = ResponseWriter(asked, service)
-    running = service.jobs.run(request[CALLER], request[TIMING], prompts, params, "input", len(await whole(request)))
+    running = service.generations.run(
+        request[CALLER], request[TIMING], prompts, params, "input", len(await whole(request))
+    )
     if not asked.stream:
-        async with running as job:
-            return json_response(await writer.whole(job))
+        async with running as generation:
+            return json_response(await writer.whole(generation))
     return await stream(request, running, writer.events, writer.failed, named=True)
 
 
@@ -111,17 +113,17 @@ class ResponseWriter:
         self._items: list[OutputItem] = []
         self._sent = 0
 
-    async def whole(self, job: Generation) -> ResponseObject:
+    async def whole(self, generation: Generation) -> ResponseObject:
         """The response, when all of it is there."""
-        async for _ in self.events(job):
+        async for _ in self.events(generation):
             pass
         return self._last
 
-    async def events(self, job: Generation) -> AsyncIterator[ResponseEvent]:
+    async def events(self, generation: Generation) -> AsyncIterator[ResponseEvent]:
         """All events of a streamed response."""
         result: Result | None = None
         begun = False
-        async for _, output in job.outputs():
+        async for _, output in generation.outputs():
             if not begun:
                 begun = True
                 for each in self._begin():

@@ -19,7 +19,7 @@ async def health(request: web.Request) -> web.StreamResponse:
 async def ready(request: web.Request) -> web.StreamResponse:
     """200 while new requests are welcome, else 503: then send them elsewhere."""
     service = request.app[SERVICE]
-    reason = "the server is shutting down" if service.jobs.gate.is_draining else service.health.trouble
+    reason = "the server is shutting down" if service.generations.gate.is_draining else service.health.trouble
     return json_response(Status("not ready", reason), 503) if reason else json_response(Status("ready"))
 
 
