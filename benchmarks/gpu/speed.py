@@ -27,6 +27,7 @@ from benchmarks.gpu.floors import H100, LLAMA_8B, STEPS, Gpu, Shape, Step, floor
 from specgen import Engine
 from specgen.kv.formats import FORMATS, KVFormat, LayerShape
 from specgen.kv.pool import KVPool
+from specgen.model.attention.base import AttendingLayer
 from specgen.model.attention.masks import tail_mask
 from specgen.model.attention.reach import EVERYTHING
 from specgen.model.attention.triton_backend import TritonBackend
@@ -124,8 +125,9 @@ class Attention:
 
     def ours(self) -> Tensor:
         """The kernel."""
-        options = {"scale": 0.1, "softcap": None, "sinks": None}
-        return self._batch.attend(self._pool.layers[0], EVERYTHING, self._query, *self._dense, **options)  # type: ignore[arg-type]
+        return self._batch.attend(
+            AttendingLayer(self._pool.layers[0], EVERYTHING, scale=0.1), self._query, *self._dense
+        )
 
     def torchs(self) -> Tensor:
         """Scaled dot-product attention over keys and values that lie side by side already."""

@@ -10,7 +10,7 @@ from benchmarks.kernels.case import Case, usable
 from specgen.kernels.backends import Backend
 from specgen.kv.formats import LayerShape
 from specgen.kv.pool import PAGE_SIZE, KVPool
-from specgen.model.attention.base import AttentionBackend, ForwardBatch
+from specgen.model.attention.base import AttendingLayer, AttentionBackend, ForwardBatch
 from specgen.model.attention.cpu_backend import CpuBackend
 from specgen.model.attention.reach import EVERYTHING
 from specgen.model.attention.torch_backend import TorchBackend
@@ -48,7 +48,7 @@ def _call(backend: Backend, segments: list[Segment], pool: KVPool, new: Sequence
 
     def attend() -> torch.Tensor:
         kept = batch.write(pool.layers[0], key, value)
-        return batch.attend(pool.layers[0], EVERYTHING, query, *kept, scale=0.1, softcap=None, sinks=None)
+        return batch.attend(AttendingLayer(pool.layers[0], EVERYTHING, scale=0.1), query, *kept)
 
     return attend
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from specgen.kernels import backends
 from specgen.model.attention.base import ForwardBatch
-from specgen.model.attention.interface import AttentionRoute, PackedCache
+from specgen.model.attention.interface import AttentionRoute, packed_logits
 from specgen.model.cache_keyword import cache_keyword
 from specgen.model.checks.architecture import inspect_layers
 from specgen.model.checks.quantisation import check_quantised
@@ -54,15 +54,9 @@ class WrappedModel:
     def logits(self, batch: ForwardBatch) -> Tensor:
         """Run the model over a batch; [wanted rows, vocab], float32 or the 16-bit floats of the model."""
         with nullcontext() if batch.mask is not None else self.route.over(batch):
-            logits: Tensor = self.model(
-                input_ids=batch.ids,
-                position_ids=batch.position_ids,
-                attention_mask=batch.mask,
-                use_cache=True,
-                **{self._cache_keyword: PackedCache(batch, self.architecture.stores)},
-                **({"logits_to_keep": batch.wanted} if self.keeps_logits else {}),
-            ).logits[0]
-        logits = logits if self.keeps_logits else logits[batch.wanted]
+            logits = packed_logits(
+                self.model, batch, self.architecture.stores, self._cache_keyword, keeps_logits=self.keeps_logits
+            )
         return logits.float() if logits.dtype == torch.float64 else logits
 
     def change(self) -> str | None:

@@ -98,7 +98,7 @@ def test_a_wrong_mask_shows(case: Case, monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(
             CpuBatch,
             "attend",
-            lambda batch, store, reach, *rest, **options: attend(batch, store, EVERYTHING, *rest, **options),
+            lambda batch, layer, *rest: attend(batch, layer._replace(reach=EVERYTHING), *rest),
         )
         for target in (case.target, case.plain):
             assert decode(target, PROMPTS, case.truths) != case.truths, "a forgotten window does not show"

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -30,6 +30,20 @@ from specgen.model.checks.architecture import Architecture
 from specgen.model.segment import Segment
 
 Route: TypeAlias = Literal["direct", "gathered", "dense"]
+
+
+class AttendingLayer(NamedTuple):
+    """One layer as it asks for its attention.
+
+    store: its keys and values in the pool. reach: how far back it looks. scale: of scores. softcap: scores are squashed
+    to below it by tanh. sinks: [heads], logits that take a share of the softmax and no value.
+    """
+
+    store: LayerStore
+    reach: Reach
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
 
 class ForwardBatch(ABC):
@@ -60,18 +74,7 @@ class ForwardBatch(ABC):
         """
 
     @abstractmethod
-    def attend(
-        self,
-        store: LayerStore,
-        reach: Reach,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: AttendingLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Called once a layer, after `write`, with query [1, heads, rows, key_dim] and what `write` returned.
 
         Returns [1, rows, heads, value_dim], contiguous.
@@ -93,15 +96,11 @@ class AttentionBackend(Protocol):
     def kernels(self) -> Backend:
         """Whose kernels it runs."""
 
-    @property
-    def batch_invariant(self) -> bool:
-        """Whether a row's bits are the same whatever rows stand beside it."""
-
     def unusable(self, architecture: Architecture, kv_format: KVFormat) -> str | None:
         """Why it cannot carry this model with KV kept so; `None` if it can. Changes nothing."""
 
     def invariant(self) -> AttentionBackend | None:
-        """The same backend with `batch_invariant`; `None` where there is none."""
+        """The same backend such that a row's bits do not depend on the rows beside it; `None` where there is none."""
 
     def begin(self, segments: Sequence[Segment], pool: KVPool) -> ForwardBatch:
         """Prepare one forward over `segments`, whose tables own slots of `pool` for all their rows."""

@@ -12,10 +12,9 @@ from specgen.kernels import backends
 from specgen.kernels.backends import Backend
 from specgen.kv.formats import KVFormat, LayerStore
 from specgen.kv.pool import KVPool
-from specgen.model.attention.base import ForwardBatch, Route
+from specgen.model.attention.base import AttendingLayer, ForwardBatch, Route
 from specgen.model.attention.cpu_plan import plan
 from specgen.model.attention.inputs import input_tensors
-from specgen.model.attention.reach import Reach
 from specgen.model.checks.architecture import Architecture
 from specgen.model.segment import Segment
 
@@ -27,7 +26,6 @@ class CpuBackend:
     name: str = "cpu"
     route: Route = "direct"
     kernels: Backend = "cpu"
-    batch_invariant: bool = True
 
     def unusable(self, architecture: Architecture, kv_format: KVFormat) -> str | None:
         """See `AttentionBackend`."""
@@ -60,23 +58,12 @@ class CpuBatch(ForwardBatch):
         """See `ForwardBatch`. The kernel writes them when it attends."""
         return key, value
 
-    def attend(
-        self,
-        store: LayerStore,
-        reach: Reach,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: AttendingLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `ForwardBatch`."""
         rows = [side[0].transpose(0, 1) for side in (query, key, value)]
-        sinks = None if sinks is None else sinks.float()
-        window, chunk = reach.window or 0, reach.chunk or 0
+        sinks = None if layer.sinks is None else layer.sinks.float()
+        window, chunk = layer.reach.window or 0, layer.reach.chunk or 0
         output: Tensor = torch.ops.specgen.tree_attention(
-            *rows, *store.planes, self.plan, scale, softcap or 0.0, sinks, window, chunk
+            *rows, *layer.store.planes, self.plan, layer.scale, layer.softcap or 0.0, sinks, window, chunk
         )
         return output.unsqueeze(0)

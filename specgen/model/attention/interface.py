@@ -14,7 +14,7 @@ from transformers import AttentionInterface, Cache, PreTrainedConfig, PreTrained
 from specgen.errors import UnsupportedModel
 from specgen.kv.formats import LayerStore
 from specgen.kv.pool import KVPool
-from specgen.model.attention.base import ForwardBatch
+from specgen.model.attention.base import AttendingLayer, ForwardBatch
 from specgen.model.attention.reach import Reach
 
 _names = (f"specgen-{number}" for number in itertools.count())
@@ -45,6 +45,29 @@ class PackedCache(Cache):
         A layer that asks for itself numbers its rows from here on (Llama 4's temperature): each gets its position.
         """
         return 0 if layer_idx is None else self.batch.offsets
+
+
+def packed_logits(
+    model: PreTrainedModel,
+    batch: ForwardBatch,
+    stores: Sequence[int | None],
+    cache_keyword: str,
+    *,
+    keeps_logits: bool = True,
+) -> Tensor:
+    """Run a model's own code over a batch; logits [wanted rows, vocab] as the model makes them.
+
+    keeps_logits: whether it computes those of the wanted rows alone, when it is asked to. It traces in `torch.compile`.
+    """
+    logits: Tensor = model(
+        input_ids=batch.ids,
+        position_ids=batch.position_ids,
+        attention_mask=batch.mask,
+        use_cache=True,
+        **{cache_keyword: PackedCache(batch, stores)},
+        **({"logits_to_keep": batch.wanted} if keeps_logits else {}),
+    ).logits[0]
+    return logits if keeps_logits else logits[batch.wanted]
 
 
 def _stored(pool: KVPool, stores: Sequence[int | None], layer: int) -> LayerStore:
@@ -112,7 +135,7 @@ class AttentionRoute:
         if (surprise := _surprise(attention_mask, reach, kwargs)) is not None:
             raise UnsupportedModel(f"layer {layer} ({type(module).__name__}) {surprise}")
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-        return batch.attend(store, reach, query, key, value, scale=scale, softcap=softcap, sinks=s_aux), None
+        return batch.attend(AttendingLayer(store, reach, scale, softcap, s_aux), query, key, value), None
 
 
 def _nested(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,7 +14,7 @@ from specgen.kernels.backends import Backend
 from specgen.kernels.reference import tree_attention
 from specgen.kv.formats import KVFormat, LayerStore
 from specgen.kv.pool import KVPool
-from specgen.model.attention.base import ForwardBatch, Route
+from specgen.model.attention.base import AttendingLayer, ForwardBatch, Route
 from specgen.model.attention.inputs import input_tensors
 from specgen.model.attention.masks import dense_mask, first_key, segment_mask, visible_keys
 from specgen.model.attention.reach import Reach
@@ -23,9 +23,6 @@ from specgen.model.checks.architecture import Architecture
 from specgen.model.segment import Segment
 
 _PACKED_HEADS_ROWS = 64
-
-Attend = Callable[..., Tensor]
-"""(query [heads, rows, dim], key, value [kv_heads, keys, dim], visible=) -> [heads, rows, value_dim]"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +62,7 @@ class TorchBatch(ForwardBatch):
         self._rows = [len(segment.tokens) for segment in segments]
         self._slots = _slots(segments)
         # Layers of one reach share them.
+        self._spans: dict[tuple[int, Reach], tuple[int, slice | Tensor]] = {}
         self._masks: dict[tuple[int, Reach], Tensor | None] = {}
         self._visible: dict[tuple[int, Reach], list[VisibleKeys]] = {}
 
@@ -73,43 +71,38 @@ class TorchBatch(ForwardBatch):
         store.write(self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
         return key, value
 
-    def attend(
-        self,
-        store: LayerStore,
-        reach: Reach,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: AttendingLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `ForwardBatch`."""
+        store, reach = layer.store, layer.reach
         queries = query[0].transpose(0, 1)
         queries = store.rotate_query(queries) if store.rotated else queries
-        attend = partial(_attend, scale=scale, softcap=softcap, sinks=sinks)
         outputs = []
         for index, mine in enumerate(queries.split(self._rows)):
-            segment = self.segments[index]
-            start = first_key(segment, reach)
-            keys, values = store.read(segment.table.span(start, segment.end))
-            outputs.append(self._over(index, start, reach, mine, keys, values, attend))
+            start, span = self._span(index, reach)
+            outputs.append(self._over(index, start, layer, mine, *store.read(span)))
         packed = _joined(outputs)
         return _returned(store.rotate_output(packed) if store.rotated else packed)
 
-    def _over(
-        self, index: int, start: int, reach: Reach, query: Tensor, key: Tensor, value: Tensor, attend: Attend
-    ) -> Tensor:
+    def _span(self, index: int, reach: Reach) -> tuple[int, slice | Tensor]:
+        """The first position that a segment's rows look at, and the slots from there to its end."""
+        place = index, reach
+        if place not in self._spans:
+            segment = self.segments[index]
+            start = first_key(segment, reach)
+            self._spans[place] = start, segment.table.span(start, segment.end)
+        return self._spans[place]
+
+    def _over(self, index: int, start: int, layer: AttendingLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """One segment: query [rows, heads, dim] over key and value [keys, kv_heads, dim], which begin at position
         `start`. Returns [heads, rows, value_dim]."""
-        segment, place = self.segments[index], (index, reach)
+        segment, place = self.segments[index], (index, layer.reach)
+        attend = partial(_attend, scale=layer.scale, softcap=layer.softcap, sinks=layer.sinks)
         if self._invariant:
             if place not in self._visible:
-                self._visible[place] = visible_keys(segment, start, reach)
+                self._visible[place] = visible_keys(segment, start, layer.reach)
             return row_by_row(attend, query, key, value, self._visible[place], segment.table.length - start)
         if place not in self._masks:
-            mask = segment_mask(segment, start, reach)
+            mask = segment_mask(segment, start, layer.reach)
             self._masks[place] = None if mask is None else mask.to(self.pool.device)
         return attend(*(side.transpose(0, 1) for side in (query, key, value)), visible=self._masks[place])
 
@@ -124,20 +117,8 @@ class GatheredBatch(TorchBatch):
         keys, values = (torch.cat(side).transpose(0, 1).unsqueeze(0) for side in zip(*parts, strict=True))
         return keys, values
 
-    def attend(
-        self,
-        store: LayerStore,
-        reach: Reach,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: AttendingLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `ForwardBatch`. Key and value: [1, kv_heads, keys of all segments, dim] each."""
-        attend = partial(_attend, scale=scale, softcap=softcap, sinks=sinks)
         ends = [segment.end for segment in self.segments]
         parts = zip(
             query[0].transpose(0, 1).split(self._rows),
@@ -150,7 +131,7 @@ class GatheredBatch(TorchBatch):
             if self._invariant:
                 # Contiguous: a row's keys lie alike whatever made them.
                 keys, values = keys.contiguous(), values.contiguous()
-            outputs.append(self._over(index, 0, reach, mine, keys, values, attend))
+            outputs.append(self._over(index, 0, layer, mine, keys, values))
         return _returned(_joined(outputs))
 
 

@@ -17,9 +17,9 @@ from specgen.kernels.triton.kv_write import kv_write
 from specgen.kernels.triton.tree_attention import Tile, WorkItems, tile, tree_attention
 from specgen.kv.formats import KVFormat, LayerStore
 from specgen.kv.pool import KVPool
-from specgen.model.attention.base import ForwardBatch, Route
+from specgen.model.attention.base import AttendingLayer, ForwardBatch, Route
 from specgen.model.attention.gpu_plan import Places, SplitPolicy, cut
-from specgen.model.attention.inputs import wanted_rows
+from specgen.model.attention.inputs import flat_rows, wanted_rows
 from specgen.model.attention.reach import Reach
 from specgen.model.attention.transfer import Array, Packed, padded, to_device
 from specgen.model.checks.architecture import Architecture
@@ -123,8 +123,7 @@ class TritonBatch(ForwardBatch):
         self._segments = segments
         self.pool = pool
         self._fixed = size is not None
-        tokens = [token for segment in segments for token in segment.tokens]
-        positions = [position for segment in segments for position in segment.new_positions]
+        tokens, positions = flat_rows(segments)
         slots = np.concatenate([s.table.slots(s.end - len(s.tokens), s.end).numpy() for s in segments])
         wanted = wanted_rows(segments)
         self.rows, self.wanted_rows = len(tokens), len(wanted)
@@ -167,29 +166,17 @@ class TritonBatch(ForwardBatch):
         kv_write(_rows(key), _rows(value), store.kernel_planes, self.slots)
         return key, value
 
-    def attend(
-        self,
-        store: LayerStore,
-        reach: Reach,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scale: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, layer: AttendingLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `ForwardBatch`."""
-        layout = store.kernel_planes.layout
+        planes, layout = layer.store.kernel_planes, layer.store.kernel_planes.layout
         head_bytes = max(layout.key_dim, layout.value_dim) * query.element_size()
-        kind = LayerKind(reach, query.shape[1] // layout.kv_heads, layout.kv_heads, head_bytes)
+        kind = LayerKind(layer.reach, query.shape[1] // layout.kv_heads, layout.kv_heads, head_bytes)
         if kind not in self._works:
             self._told(self._cut([kind]))
             self._backend.kinds[kind] = None
         work, chosen = self._works[kind]
-        output = tree_attention(
-            _rows(query), store.kernel_planes, work, scale=scale, softcap=softcap, sinks=sinks, tile=chosen
-        )
+        scale, softcap, sinks = layer.scale, layer.softcap, layer.sinks
+        output = tree_attention(_rows(query), planes, work, scale=scale, softcap=softcap, sinks=sinks, tile=chosen)
         return output[None]
 
     def _cut(self, kinds: Sequence[LayerKind], *others: Array) -> _Message:

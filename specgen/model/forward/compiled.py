@@ -31,8 +31,8 @@ from specgen.errors import UnsupportedModel
 from specgen.kv.pool import KVPool
 from specgen.model.attention.cpu_backend import CpuBatch
 from specgen.model.attention.cpu_plan import plan
-from specgen.model.attention.inputs import wanted_rows
-from specgen.model.attention.interface import AttentionRoute, PackedCache
+from specgen.model.attention.inputs import flat_rows, wanted_rows
+from specgen.model.attention.interface import AttentionRoute, packed_logits
 from specgen.model.cache_keyword import cache_keyword
 from specgen.model.checks.architecture import Architecture
 from specgen.model.checks.equivalence import difference
@@ -80,8 +80,7 @@ class CompiledModel:
 
     def forward(self, segments: Sequence[Segment], pool: KVPool) -> ForwardOutput:
         """Score all rows and write their KV to `pool`; see `forward.base.Forward`."""
-        tokens = [token for segment in segments for token in segment.tokens]
-        positions = [position for segment in segments for position in segment.new_positions]
+        tokens, positions = flat_rows(segments)
         wanted = wanted_rows(segments)
         ids, position_ids = torch.tensor([_padded(tokens), _padded(positions)])[:, None]
         logits, *hidden = self._graph(ids, position_ids, plan(segments), torch.tensor(_padded(wanted)), pool)
@@ -90,14 +89,7 @@ class CompiledModel:
     def _run(self, ids: Tensor, position_ids: Tensor, plan: Tensor, wanted: Tensor, pool: KVPool) -> tuple[Tensor, ...]:
         batch = CpuBatch(pool, plan, ids, position_ids, wanted)
         self._route.batch = batch
-        logits: Tensor = self.model(
-            input_ids=ids,
-            position_ids=position_ids,
-            attention_mask=None,
-            use_cache=True,
-            logits_to_keep=wanted,
-            **{self._cache_keyword: PackedCache(batch, self._stores)},
-        ).logits[0]
+        logits = packed_logits(self.model, batch, self._stores, self._cache_keyword)
         return logits, *self._tap.take()
 
     def _warm_up(self, pool: KVPool) -> None:
